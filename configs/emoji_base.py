@@ -1,0 +1,42 @@
+"""The single-image latent diffusion model that M2M starts from in the demo. Ships as `pretrained/unet`.
+
+    python -m m2m_jax.train --config configs/emoji_base.py --workdir runs/emoji_base
+    python -m m2m_jax.to_diffusers --checkpoint runs/emoji_base --output pretrained/unet
+
+The U-Net of configs/emoji.py without Image-Set Attention, trained on sets of one image: unconditional, as Stable Diffusion
+is without its text. Trained on the training split only. Figures and time: pretrained/README.md.
+"""
+
+from m2m_jax.configuration import apply_preset, default_config
+
+PRESETS = {
+    "tiny": {  # tests
+        "model.block_out_channels": (16, 16),
+        "data.batch_size": 8,
+        "optimizer.warmup_steps": 2,
+        "train.steps": 4,
+        "train.log_every": 2,
+        "eval.every": 4,
+        "eval.batches": 1,
+        "eval.batch_size": 8,
+        "sample.steps": 2,
+        "checkpoint.every": 4,
+    },
+}
+
+
+def get_config(preset: str = ""):
+    config = default_config()
+    config.model.attn2 = "none"
+    config.data.images_per_set = 1
+    config.data.batch_size = 128
+    config.init.path = ""
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 200
+    config.train.steps = 4_000
+    config.train.log_every = 20
+    config.eval.every = 500
+    config.eval.batch_size = 64
+    config.sample.guidance_scale = 1.0
+    config.checkpoint.every = 250
+    return apply_preset(config, preset, PRESETS)

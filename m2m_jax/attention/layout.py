@@ -1,0 +1,77 @@
+"""Which images of a set stand in the stack, and which of them each may see: the one mask of the project."""
+
+import dataclasses
+
+import numpy as np
+
+CLEAN_SEES = ("preceding", "itself")
+
+
+@dataclasses.dataclass(frozen=True)
+class SetLayout:
+    """The images of one set as the network sees them, stacked as `[clean; noised]`.
+
+    An image is named by its position in the set, counted from 0. A position may stand in both branches (training:
+    every image is denoised, and its clean version is context for the later ones) and a noised position may
+    stand more than once (evaluation).
+
+    Static and hashable: a layout is part of what is compiled.
+
+    Attributes:
+      clean: set positions of the clean images, the only ones whose features become keys and values.
+      noised: set positions of the images that are denoised.
+      clean_sees: "preceding": a clean image sees the clean images up to and including itself; "itself": itself
+        alone, which makes the context free of order. The paper does not say.
+    """
+
+    clean: tuple[int, ...]
+    noised: tuple[int, ...]
+    clean_sees: str = "preceding"
+
+    def __post_init__(self):
+        if self.clean_sees not in CLEAN_SEES:
+            raise ValueError(f"clean_sees must be one of {CLEAN_SEES}, not {self.clean_sees!r}")
+
+    @classmethod
+    def training(cls, num_images: int, clean_sees: str = "preceding") -> "SetLayout":
+        """Every image is denoised given all before it. The last image is context to none: it has no clean copy."""
+        return cls(tuple(range(num_images - 1)), tuple(range(num_images)), clean_sees)
+
+    @classmethod
+    def sampling(cls, num_context: int, clean_sees: str = "preceding") -> "SetLayout":
+        """One image is denoised given `num_context` finished ones."""
+        return cls(tuple(range(num_context)), (num_context,), clean_sees)
+
+    @property
+    def num_images(self) -> int:
+        """Images in the stack: clean and noised."""
+        return len(self.clean) + len(self.noised)
+
+    def mask_qk(self) -> np.ndarray:
+        """The mask at image granularity: bool [clean + noised, clean], True where a query image sees a key image."""
+        query_is_noised = np.arange(self.num_images)[:, None] >= len(self.clean)
+        query_position = np.asarray(self.clean + self.noised, int)[:, None]
+        key_position = np.asarray(self.clean, int)[None, :]
+        return allowed(query_is_noised, query_position, key_position, self.clean_sees)
+
+    def token_mask_qk(self, tokens_per_image: int) -> np.ndarray:
+        """`mask_qk` at token granularity, for backends that take no coarser one."""
+        return self.mask_qk().repeat(tokens_per_image, 0).repeat(tokens_per_image, 1)
+
+
+def allowed(query_is_noised, query_position, key_position, clean_sees: str = "preceding"):
+    """THE mask predicate of image-set attention, from which every form of the mask is made.
+
+    Keys are always clean: nothing sees a noised image except that image itself, through self-attention (attn1).
+
+      noised i -> clean j   for j < i     (the factor p(x_i | x_<i) of the model)
+      clean  i -> clean j   for j <= i, or j = i alone
+
+    As the clean branch sees nothing noised, its keys and values do not depend on the image being made and can be
+    computed once per finished image, exactly. Block-diffusion language models (BD3-LM, arXiv 2503.09573) and
+    ACDiT (arXiv 2412.07720) use the same logic.
+
+    Args are broadcast against each other: booleans and integers, or arrays of them (NumPy or JAX).
+    """
+    clean_to_clean = key_position <= query_position if clean_sees == "preceding" else key_position == query_position
+    return (query_is_noised & (key_position < query_position)) | (~query_is_noised & clean_to_clean)

@@ -1,0 +1,181 @@
+"""The record format of image sets: the one format that every data source of this project yields or stores.
+
+A record is one image set, the unit that Image-Set Attention works on. On disk it is a TFDS example
+(`features()`, file format array_record, no TensorFlow) with these fields:
+
+| field          | type              | meaning                                                          |
+|----------------|-------------------|------------------------------------------------------------------|
+| set_id         | text              | unique within the data set, stable over rebuilds                 |
+| kind           | text              | what the images share, e.g. "style", "content", "folder"         |
+| caption        | text              | describes the whole set; may be empty                            |
+| images         | sequence of bytes | up to 25 encoded images: PNG, JPEG or WebP; RGBA for cut-outs    |
+| image_captions | sequence of text  | empty, or one caption an image, in the same order                |
+| latents        | bytes             | empty, or the C-order little-endian values of [n, h, w, c]       |
+| latents_dtype  | text              | "", "float16" or "float32"                                       |
+| latents_shape  | int64 [4]         | n, h, w, c; zeros without latents                                |
+
+A record holds `images` or `latents` or both (then for the same n images in the same order). Latents are
+already multiplied by the first stage's scaling factor. In Python a record is an `ImageSetRecord`.
+"""
+
+import dataclasses
+import io
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from m2m_jax.errors import UserError
+
+MAX_IMAGES_PER_RECORD = 25
+LATENT_DTYPES = ("float16", "float32")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+# Refuses decompression bombs: a few kilobytes that unpack to gigabytes.
+MAX_IMAGE_PIXELS = 64_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSetRecord:
+    """One image set in memory; fields as in the table above.
+
+    images: encoded bytes, one object an image (empty when the record holds only latents).
+    latents: float16 or float32 [n, h, w, c], or None.
+    """
+
+    set_id: str
+    kind: str
+    caption: str
+    images: tuple[bytes, ...]
+    image_captions: tuple[str, ...] = ()
+    latents: np.ndarray | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Number of images, encoded or as latents."""
+        return len(self.images) if self.images else (0 if self.latents is None else len(self.latents))
+
+
+def features() -> tfds.features.FeaturesDict:
+    """The TFDS features of a record. Images are opaque bytes: TFDS's own Image feature needs TensorFlow."""
+    return tfds.features.FeaturesDict(
+        {
+            "set_id": tfds.features.Text(),
+            "kind": tfds.features.Text(),
+            "caption": tfds.features.Text(),
+            "images": tfds.features.Sequence(tfds.features.Text()),
+            "image_captions": tfds.features.Sequence(tfds.features.Text()),
+            "latents": tfds.features.Text(),
+            "latents_dtype": tfds.features.Text(),
+            "latents_shape": tfds.features.Tensor(shape=(4,), dtype=np.int64),
+        }
+    )
+
+
+def encode_record(record: ImageSetRecord) -> dict:
+    """ImageSetRecord -> the TFDS example of `features()`. UserError if the record breaks the format."""
+    where = f"set {record.set_id!r}"
+    if record.num_images > MAX_IMAGES_PER_RECORD:
+        raise UserError(f"{where}: {record.num_images} images; a record holds up to {MAX_IMAGES_PER_RECORD}")
+    _check(record, where)
+    latents, shape, dtype = b"", np.zeros(4, np.int64), ""
+    if record.latents is not None:
+        dtype = record.latents.dtype.name
+        latents = np.ascontiguousarray(record.latents, record.latents.dtype.newbyteorder("<")).tobytes()
+        shape = np.asarray(record.latents.shape, np.int64)
+    return {
+        "set_id": record.set_id,
+        "kind": record.kind,
+        "caption": record.caption,
+        "images": list(record.images),
+        "image_captions": list(record.image_captions),
+        "latents": latents,
+        "latents_dtype": dtype,
+        "latents_shape": shape,
+    }
+
+
+def decode_record(example: dict, *, source: str, index: int) -> ImageSetRecord:
+    """A TFDS example -> ImageSetRecord.
+
+    source, index: where the example was read, for messages. Raises UserError naming source, record and set.
+    """
+    try:
+        set_id = bytes(example["set_id"]).decode()
+        where = f"{source}, record {index}, set {set_id!r}"
+        record = ImageSetRecord(
+            set_id=set_id,
+            kind=bytes(example["kind"]).decode(),
+            caption=bytes(example["caption"]).decode(),
+            images=tuple(bytes(image) for image in example["images"]),
+            image_captions=tuple(bytes(text).decode() for text in example["image_captions"]),
+            latents=_decode_latents(example, where),
+        )
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}, record {index}: not an image-set record ({error!r})") from error
+    _check(record, where)
+    return record
+
+
+def _decode_latents(example: dict, where: str) -> np.ndarray | None:
+    dtype = bytes(example["latents_dtype"]).decode()
+    if not dtype:
+        return None
+    if dtype not in LATENT_DTYPES:
+        raise UserError(f"{where}: latents of type {dtype!r}; expected one of {LATENT_DTYPES}")
+    shape = tuple(int(extent) for extent in example["latents_shape"])
+    data = np.frombuffer(bytes(example["latents"]), np.dtype(dtype).newbyteorder("<"))
+    if data.size != np.prod(shape):
+        raise UserError(f"{where}: {data.size} latent values do not fill the shape {shape}")
+    return data.reshape(shape).astype(dtype)
+
+
+def _check(record: ImageSetRecord, where: str) -> None:
+    """Refuses records that no reader could use. `where` opens the message."""
+    if record.num_images == 0:
+        raise UserError(f"{where}: neither images nor latents")
+    if record.latents is not None:
+        if record.latents.ndim != 4 or record.latents.dtype.name not in LATENT_DTYPES:
+            raise UserError(
+                f"{where}: latents must be float16 or float32 [n, h, w, c], "
+                f"not {record.latents.dtype.name} {list(record.latents.shape)}"
+            )
+        if len(record.latents) != record.num_images:
+            raise UserError(f"{where}: {len(record.latents)} latents for {record.num_images} images")
+    if record.image_captions and len(record.image_captions) != record.num_images:
+        captions = len(record.image_captions)
+        raise UserError(f"{where}: {captions} image captions for {record.num_images} images")
+
+
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """Encoded bytes -> PIL image, mode RGB or RGBA (RGBA wherever the file has any transparency), upright.
+
+    where: names the image in messages. Raises UserError if it cannot be decoded or is implausibly large.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise UserError(f"{where}: {image.width} x {image.height} pixels; at most {MAX_IMAGE_PIXELS} are decoded")
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            image = _upright(image)
+        if image.mode in ("RGB", "RGBA"):
+            image.load()
+            return image
+        if image.mode.startswith("I;16") or image.mode == "I":
+            # PIL's own conversion clips 16-bit grey at 255, which turns pictures white.
+            grey = np.asarray(image).astype(np.float64) / 257.0
+            return Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8), "L").convert("RGB")
+        transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
+        return image.convert("RGBA" if transparent else "RGB")
+    except UserError:
+        raise
+    except Exception as error:  # PIL raises many types on corrupt files: OSError, SyntaxError, ...
+        raise UserError(f"{where}: not a readable PNG, JPEG or WebP image ({error})") from error
+
+
+_EXIF_ORIENTATION = 0x0112
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)

@@ -1,0 +1,80 @@
+"""The training objective of M2M: every image of a set denoised in the context of the clean images before it."""
+
+import jax
+import jax.numpy as jnp
+
+from m2m_jax.attention.layout import SetLayout
+from m2m_jax.diffusion.schedule import NoiseSchedule
+from m2m_jax.keys import Stream, stream_key
+from m2m_jax.models.unet import UNet, denoise_sets
+
+
+def squared_error(
+    unet: UNet,
+    schedule: NoiseSchedule,
+    clean_bmhwc: jax.Array | None,
+    target_bnhwc: jax.Array,
+    noise_bnhwc: jax.Array,
+    timestep_bn: jax.Array,
+    layout: SetLayout,
+    *,
+    clean_timestep: int,
+    keep_context_b: jax.Array | None = None,
+) -> jax.Array:
+    """Mean squared error of the prediction for each noised image, [b, n]. Nothing random happens here.
+
+    Args:
+      clean_bmhwc: context latents, one for each position of `layout.clean`.
+      target_bnhwc: the latents to be denoised, one for each position of `layout.noised`.
+      noise_bnhwc, timestep_bn: what they are noised with.
+      clean_timestep, keep_context_b: see `denoise_sets`.
+    """
+    noised_bnhwc = schedule.add_noise(target_bnhwc, noise_bnhwc, timestep_bn)
+    output_bnhwc = denoise_sets(
+        unet,
+        clean_bmhwc,
+        noised_bnhwc,
+        timestep_bn,
+        layout,
+        clean_timestep=clean_timestep,
+        keep_context_b=keep_context_b,
+    )
+    error_bnhwc = output_bnhwc - schedule.target(target_bnhwc, noise_bnhwc, timestep_bn)
+    return jnp.mean(error_bnhwc**2, axis=(2, 3, 4))
+
+
+def set_loss(
+    unet: UNet, schedule: NoiseSchedule, latents_bnhwc: jax.Array, *, seed: int, step: jax.Array, config
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of one training batch, and its parts for the log.
+
+    Timesteps are drawn independently for every image (not known of the paper). With probability
+    `config.context_dropout` the noised images of a set see no context at all, for guidance.
+
+    Args:
+      latents_bnhwc: scaled latents of whole sets.
+      seed, step: all randomness depends on these two alone.
+      config: `config.diffusion`.
+    """
+    b, n = latents_bnhwc.shape[:2]
+    layout = SetLayout.training(n, unet.config.clean_sees)
+    noise_bnhwc = jax.random.normal(stream_key(seed, step, Stream.NOISE), latents_bnhwc.shape)
+    timestep_key = stream_key(seed, step, Stream.TIMESTEP)
+    timestep_bn = jax.random.randint(timestep_key, (b, n), 0, schedule.num_train_timesteps)
+    dropout_key = stream_key(seed, step, Stream.CONTEXT_DROPOUT)
+    keep_context_b = jax.random.uniform(dropout_key, (b,)) >= config.context_dropout
+
+    error_bn = squared_error(
+        unet,
+        schedule,
+        latents_bnhwc[:, : n - 1],
+        latents_bnhwc,
+        noise_bnhwc,
+        timestep_bn,
+        layout,
+        clean_timestep=config.clean_timestep,
+        keep_context_b=keep_context_b,
+    )
+    weight_bn = schedule.loss_weight(timestep_bn, config.loss_weight, config.min_snr_gamma)
+    loss = jnp.mean(weight_bn * error_bn)
+    return loss, {"loss": loss, "loss_first": jnp.mean(error_bn[:, 0]), "loss_last": jnp.mean(error_bn[:, -1])}

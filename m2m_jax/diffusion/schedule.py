@@ -1,0 +1,244 @@
+"""The noise schedule: one object that training and sampling share.
+
+Notation, that of DDPM (Ho et al. 2020, arXiv:2006.11239): `alphas_cumprod[t]` is the product of 1 - beta up
+to t, and
+
+    noised = alpha * clean + sigma * noise,   alpha = sqrt(alphas_cumprod[t]),   sigma = sqrt(1 -
+    alphas_cumprod[t])
+
+so alpha^2 + sigma^2 = 1. Field names, defaults and values are those of diffusers' `DDIMScheduler`; tables are
+computed in float64 (diffusers: float32) and rounded once, on use.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2m_jax.errors import UserError
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+LOSS_WEIGHTS = ("uniform", "min_snr")
+
+# Fields of a scheduler_config.json that change the noise levels or the samples in ways not implemented here.
+_UNSUPPORTED_WHEN_SET = (
+    "trained_betas",
+    "thresholding",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "use_flow_sigmas",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """Noise levels, what the network predicts, and which timesteps a sampler visits.
+
+    Static and hashable. Timesteps are integers in [0, num_train_timesteps); in every method `timestep` has
+    the leading dimensions of the images ([B, N] for [B, N, H, W, C]) or none (one timestep for all).
+
+    Attributes:
+      num_train_timesteps: noise levels.
+      beta_schedule: "linear", "scaled_linear" (linear in sqrt(beta): Stable Diffusion) or "squaredcos_cap_v2"
+        (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17; ignores beta_start and beta_end).
+      beta_start: beta at timestep 0.
+      beta_end: beta at the last timestep.
+      rescale_betas_zero_snr: make the last timestep pure noise (Lin et al. 2023, arXiv:2305.08891, Algorithm
+        1).
+      prediction_type: the network predicts the noise ("epsilon"), v = alpha * noise - sigma * clean
+        ("v_prediction"; Salimans & Ho 2022, arXiv:2202.00512) or the clean image ("sample").
+      timestep_spacing: Table 2 of Lin et al.; only "trailing" and "linspace" start at the last timestep.
+      steps_offset: added to the timesteps of "leading".
+    """
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    rescale_betas_zero_snr: bool = False
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+
+    def __post_init__(self):
+        _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        if self.num_train_timesteps < 2:
+            raise UserError(f"num_train_timesteps must be at least 2, not {self.num_train_timesteps}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise UserError(f"need 0 < beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}")
+        if self.steps_offset < 0:
+            raise UserError(f"steps_offset must not be negative, not {self.steps_offset}")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            # At alpha = 0 the noised image is the noise: predicting it says nothing about the clean image.
+            raise UserError(
+                'rescale_betas_zero_snr makes the last timestep pure noise, where prediction_type="epsilon" '
+                'does not determine the clean image: use prediction_type="v_prediction" or "sample"'
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """Reads a diffusers scheduler_config.json, of any scheduler that has betas.
+
+        Missing fields take DDIMScheduler's defaults; fields that are a stepper's (solver_order, clip_sample,
+        set_alpha_to_one, ...) are ignored: a stepper is chosen apart from the schedule, never clips, and ends
+        at the clean image.
+        """
+        if "_class_name" in config and "beta_schedule" not in config:
+            raise UserError(
+                f"scheduler {config['_class_name']} has no beta_schedule: only schedulers with betas "
+                "(DDPM, DDIM, PNDM, DPMSolverMultistep, ...) are supported"
+            )
+        for name in _UNSUPPORTED_WHEN_SET:
+            if name in config and config[name] not in (None, False):
+                raise UserError(f"scheduler config sets {name}, which is not supported: remove it")
+        return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
+
+    def to_config(self) -> dict[str, Any]:
+        """A diffusers scheduler_config.json, for a `DDIMScheduler` that samples as `steppers.DDIM` does."""
+        return {
+            "_class_name": "DDIMScheduler",
+            **dataclasses.asdict(self),
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+        }
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """float64 [num_train_timesteps], descending, read-only; ends at exactly 0 under zero terminal SNR."""
+        alphas_cumprod = np.cumprod(1.0 - self._betas())
+        if self.rescale_betas_zero_snr:
+            # Algorithm 1 of Lin et al.: shift sqrt(alphas_cumprod) to end at 0, scale to keep its start.
+            root = np.sqrt(alphas_cumprod)
+            alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        alphas_cumprod.setflags(write=False)  # one array, handed to every caller
+        return alphas_cumprod
+
+    def _betas(self) -> np.ndarray:
+        """float64 [num_train_timesteps], before any rescaling."""
+        steps = self.num_train_timesteps
+        if self.beta_schedule == "linear":
+            return np.linspace(self.beta_start, self.beta_end, steps)
+        if self.beta_schedule == "scaled_linear":
+            return np.linspace(self.beta_start**0.5, self.beta_end**0.5, steps) ** 2
+        alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+    def add_noise(self, clean: jax.Array, noise: jax.Array, timestep: jax.Array) -> jax.Array:
+        """alpha * clean + sigma * noise, [..., H, W, C]; timestep int [...]."""
+        alpha, sigma = self._alpha_sigma(timestep, clean)
+        return alpha * clean + sigma * noise
+
+    def target(self, clean: jax.Array, noise: jax.Array, timestep: jax.Array) -> jax.Array:
+        """What the network should output for `add_noise(clean, noise, timestep)`; shape of `clean`."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return clean
+        alpha, sigma = self._alpha_sigma(timestep, clean)
+        return alpha * noise - sigma * clean
+
+    def to_clean(self, output: jax.Array, noised: jax.Array, timestep: jax.Array) -> jax.Array:
+        """The clean image a network output stands for; shape and dtype of `noised`."""
+        output = output.astype(noised.dtype)
+        if self.prediction_type == "sample":
+            return output
+        alpha, sigma = self._alpha_sigma(timestep, noised)
+        if self.prediction_type == "epsilon":
+            return (noised - sigma * output) / alpha  # alpha > 0: zero terminal SNR is refused for epsilon
+        return alpha * noised - sigma * output
+
+    def to_noise(self, output: jax.Array, noised: jax.Array, timestep: jax.Array) -> jax.Array:
+        """The noise a network output stands for; shape and dtype of `noised`."""
+        output = output.astype(noised.dtype)
+        if self.prediction_type == "epsilon":
+            return output
+        alpha, sigma = self._alpha_sigma(timestep, noised)
+        if self.prediction_type == "sample":
+            return (noised - alpha * output) / sigma  # sigma > 0: beta_start > 0
+        return sigma * noised + alpha * output
+
+    def snr(self, timestep: jax.Array) -> jax.Array:
+        """Signal-to-noise ratio alpha^2 / sigma^2, float32, shape of `timestep`."""
+        return _look_up(self.alphas_cumprod / (1.0 - self.alphas_cumprod), timestep)
+
+    def loss_weight(self, timestep: jax.Array, kind: str = "uniform", gamma: float = 5.0) -> jax.Array:
+        """Weight of the squared error of the network output, float32, shape of `timestep`.
+
+        "uniform" is 1. "min_snr" (Hang et al. 2023, arXiv:2303.09556, section 3.4) weighs the error of the
+        *clean image* by min(snr, gamma). That error is the output's times 1 for "sample", 1 / snr for
+        "epsilon" and 1 / (snr + 1) for "v_prediction"; below it is written without a division by the SNR, so
+        every weight is finite. At zero terminal SNR the weight of "sample" and "v_prediction" is 0: under
+        min_snr the step from pure noise is learned from its neighbours alone.
+        """
+        _check_choice("loss weight", kind, LOSS_WEIGHTS)
+        if kind == "uniform":
+            return jnp.ones(jnp.shape(timestep), jnp.float32)
+        if not gamma > 0:
+            raise UserError(f"min_snr gamma must be positive, not {gamma}")
+        signal = self.alphas_cumprod
+        noise = 1.0 - signal  # snr = signal / noise, so 1 / (snr + 1) = noise
+        if self.prediction_type == "epsilon":
+            weight = np.minimum(1.0, gamma * noise / signal)
+        elif self.prediction_type == "v_prediction":
+            weight = np.minimum(signal, gamma * noise)
+        else:
+            weight = np.minimum(signal / noise, gamma)
+        return _look_up(weight, timestep)
+
+    def inference_timesteps(self, num_steps: int, drop_zero: bool = False) -> np.ndarray:
+        """The timesteps a sampler visits: int32 [num_steps], descending.
+
+        Args:
+          num_steps: network evaluations per image.
+          drop_zero: False: the grid of diffusers' `DDIMScheduler`. True: that of
+            `DPMSolverMultistepScheduler`, which, where the spacing reaches down to timestep 0, makes the grid
+            one longer and leaves that last one out.
+        """
+        total = self.num_train_timesteps
+        if not 1 <= num_steps <= total:
+            raise UserError(f"the number of sampling steps must be in [1, {total}], not {num_steps}")
+        if self.timestep_spacing == "trailing":
+            # Cut to length: rounding in arange can yield one more.
+            return np.round(np.arange(total, 0, -total / num_steps)[:num_steps]).astype(np.int32) - 1
+        points = num_steps + int(drop_zero)
+        if self.timestep_spacing == "leading":
+            timesteps = np.arange(points) * (total // points) + self.steps_offset
+        else:
+            timesteps = np.round(np.linspace(0, total - 1, points))
+        timesteps = timesteps[::-1][:num_steps].astype(np.int32)
+        if timesteps[0] >= total or np.any(np.diff(timesteps) >= 0):
+            raise UserError(
+                f"{num_steps} sampling steps do not fit {total} timesteps with timestep_spacing="
+                f"{self.timestep_spacing!r} and steps_offset={self.steps_offset}: use fewer steps"
+            )
+        return timesteps
+
+    def _alpha_sigma(self, timestep: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """alpha and sigma in the dtype and rank of `images`: [..., 1, 1, 1] for timestep [...]."""
+        shape = jnp.shape(timestep)
+        if images.shape[: len(shape)] != shape:
+            raise ValueError(f"timestep {shape} lacks the leading dimensions of the images {images.shape}")
+        shape = shape + (1,) * (images.ndim - len(shape))
+        alpha = _look_up(np.sqrt(self.alphas_cumprod), timestep)
+        sigma = _look_up(np.sqrt(1.0 - self.alphas_cumprod), timestep)
+        return alpha.reshape(shape).astype(images.dtype), sigma.reshape(shape).astype(images.dtype)
+
+
+def _look_up(table: np.ndarray, timestep: jax.Array) -> jax.Array:
+    """table[timestep] as float32, shape of `timestep`."""
+    return jnp.asarray(table, jnp.float32)[jnp.asarray(timestep)]
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"unknown {what} {value!r}: choose one of {', '.join(choices)}")

@@ -1,0 +1,161 @@
+"""The first stage: Stable Diffusion's KL autoencoder. Structure and names follow diffusers' AutoencoderKL."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from m2m_jax.attention.backends import attend
+from m2m_jax.models.layers import Conv3x3, Downsample, ResnetBlock, Upsample
+
+NORM_EPS = 1e-6  # fixed in diffusers' encoder and decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Architecture of the autoencoder. Defaults are Stable Diffusion's.
+
+    Attributes:
+      scaling_factor: latents are multiplied by it, so that they have unit variance over the training data.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class SpatialSelfAttention(nnx.Module):
+    """Single-head self-attention over pixels, in the middle of the encoder and of the decoder."""
+
+    def __init__(self, channels: int, norm_num_groups: int, *, rngs: nnx.Rngs):
+        self.group_norm = nnx.GroupNorm(channels, norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
+        project = functools.partial(nnx.Linear, channels, channels, rngs=rngs)
+        self.to_q, self.to_k, self.to_v, self.to_out = project(), project(), project(), project()
+
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        b, h, w, c = x_bhwc.shape
+        x_bt1c = self.group_norm(x_bhwc).reshape(b, h * w, 1, c)
+        out_bt1c = attend(self.to_q(x_bt1c), self.to_k(x_bt1c), self.to_v(x_bt1c))
+        return x_bhwc + self.to_out(out_bt1c).reshape(x_bhwc.shape)
+
+
+class Level(nnx.Module):
+    """Residual blocks of one resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_layers: int, resnet):
+        inputs = [in_channels] + [out_channels] * (num_layers - 1)
+        self.resnets = nnx.List([resnet(channels, out_channels) for channels in inputs])
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, norm_num_groups: int, resnet, *, rngs: nnx.Rngs):
+        self.resnets = nnx.List([resnet(channels, channels), resnet(channels, channels)])
+        self.attentions = nnx.List([SpatialSelfAttention(channels, norm_num_groups, rngs=rngs)])
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](h)))
+
+
+class Encoder(nnx.Module):
+    """Pixels to the mean and log variance of the latents."""
+
+    def __init__(self, c: AutoencoderConfig, *, rngs: nnx.Rngs):
+        resnet = _resnet(c, rngs)
+        channels = c.block_out_channels
+        self.conv_in = Conv3x3(c.in_channels, channels[0], rngs=rngs)
+        blocks = []
+        for i, width in enumerate(channels):
+            block = Level(channels[max(i - 1, 0)], width, c.layers_per_block, resnet)
+            if i < len(channels) - 1:
+                padding = ((0, 1), (0, 1))
+                block.downsamplers = nnx.List([Downsample(width, padding=padding, dtype=None, rngs=rngs)])
+            blocks.append(block)
+        self.down_blocks = nnx.List(blocks)
+        self.mid_block = MidBlock(channels[-1], c.norm_num_groups, resnet, rngs=rngs)
+        self.conv_norm_out = nnx.GroupNorm(channels[-1], c.norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
+        self.conv_out = Conv3x3(channels[-1], 2 * c.latent_channels, rngs=rngs)
+
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        h = self.conv_in(x_bhwc)
+        for block in self.down_blocks:
+            for resnet in block.resnets:
+                h = resnet(h)
+            if hasattr(block, "downsamplers"):
+                h = block.downsamplers[0](h)
+        h = self.mid_block(h)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(h)))
+
+
+class Decoder(nnx.Module):
+    """Latents to pixels."""
+
+    def __init__(self, c: AutoencoderConfig, *, rngs: nnx.Rngs):
+        resnet = _resnet(c, rngs)
+        channels = c.block_out_channels[::-1]
+        self.conv_in = Conv3x3(c.latent_channels, channels[0], rngs=rngs)
+        self.mid_block = MidBlock(channels[0], c.norm_num_groups, resnet, rngs=rngs)
+        blocks = []
+        for i, width in enumerate(channels):
+            block = Level(channels[max(i - 1, 0)], width, c.layers_per_block + 1, resnet)
+            if i < len(channels) - 1:
+                block.upsamplers = nnx.List([Upsample(width, dtype=None, rngs=rngs)])
+            blocks.append(block)
+        self.up_blocks = nnx.List(blocks)
+        self.conv_norm_out = nnx.GroupNorm(channels[-1], c.norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
+        self.conv_out = Conv3x3(channels[-1], c.out_channels, rngs=rngs)
+
+    def __call__(self, z_bhwc: jax.Array) -> jax.Array:
+        h = self.mid_block(self.conv_in(z_bhwc))
+        for block in self.up_blocks:
+            for resnet in block.resnets:
+                h = resnet(h)
+            if hasattr(block, "upsamplers"):
+                h = block.upsamplers[0](h)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(h)))
+
+
+def _resnet(c: AutoencoderConfig, rngs: nnx.Rngs):
+    return functools.partial(
+        ResnetBlock, norm_num_groups=c.norm_num_groups, norm_eps=NORM_EPS, dtype=None, rngs=rngs
+    )
+
+
+class AutoencoderKL(nnx.Module):
+    """Images in [-1, 1] to scaled latents and back. Leading axes of the images are free: `[..., h, w, c]`."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.quant_conv = nnx.Conv(2 * config.latent_channels, 2 * config.latent_channels, (1, 1), rngs=rngs)
+        self.post_quant_conv = nnx.Conv(config.latent_channels, config.latent_channels, (1, 1), rngs=rngs)
+
+    def posterior(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and log variance of the unscaled latents, each `[..., h / f, w / f, latent_channels]`."""
+        flat_bhwc = images.reshape(-1, *images.shape[-3:])
+        moments = self.quant_conv(self.encoder(flat_bhwc))
+        mean, log_variance = jnp.split(moments.reshape(*images.shape[:-3], *moments.shape[1:]), 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """The posterior's mean, scaled: training and sampling then see the same latents of the same image."""
+        return self.posterior(images)[0] * self.config.scaling_factor
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Scaled latents to images, not clipped."""
+        flat_bhwc = latents.reshape(-1, *latents.shape[-3:]) / self.config.scaling_factor
+        images = self.decoder(self.post_quant_conv(flat_bhwc))
+        return images.reshape(*latents.shape[:-3], *images.shape[1:])

@@ -1,0 +1,39 @@
+"""Parameters as one flat dict, `{"down_blocks.0.resnets.1.conv1.kernel": array}`.
+
+Flat string keys are what checkpoints, sharding rules, weight folders and exported programs all want, and a plain dict
+is all that `jax.jit`, optax and Orbax need to know of Flax.
+"""
+
+import jax
+from flax import nnx
+
+Params = dict[str, jax.Array]
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """The static structure of a model, and its parameters."""
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> nnx.Module:
+    """The model of `split`, holding `params`; inside `jax.jit` too."""
+    flat = [(_path(name), nnx.Param(value)) for name, value in params.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def abstract(build) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """`split(build())` without computing anything: shapes and dtypes in the place of arrays."""
+    graphdef, state = nnx.split(nnx.eval_shape(build), nnx.Param)
+    leaves = ((path, leaf.get_value()) for path, leaf in nnx.to_flat_state(state))
+    return graphdef, {".".join(map(str, path)): jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves}
+
+
+def count(params: Params) -> int:
+    """Number of scalars."""
+    return sum(x.size for x in params.values())
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    """List indices are integers to Flax."""
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))

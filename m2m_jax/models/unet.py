@@ -1,0 +1,193 @@
+"""The Stable Diffusion U-Net over sets of images. Structure and names follow diffusers' UNet2DConditionModel."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from m2m_jax.attention.layout import SetLayout
+from m2m_jax.models.layers import Conv3x3, Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_features, zeros
+from m2m_jax.models.transformer import ImageSets, SpatialTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Architecture of the U-Net. Defaults are Stable Diffusion 2.x's.
+
+    Attributes:
+      down_block_types: per level, outermost first; "CrossAttnDownBlock2D" has transformer blocks. The way up mirrors it.
+      num_attention_heads: per level (what diffusers' config.json calls attention_head_dim).
+      attn2: "image_set" (M2M) or "none" (a single-image model).
+      clean_sees, attention_backend: see `SetLayout` and `attention.backends`.
+      dtype: what is computed in; parameters are float32.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    layers_per_block: int = 2
+    transformer_layers_per_block: int = 1
+    num_attention_heads: tuple[int, ...] = (5, 10, 20, 20)
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    use_linear_projection: bool = True
+    attn2: str = "image_set"
+    clean_sees: str = "preceding"
+    attention_backend: str = "prefix"
+    dtype: str = "float32"
+
+
+class UNetLevel(nnx.Module):
+    """The residual and transformer blocks of one resolution on the way down, in the middle or on the way up."""
+
+    def __init__(self, in_channels: list[int], out_channels: int, attends: list[bool], *, resnet, transformer):
+        self.resnets = nnx.List([resnet(channels, out_channels) for channels in in_channels])
+        self.attentions = nnx.List([transformer() for attend in attends if attend])
+
+
+class UNet(nnx.Module):
+    """Predicts the schedule's target for noised latents, in the context of the clean latents of their sets.
+
+    The three conditioning channels stay apart: image sets enter attn2, token sequences would enter a
+    cross-attention of their own, and what is global (here the timestep) enters the residual blocks as one embedding.
+    """
+
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+        c, dtype = config, jnp.dtype(config.dtype)
+        time_embed_dim = c.block_out_channels[0] * 4
+        resnet = functools.partial(
+            ResnetBlock,
+            norm_num_groups=c.norm_num_groups,
+            norm_eps=c.norm_eps,
+            time_embed_dim=time_embed_dim,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+        def level(in_channels: list[int], index: int, attends: list[bool]) -> UNetLevel:
+            channels = c.block_out_channels[index]
+            transformer = functools.partial(
+                SpatialTransformer,
+                channels,
+                c.num_attention_heads[index],
+                num_layers=c.transformer_layers_per_block,
+                norm_num_groups=c.norm_num_groups,
+                use_linear_projection=c.use_linear_projection,
+                attn2=c.attn2,
+                backend=c.attention_backend,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            return UNetLevel(in_channels, channels, attends, resnet=resnet, transformer=transformer)
+
+        self.config = config
+        self.conv_in = Conv3x3(c.in_channels, c.block_out_channels[0], dtype=dtype, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(c.block_out_channels[0], time_embed_dim, dtype=dtype, rngs=rngs)
+
+        skips = [c.block_out_channels[0]]
+        down_blocks, last = [], len(c.block_out_channels) - 1
+        for i, channels in enumerate(c.block_out_channels):
+            attends = [c.down_block_types[i] == "CrossAttnDownBlock2D"] * c.layers_per_block
+            block = level([skips[-1]] + [channels] * (c.layers_per_block - 1), i, attends)
+            skips += [channels] * c.layers_per_block
+            if i < last:
+                block.downsamplers = nnx.List([Downsample(channels, padding=1, dtype=dtype, rngs=rngs)])
+                skips.append(channels)
+            down_blocks.append(block)
+        self.down_blocks = nnx.List(down_blocks)
+
+        self.mid_block = level([c.block_out_channels[-1]] * 2, last, [True])
+
+        up_blocks, previous = [], c.block_out_channels[-1]
+        for i in reversed(range(len(c.block_out_channels))):
+            channels = c.block_out_channels[i]
+            attends = [c.down_block_types[i] == "CrossAttnDownBlock2D"] * (c.layers_per_block + 1)
+            inputs = [x + skips.pop() for x in [previous] + [channels] * c.layers_per_block]
+            block = level(inputs, i, attends)
+            if i > 0:
+                block.upsamplers = nnx.List([Upsample(channels, dtype=dtype, rngs=rngs)])
+            previous = channels
+            up_blocks.append(block)
+        self.up_blocks = nnx.List(up_blocks)
+
+        self.conv_norm_out = nnx.GroupNorm(previous, c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
+        self.conv_out = Conv3x3(previous, c.out_channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_bhwc: jax.Array, timestep_b: jax.Array, sets: ImageSets | None = None) -> jax.Array:
+        """One pass over a flat batch of latents.
+
+        Args:
+          x_bhwc: latents, [b, h, w, in_channels].
+          timestep_b: integers [b].
+          sets: how the rows form sets; needed where attn2 is "image_set".
+
+        Returns:
+          [b, h, w, out_channels], float32.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        features_bc = timestep_features(timestep_b, self.config.block_out_channels[0])
+        embedding_bc = self.time_embedding(features_bc.astype(dtype))
+
+        h = self.conv_in(x_bhwc.astype(dtype))
+        skips = [h]
+        for block in self.down_blocks:
+            for i, resnet in enumerate(block.resnets):
+                h = resnet(h, embedding_bc)
+                if len(block.attentions):
+                    h = block.attentions[i](h, sets)
+                skips.append(h)
+            if hasattr(block, "downsamplers"):
+                h = block.downsamplers[0](h)
+                skips.append(h)
+
+        h = self.mid_block.resnets[0](h, embedding_bc)
+        h = self.mid_block.attentions[0](h, sets)
+        h = self.mid_block.resnets[1](h, embedding_bc)
+
+        for block in self.up_blocks:
+            for i, resnet in enumerate(block.resnets):
+                h = resnet(jnp.concatenate([h, skips.pop()], axis=-1), embedding_bc)
+                if len(block.attentions):
+                    h = block.attentions[i](h, sets)
+            if hasattr(block, "upsamplers"):
+                h = block.upsamplers[0](h, size=skips[-1].shape[1:3])
+
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(h))).astype(jnp.float32)
+
+
+def denoise_sets(
+    unet: UNet,
+    clean_bmhwc: jax.Array | None,
+    noised_bnhwc: jax.Array,
+    timestep_bn: jax.Array,
+    layout: SetLayout,
+    *,
+    clean_timestep: int,
+    keep_context_b: jax.Array | None = None,
+) -> jax.Array:
+    """The M2M forward pass: clean and noised images of all sets in one call of the U-Net.
+
+    Args:
+      clean_bmhwc: latents of the clean images, m = len(layout.clean); None if there are none.
+      noised_bnhwc: latents of the noised images, n = len(layout.noised).
+      timestep_bn: timesteps of the noised images, independent of one another.
+      clean_timestep: what the U-Net is told about the clean images, one value always: it makes their keys and
+        values independent of the image being made.
+      keep_context_b: see `ImageSets`.
+
+    Returns:
+      Predictions for the noised images, [b, n, h, w, c].
+    """
+    b, n = noised_bnhwc.shape[:2]
+    m = len(layout.clean)
+    stack_bqhwc, timestep_bq = noised_bnhwc, timestep_bn
+    if m:
+        stack_bqhwc = jnp.concatenate([clean_bmhwc, noised_bnhwc], axis=1)
+        clean_timestep_bm = jnp.full((b, m), clean_timestep, timestep_bn.dtype)
+        timestep_bq = jnp.concatenate([clean_timestep_bm, timestep_bn], axis=1)
+    flat_bhwc = jax.lax.collapse(stack_bqhwc, 0, 2)
+    out_bhwc = unet(flat_bhwc, timestep_bq.reshape(-1), ImageSets(layout, keep_context_b))
+    return out_bhwc.reshape(b, m + n, *out_bhwc.shape[1:])[:, m:]

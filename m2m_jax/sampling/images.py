@@ -1,0 +1,155 @@
+"""Image files in and out: a file on disk becomes uint8 [size, size, 3], or one clear line says why not.
+
+`decode_image` and `fit_square` are the two steps of `read_image`. Everything that takes people's image files
+(context images of the sampler, folders as data sets) goes through them, so that the same file means the
+same pixels everywhere. Needs numpy and Pillow alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from m2m_jax.errors import UserError
+
+# What is read. Pillow knows more formats, but some of those start other programs (EPS) or are no pictures.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+
+# Larger ones are refused before they are decoded (a photograph has 10 to 50 million pixels).
+MAX_PIXELS = 80_000_000
+
+
+def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
+    """The image file at `path` as uint8 [size, size, 3], on white; or a UserError that names it."""
+    return fit_square(decode_image(read_bytes(path), str(path)), size)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The content of the file at `path`; a missing or unreadable one is a UserError."""
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder, and one image file is needed")
+    try:
+        return pathlib.Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from error
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """An encoded image of any mode as a Pillow image in mode RGBA, upright, at its own size.
+
+    Handles palettes, grey (8 and 16 bit), CMYK, transparency of every kind and the orientation in EXIF.
+
+    Args:
+      data: the content of the file.
+      name: what error messages call it: the file's path, or "record 12, image 3".
+
+    Raises:
+      UserError: empty, not an image, damaged, animated, too large, or of a pixel type without a known range.
+    """
+    if not data:
+        raise UserError(f"{name}: the file is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        kinds = ", ".join(FORMATS)
+        raise UserError(f"{name}: not an image that can be read ({kinds}): convert it to PNG") from None
+    except Image.DecompressionBombError:
+        raise UserError(_too_large(name)) from None
+    except Exception as error:
+        raise UserError(_damaged(name, error)) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(_too_large(name, image))
+    try:
+        _refuse_several_frames(image, name)
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF: the pixels are good all the same
+            image = ImageOps.exif_transpose(image)
+        return _to_rgba(image, name)
+    except UserError:
+        raise
+    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error: each decoder has its own
+        raise UserError(_damaged(name, error)) from error
+
+
+def fit_square(image: Image.Image, size: int) -> np.ndarray:
+    """A Pillow image (RGB or RGBA) as uint8 [size, size, 3]: on white, whole, centred, antialiased.
+
+    The longer side becomes `size`; white fills the rest. An image of that size already keeps its pixels.
+    """
+    if image.mode != "RGB":
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image).convert("RGB")
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(image, ((size - width) // 2, (size - height) // 2))
+    return np.array(square)
+
+
+def write_png(path: str | os.PathLike[str], image: np.ndarray | Image.Image) -> None:
+    """Writes uint8 [H, W, 3] (or a Pillow image) as PNG; the file appears whole or not at all."""
+    if not isinstance(image, Image.Image):
+        image = as_pillow(image)
+    path = pathlib.Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(unfinished, format="PNG")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+def as_pillow(image_hwc: np.ndarray) -> Image.Image:
+    """uint8 [H, W, 3] as a Pillow image; anything else is a programming error."""
+    image_hwc = np.asarray(image_hwc)
+    if image_hwc.dtype != np.uint8 or image_hwc.ndim != 3 or image_hwc.shape[-1] != 3 or not image_hwc.size:
+        raise ValueError(f"expected uint8 [H, W, 3], got {image_hwc.dtype} {list(image_hwc.shape)}")
+    return Image.fromarray(image_hwc)
+
+
+def _refuse_several_frames(image: Image.Image, name: str) -> None:
+    # A JPEG with several pictures (MPO) is a photograph with previews: its first picture is the photograph.
+    if image.format == "MPO" or not getattr(image, "is_animated", False):
+        return
+    what = "a document of {} pages" if image.format == "TIFF" else "an animation of {} frames"
+    raise UserError(
+        f"{name}: is {what.format(image.n_frames)}, and one picture is needed: "
+        "save the one you want as a PNG and name that"
+    )
+
+
+def _to_rgba(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise UserError(f"{name}: has float pixels of unknown range: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey; 32-bit integers only where they hold 16-bit values
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{name}: has 32-bit pixels of unknown range: save it with 8 or 16 bits")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        image = image.convert("RGB")
+    return image.convert("RGBA")
+
+
+def _damaged(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"{name}: the image is damaged ({reason}): replace or remove it"
+
+
+def _too_large(name: str, image: Image.Image | None = None) -> str:
+    size = f" ({image.width} x {image.height})" if image else ""
+    return f"{name}: the image is too large{size}: scale it to {MAX_PIXELS // 10**6} million pixels or fewer"

@@ -1,0 +1,144 @@
+"""Trains: `python -m m2m_jax.train --config configs/emoji.py --workdir runs/emoji`.
+
+One program for the three models, chosen by `config.task` and the config file: the autoencoder, the single-image U-Net and
+M2M. It resumes by itself where the workdir holds a checkpoint. The workdir receives
+
+    checkpoints/       Orbax, with the config inside
+    metrics.jsonl      one JSON object a line: step, train/..., eval/..., timings
+    tensorboard/       the same, and the sample grids
+    samples/           the sample grids as PNG
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.data.pipeline import batches, make_dataset
+from m2m_jax.errors import run_program
+from m2m_jax.models.parameters import count
+from m2m_jax.sampling.images import write_png
+from m2m_jax.training import compilation_cache, sharding
+from m2m_jax.training.autoencoding import Autoencoding
+from m2m_jax.training.checkpoint import Checkpointer
+from m2m_jax.training.metrics import MetricWriter
+from m2m_jax.training.optimizer import make_optimizer
+from m2m_jax.training.set_diffusion import SetDiffusion
+from m2m_jax.training.state import TrainState
+
+PREVIEW_SETS = 8  # in a sample grid
+TASKS = {"autoencoder": Autoencoding, "set_diffusion": SetDiffusion}
+
+CONFIG = define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and samples.", required=True)
+
+
+def main(argv):
+    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    validate(config)
+    compilation_cache.enable()
+
+    # Mesh
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size")
+    sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
+
+    # Data
+    def dataset(split, batch_size):
+        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        return make_dataset(config.data, split=split, seed=config.seed, batch_size=batch_size, **hosts)
+
+    train_data = dataset(config.data.train_split, config.data.batch_size)
+    eval_data = dataset(config.data.eval_split, config.eval.batch_size)
+
+    # Task, optimizer, state; restored where the workdir holds a checkpoint
+    task = TASKS[config.task](config)
+    optimizer, learning_rate = make_optimizer(config.optimizer, config.train.steps, task.is_new_parameter)
+    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.shapes)
+    shardings = sharding.state_shardings(shapes, mesh)
+    frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
+    if checkpoints.latest_step() is None:
+        create = jax.jit(lambda params: TrainState.create(params, optimizer), out_shardings=shardings)
+        state = create(task.init())
+    else:
+        state = checkpoints.restore_train_state(
+            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        )
+    first_step = int(state.step)
+    writer = MetricWriter(workdir, config.train.steps, resumed_step=first_step)
+    writer.message(sharding.describe(task.shapes, mesh))
+    start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
+    writer.message(f"{config.task}: {count(task.shapes):,} parameters, {start}")
+
+    # Steps
+    batch_sharding = sharding.batch_sharding(mesh)
+
+    def train_step(state, frozen, batch):
+        gradients, metrics = jax.grad(task.loss, has_aux=True)(state.params, frozen, batch, state.step)
+        metrics["gradient_norm"] = jnp.sqrt(sum(jnp.sum(g**2) for g in gradients.values()))
+        return state.apply_gradients(gradients, optimizer, config.train.ema_decay), metrics
+
+    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    eval_step = jax.jit(task.evaluate, in_shardings=(None, None, batch_sharding, None))
+
+    def evaluate(step):
+        held_out = [eval_data[i] for i in range(config.eval.batches)]
+        results = [
+            eval_step(state.ema_params, frozen, sharding.make_global_batch(mesh, batch), i)
+            for i, batch in enumerate(held_out)
+        ]
+        means = {f"eval/{name}": np.mean([float(r[name]) for r in results]) for name in results[0]}
+        writer.scalars(step, means)
+        shown = {name: value for name, value in means.items() if "/loss_by" not in name}
+        writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        grid = task.preview(state.ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()}, step)
+        writer.image(step, "samples", np.asarray(grid))
+        (workdir / "samples").mkdir(exist_ok=True)
+        write_png(workdir / "samples" / f"{step:07d}.png", grid)
+
+    # Loop
+    images_per_step = config.data.batch_size * config.data.images_per_set
+    stream = batches(train_data, first_step, config.data.prefetch, config.data.threads)
+    metrics, data_wait, steps_timed, clock = None, 0.0, 0, time.monotonic()
+    for step in range(first_step + 1, config.train.steps + 1):
+        waited = time.monotonic()
+        batch = sharding.make_global_batch(mesh, next(stream))
+        data_wait += time.monotonic() - waited
+        previous_metrics = metrics
+        state, metrics = train_step(state, frozen, batch)
+        # The host stays one step ahead of the device, and no more: a batch in flight holds memory.
+        jax.block_until_ready(previous_metrics)
+        steps_timed += 1
+
+        if step % config.train.log_every == 0 or step == config.train.steps:
+            scalars = {name: float(value) for name, value in metrics.items()}
+            seconds = time.monotonic() - clock
+            rate, share = images_per_step * steps_timed / seconds, data_wait / seconds
+            timings = {"images_per_second": rate, "step_seconds": seconds / steps_timed, "data_wait_share": share}
+            logged = scalars | timings | {"learning_rate": learning_rate(step - 1)}
+            writer.scalars(step, {f"train/{name}": value for name, value in logged.items()})
+            writer.progress(step, loss=scalars["loss"], images_per_second=rate, data_wait_share=share)
+            if not np.isfinite(scalars["loss"]):
+                raise FloatingPointError(f"the loss of step {step} is {scalars['loss']}; the last checkpoint is whole")
+            data_wait, steps_timed, clock = 0.0, 0, time.monotonic()
+
+        last = step == config.train.steps
+        if last or step % config.checkpoint.every == 0:
+            checkpoints.save(step, state, autoencoder_params=frozen, metadata=task.metadata)
+        if last or step % config.eval.every == 0:
+            paused = time.monotonic()
+            evaluate(step)
+            clock += time.monotonic() - paused
+
+    checkpoints.close()
+    writer.close()
+
+
+if __name__ == "__main__":
+    run_program(main, check_arguments)

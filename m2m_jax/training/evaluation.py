@@ -1,0 +1,49 @@
+"""Is the context used? The denoising loss of one image of held-out sets under different contexts."""
+
+import jax
+import jax.numpy as jnp
+
+from m2m_jax.attention.layout import SetLayout
+from m2m_jax.diffusion.objective import squared_error
+from m2m_jax.diffusion.schedule import NoiseSchedule
+from m2m_jax.keys import Stream, stream_key
+from m2m_jax.models.unet import UNet
+
+
+def context_losses(
+    unet: UNet, schedule: NoiseSchedule, latents_bnhwc: jax.Array, *, seed: int, batch_index: jax.Array, config
+) -> dict[str, jax.Array]:
+    """Losses of the last image of each set, with the same noise and timestep under every context.
+
+    Args:
+      latents_bnhwc: scaled latents of held-out sets.
+      seed, batch_index: noise and timesteps depend on these two alone, so every evaluation sees the same.
+      config: `config.diffusion`.
+
+    Returns:
+      loss_own_context: all n - 1 images before it as context.
+      loss_other_context: the n - 1 images of the next set of the batch in their place.
+      loss_by_context_size/k: the first k images of its own set, k = 0 .. n - 1.
+    """
+    b, n, *image = latents_bnhwc.shape
+    key = stream_key(seed, batch_index, Stream.EVAL)
+    noise_key, timestep_key = jax.random.split(key)
+    # One timestep in each of b equal strata: far less variance between batches than independent draws.
+    fraction_b = (jnp.arange(b, dtype=jnp.float32) + jax.random.uniform(timestep_key, (b,))) / b
+    timestep_b = (fraction_b * schedule.num_train_timesteps).astype(jnp.int32)
+    noise_bhwc = jax.random.normal(noise_key, (b, *image))
+
+    def losses(clean_bmhwc):
+        # The same noised image at positions 0 .. n - 1 of one stack: position k sees k context images.
+        repeated = (jnp.repeat(x[:, None], n, axis=1) for x in (latents_bnhwc[:, -1], noise_bhwc, timestep_b))
+        layout = SetLayout.training(n, unet.config.clean_sees)
+        error_bn = squared_error(
+            unet, schedule, clean_bmhwc, *repeated, layout, clean_timestep=config.clean_timestep
+        )
+        return error_bn.mean(axis=0)
+
+    clean_bmhwc = latents_bnhwc[:, : n - 1]
+    own_n = losses(clean_bmhwc)
+    other_n = losses(jnp.roll(clean_bmhwc, 1, axis=0))
+    by_size = {f"loss_by_context_size/{k}": own_n[k] for k in range(n)}
+    return {"loss_own_context": own_n[-1], "loss_other_context": other_n[-1], **by_size}

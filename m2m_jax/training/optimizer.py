@@ -1,0 +1,52 @@
+"""AdamW with clipping, warm-up and cosine, from `config.optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import optax
+from ml_collections import ConfigDict
+
+from m2m_jax.errors import UserError
+
+
+def make_optimizer(
+    config: ConfigDict, total_steps: int, is_new_parameter: Callable[[str], bool]
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a flat dict of parameters, and its learning rate as a function of the step (for the log).
+
+    Args:
+        config: `config.optimizer`.
+        total_steps: the cosine reaches zero here.
+        is_new_parameter: of a dotted name: whether no pretrained folder gave it; the updates of such parameters
+            are multiplied by `new_parameter_rate` (their learning rate is that much higher, their decay too).
+
+    Raises UserError where the warm-up does not end before the run.
+    """
+    if config.warmup_steps >= total_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps is {config.warmup_steps}; it must be less than "
+            f"config.train.steps = {total_steps}"
+        )
+    schedule = optax.warmup_cosine_decay_schedule(
+        # With no warm-up at all, optax begins at the peak; with one, the first step already moves a little.
+        init_value=config.learning_rate / (config.warmup_steps + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=total_steps,
+    )
+    optimizer = optax.chain(
+        # Clipped first: the norm is that of the true gradient, whatever the rates of its parts.
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed),
+        optax.masked(
+            optax.scale(config.new_parameter_rate),
+            lambda params: {name: is_new_parameter(name) for name in params},
+        ),
+    )
+    return optimizer, schedule
+
+
+def _decayed(params: dict) -> dict[str, bool]:
+    # Scales and biases are few and have a meaning at their size; only kernels are pulled to zero.
+    return {name: name.endswith("kernel") and value.ndim >= 2 for name, value in params.items()}

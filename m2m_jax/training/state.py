@@ -1,0 +1,47 @@
+"""The train state: everything that changes from step to step, as one tree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from m2m_jax.models.parameters import Params
+
+if TYPE_CHECKING:
+    import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: int32 []; params and ema_params: flat dicts of the same names and shapes, the EMA in float32."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema_params: Params
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state before the first step; the EMA begins at the parameters."""
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            # Copies: a donated state must not hold one buffer twice.
+            ema_params={name: jnp.array(value, jnp.float32, copy=True) for name, value in params.items()},
+        )
+
+    def apply_gradients(
+        self, gradients: Params, optimizer: optax.GradientTransformation, ema_decay: float
+    ) -> TrainState:
+        """One update of parameters, optimizer and EMA. `gradients`: as `params`. Traceable."""
+        updates, opt_state = optimizer.update(gradients, self.opt_state, self.params)
+        params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), self.params, updates)
+        # The average of a young run follows its parameters closely, or it would remember the initial ones for long.
+        step = self.step.astype(jnp.float32)
+        decay = jnp.minimum(jnp.float32(ema_decay), (1.0 + step) / (10.0 + step))
+        ema_params = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p.astype(jnp.float32) - e), self.ema_params, params)
+        return TrainState(step=self.step + jnp.int32(1), params=params, opt_state=opt_state, ema_params=ema_params)

@@ -1,0 +1,17 @@
+"""A hostile set-up: what passes here does not depend on one device, or on JAX forgiving a careless dtype or rank."""
+
+import getpass
+import os
+import tempfile
+
+# Read when JAX is first imported. Eight devices on one CPU: every test can shard.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"m2m_jax-{getpass.getuser()}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
