@@ -3,8 +3,8 @@
     python -m m2m_jax.train --config configs/emoji_base.py --workdir runs/emoji_base
     python -m m2m_jax.to_diffusers --checkpoint runs/emoji_base --output pretrained/unet
 
-The U-Net of configs/emoji.py without Image-Set Attention, trained on sets of one image: unconditional, as Stable Diffusion
-is without its text. Trained on the training split only. Figures and time: pretrained/README.md.
+The U-Net of configs/emoji.py without Image-Set Attention, trained on sets of one image: unconditional, as Stable
+Diffusion is without its text. Trained on the training split only. Figures and time: pretrained/README.md.
 """
 
 from m2m_jax.configuration import apply_preset, default_config

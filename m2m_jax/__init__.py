@@ -1,8 +1,8 @@
 """Many-to-many image generation with auto-regressive diffusion models (M2M), in JAX and Flax.
 
-    import m2m_jax
-    sampler = m2m_jax.Sampler.from_checkpoint("runs/demo")
-    images = sampler(["a.png", "b.png"], num_images=4, seed=0)   # uint8 [4, size, size, 3]
+import m2m_jax
+sampler = m2m_jax.Sampler.from_checkpoint("runs/demo")
+images = sampler(["a.png", "b.png"], num_images=4, seed=0)   # uint8 [4, size, size, 3]
 """
 
 import importlib

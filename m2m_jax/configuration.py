@@ -60,6 +60,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "model.layers_per_block": (1, math.inf),
     "model.norm_num_groups": (1, math.inf),
     "model.transformer_layers_per_block": (1, math.inf),
+    "model.norm_eps": (1e-12, 1.0),
     "schedule.num_train_timesteps": (2, math.inf),
     "diffusion.min_snr_gamma": (1e-6, math.inf),
     "diffusion.context_dropout": (0.0, 1.0),

@@ -15,11 +15,11 @@ import numpy as np
 from absl import flags
 
 from m2m_jax.errors import UserError, run_program
+from m2m_jax.images import read_image, write_png
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
-from m2m_jax.sampling.images import read_image, write_png
 from m2m_jax.sampling.sampler import Sampler
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')  # as m2m_jax.data.folder
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # as m2m_jax.data.folder
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training run.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
@@ -53,7 +53,10 @@ def main(argv):
             start = time.monotonic()
             new_images = sampler(images, NUM_IMAGES.value, SEED.value)
             seconds = (time.monotonic() - start) / NUM_IMAGES.value
-            print(f"[{number}/{len(contexts)}] {name or 'set'}: {NUM_IMAGES.value} images, {seconds:.2f} s each", flush=True)
+            print(
+                f"[{number}/{len(contexts)}] {name or 'set'}: {NUM_IMAGES.value} images, {seconds:.2f} s each",
+                flush=True,
+            )
             write_set(aside / name, sets[name], new_images, sampler, seconds)
             rows.append(Row(name, [context(images), generated(list(new_images))]))
         write_png(aside / "contact_sheet.png", contact_sheet(rows))

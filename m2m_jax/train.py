@@ -1,7 +1,6 @@
 """Trains: `python -m m2m_jax.train --config configs/emoji.py --workdir runs/emoji`.
 
-One program for the three models, chosen by `config.task` and the config file: the autoencoder, the single-image U-Net and
-M2M. It resumes by itself where the workdir holds a checkpoint. The workdir receives
+One program for the three models, chosen by the config: the autoencoder, the single-image U-Net and M2M. It resumes by itself where the workdir holds a checkpoint. The workdir receives
 
     checkpoints/       Orbax, with the config inside
     metrics.jsonl      one JSON object a line: step, train/..., eval/..., timings
@@ -20,9 +19,9 @@ from absl import flags
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data.pipeline import batches, make_dataset
 from m2m_jax.errors import run_program
+from m2m_jax.images import write_png
 from m2m_jax.models.parameters import count
-from m2m_jax.sampling.images import write_png
-from m2m_jax.training import compilation_cache, sharding
+from m2m_jax.training import runtime, sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.checkpoint import Checkpointer
 from m2m_jax.training.metrics import MetricWriter
@@ -40,7 +39,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics 
 def main(argv):
     config, workdir = CONFIG.value, Path(WORKDIR.value)
     validate(config)
-    compilation_cache.enable()
+    runtime.start()
 
     # Mesh
     mesh = sharding.make_mesh(config.mesh)
@@ -128,13 +127,13 @@ def main(argv):
                 raise FloatingPointError(f"the loss of step {step} is {scalars['loss']}; the last checkpoint is whole")
             data_wait, steps_timed, clock = 0.0, 0, time.monotonic()
 
-        last = step == config.train.steps
+        # Evaluated before it is saved: a run that dies between the two evaluates again, one that resumes skips nothing.
+        last, paused = step == config.train.steps, time.monotonic()
+        if last or step % config.eval.every == 0:
+            evaluate(step)
         if last or step % config.checkpoint.every == 0:
             checkpoints.save(step, state, autoencoder_params=frozen, metadata=task.metadata)
-        if last or step % config.eval.every == 0:
-            paused = time.monotonic()
-            evaluate(step)
-            clock += time.monotonic() - paused
+        clock += time.monotonic() - paused
 
     checkpoints.close()
     writer.close()

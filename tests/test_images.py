@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from m2m_jax.errors import UserError
+from m2m_jax.images import decode_image, read_image, write_png
 from m2m_jax.sampling import images
-from m2m_jax.sampling.images import decode_image, fit_square, read_image, write_png
 
 RED = (255, 0, 0)
 
@@ -24,7 +24,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def pixels(data: bytes, size: int = 8) -> np.ndarray:
-    result = fit_square(decode_image(data, "test image"), size)
+    result = read_image(decode_image(data, "test image"), size)
     assert result.shape == (size, size, 3)
     assert result.dtype == np.uint8
     return result

@@ -73,5 +73,6 @@ def allowed(query_is_noised, query_position, key_position, clean_sees: str = "pr
 
     Args are broadcast against each other: booleans and integers, or arrays of them (NumPy or JAX).
     """
+    query_is_clean = query_is_noised ^ True  # `~` makes an integer of a Python bool
     clean_to_clean = key_position <= query_position if clean_sees == "preceding" else key_position == query_position
-    return (query_is_noised & (key_position < query_position)) | (~query_is_noised & clean_to_clean)
+    return (query_is_noised & (key_position < query_position)) | (query_is_clean & clean_to_clean)

@@ -13,6 +13,7 @@ import pathlib
 
 from m2m_jax.data import records
 from m2m_jax.errors import UserError
+from m2m_jax.images import decode_image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_FILE = "caption.txt"
@@ -92,7 +93,7 @@ def _read_set(subfolder: pathlib.Path, images_per_set: int) -> records.ImageSetR
             data = file.read_bytes()
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-        records.decode_image(data, str(file))
+        decode_image(data, str(file))
         images.append(data)
     return records.ImageSetRecord(
         set_id=subfolder.name, kind=KIND, caption=_read_caption(subfolder), images=tuple(images)

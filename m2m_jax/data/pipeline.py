@@ -13,10 +13,10 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
-from PIL import Image
 
 from m2m_jax.data import augmentation, folder, records
 from m2m_jax.errors import UserError
+from m2m_jax.images import decode_image, fit_square
 
 # Independent random streams of one example.
 _ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM = 0, 1, 2
@@ -142,23 +142,9 @@ class SetExamples:
         where = f"{self._source.name}, set {record.set_id!r}, image {image_index}"
         if not record.images:
             raise UserError(f"{where}: holds latents; training on pixels needs encoded images")
-        pixels = fit_square(records.decode_image(record.images[image_index], where), self._image_size)
+        pixels = fit_square(decode_image(record.images[image_index], where), self._image_size)
         pixels.flags.writeable = False
         return pixels
-
-
-def fit_square(image: Image.Image, size: int) -> np.ndarray:
-    """Any image -> uint8 RGBA [size, size, 4]: whole, aspect kept, centred, transparent beside it."""
-    image = image.convert("RGBA")
-    if image.size == (size, size):
-        return np.array(image)
-    scale = size / max(image.size)
-    width, height = (max(1, round(extent * scale)) for extent in image.size)
-    # reducing_gap lets PIL halve huge photographs cheaply first; 3 is indistinguishable from going without.
-    resized = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    square = Image.new("RGBA", (size, size))
-    square.paste(resized, ((size - width) // 2, (size - height) // 2))
-    return np.array(square)
 
 
 def make_dataset(

@@ -19,19 +19,14 @@ already multiplied by the first stage's scaling factor. In Python a record is an
 """
 
 import dataclasses
-import io
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from m2m_jax.errors import UserError
 
 MAX_IMAGES_PER_RECORD = 25
 LATENT_DTYPES = ("float16", "float32")
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-# Refuses decompression bombs: a few kilobytes that unpack to gigabytes.
-MAX_IMAGE_PIXELS = 64_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,38 +139,3 @@ def _check(record: ImageSetRecord, where: str) -> None:
     if record.image_captions and len(record.image_captions) != record.num_images:
         captions = len(record.image_captions)
         raise UserError(f"{where}: {captions} image captions for {record.num_images} images")
-
-
-def decode_image(data: bytes, where: str) -> Image.Image:
-    """Encoded bytes -> PIL image, mode RGB or RGBA (RGBA wherever the file has any transparency), upright.
-
-    where: names the image in messages. Raises UserError if it cannot be decoded or is implausibly large.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise UserError(f"{where}: {image.width} x {image.height} pixels; at most {MAX_IMAGE_PIXELS} are decoded")
-        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-            image = _upright(image)
-        if image.mode in ("RGB", "RGBA"):
-            image.load()
-            return image
-        if image.mode.startswith("I;16") or image.mode == "I":
-            # PIL's own conversion clips 16-bit grey at 255, which turns pictures white.
-            grey = np.asarray(image).astype(np.float64) / 257.0
-            return Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8), "L").convert("RGB")
-        transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
-        return image.convert("RGBA" if transparent else "RGB")
-    except UserError:
-        raise
-    except Exception as error:  # PIL raises many types on corrupt files: OSError, SyntaxError, ...
-        raise UserError(f"{where}: not a readable PNG, JPEG or WebP image ({error})") from error
-
-
-_EXIF_ORIENTATION = 0x0112
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    from PIL import ImageOps
-
-    return ImageOps.exif_transpose(image)

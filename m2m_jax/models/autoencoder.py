@@ -128,9 +128,7 @@ class Decoder(nnx.Module):
 
 
 def _resnet(c: AutoencoderConfig, rngs: nnx.Rngs):
-    return functools.partial(
-        ResnetBlock, norm_num_groups=c.norm_num_groups, norm_eps=NORM_EPS, dtype=None, rngs=rngs
-    )
+    return functools.partial(ResnetBlock, norm_num_groups=c.norm_num_groups, norm_eps=NORM_EPS, dtype=None, rngs=rngs)
 
 
 class AutoencoderKL(nnx.Module):

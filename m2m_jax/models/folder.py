@@ -80,7 +80,7 @@ def load_params(folder: str | Path) -> Params:
             raise UserError(f"no weights at {file}{remedy}")
         try:
             with safe_open(file, framework="np") as tensors:
-                for torch_name in tensors.keys():
+                for torch_name in tensors.keys():  # noqa: SIM118 (no mapping)
                     name, value = _from_torch(torch_name, tensors.get_tensor(torch_name))
                     params[name] = value
         except SafetensorError as error:

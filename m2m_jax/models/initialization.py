@@ -6,15 +6,15 @@ from m2m_jax.models.parameters import Params
 
 def is_set_attention(name: str) -> bool:
     """Parameters that Image-Set Attention adds to a transformer block: attn2 and the norm before it."""
-    return ".attn2." in name or ".norm2." in name and ".transformer_blocks." in name
+    return ".attn2." in name or (".norm2." in name and ".transformer_blocks." in name)
 
 
 def from_pretrained(params: Params, pretrained: Params, folder: str) -> Params:
     """Takes over every parameter of a single-image U-Net and starts the set attention beside it.
 
     The queries, keys, values and norm of attn2 start as copies of attn1's in the same block, which already match like
-    with like, and its output projection starts at zero: at step 0 the network is the pretrained one, whatever the context,
-    and the context fades in. Not the paper's choice, which is not known.
+    with like, and its output projection starts at zero: at step 0 the network is the pretrained one, whatever the
+    context, and the context fades in. Not the paper's choice, which is not known.
 
     Raises:
       UserError: anything else is missing, left over, or of another shape.

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.models.layers import Conv3x3, Downsample, ResnetBlock, TimestepEmbedding, Upsample, timestep_features, zeros
+from m2m_jax.models.layers import (
+    Conv3x3,
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    timestep_features,
+    zeros,
+)
 from m2m_jax.models.transformer import ImageSets, SpatialTransformer
 
 
@@ -17,7 +25,8 @@ class UNetConfig:
     """Architecture of the U-Net. Defaults are Stable Diffusion 2.x's.
 
     Attributes:
-      down_block_types: per level, outermost first; "CrossAttnDownBlock2D" has transformer blocks. The way up mirrors it.
+      down_block_types: per level, outermost first; "CrossAttnDownBlock2D" has transformer blocks. The way up
+        mirrors it.
       num_attention_heads: per level (what diffusers' config.json calls attention_head_dim).
       attn2: "image_set" (M2M) or "none" (a single-image model).
       clean_sees, attention_backend: see `SetLayout` and `attention.backends`.

@@ -16,10 +16,10 @@ from m2m_jax.diffusion.guidance import guide
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.steppers import STEPPERS
 from m2m_jax.errors import UserError
+from m2m_jax.images import read_image
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
-from m2m_jax.sampling.images import read_image
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Autoencoding:
     """Reconstruction and KL losses of `AutoencoderKL`.
 
     Stable Diffusion adds a perceptual and an adversarial term; at 32 px and four-fold downsampling absolute and squared
-    error do without. Latents are unscaled here: `m2m_jax.to_diffusers` measures the scaling factor when it saves the model.
+    error do without. Latents are unscaled here: `m2m_jax.to_diffusers` measures the scaling factor when it saves.
     """
 
     def __init__(self, config: ConfigDict):

@@ -119,7 +119,8 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
         raise UserError(f"there is no checkpoint folder {path}; give the --workdir of a training run")
     if (folder / FOLDER).is_dir():
         folder /= FOLDER
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    # Not read_only: that warns three times, and without create nothing is written either.
+    options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(folder, options=options, item_handlers=_handlers()) as manager:
         step = _choose_step(manager, folder, step)
         about = _about(manager, folder, step)

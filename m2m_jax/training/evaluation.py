@@ -37,9 +37,7 @@ def context_losses(
         # The same noised image at positions 0 .. n - 1 of one stack: position k sees k context images.
         repeated = (jnp.repeat(x[:, None], n, axis=1) for x in (latents_bnhwc[:, -1], noise_bhwc, timestep_b))
         layout = SetLayout.training(n, unet.config.clean_sees)
-        error_bn = squared_error(
-            unet, schedule, clean_bmhwc, *repeated, layout, clean_timestep=config.clean_timestep
-        )
+        error_bn = squared_error(unet, schedule, clean_bmhwc, *repeated, layout, clean_timestep=config.clean_timestep)
         return error_bn.mean(axis=0)
 
     clean_bmhwc = latents_bnhwc[:, : n - 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -44,7 +45,17 @@ def make_optimizer(
             lambda params: {name: is_new_parameter(name) for name in params},
         ),
     )
-    return optimizer, schedule
+    return _promoting(optimizer), schedule
+
+
+def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer`, running also where JAX's dtype promotion is strict: Optax raises floats to the int32 count."""
+
+    def update(gradients, state, params):
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(gradients, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _decayed(params: dict) -> dict[str, bool]:

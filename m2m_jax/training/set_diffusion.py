@@ -9,7 +9,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import to_json
 from m2m_jax.diffusion.objective import set_loss
 from m2m_jax.diffusion.schedule import NoiseSchedule

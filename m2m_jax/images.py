@@ -80,19 +80,19 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 
 def fit_square(image: Image.Image, size: int) -> np.ndarray:
-    """A Pillow image (RGB or RGBA) as uint8 [size, size, 3]: on white, whole, centred, antialiased.
+    """A Pillow image as uint8 RGBA [size, size, 4]: whole, centred, antialiased, transparent beside it.
 
-    The longer side becomes `size`; white fills the rest. An image of that size already keeps its pixels.
+    The longer side becomes `size`. An image of that size already keeps its pixels.
     """
-    if image.mode != "RGB":
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image).convert("RGB")
+    image = image.convert("RGBA")
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
+        # reducing_gap lets Pillow halve huge photographs cheaply first; 3 cannot be told from going without.
         image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    square = Image.new("RGB", (size, size), "white")
+    if (width, height) == (size, size):
+        return np.array(image)
+    square = Image.new("RGBA", (size, size))
     square.paste(image, ((size - width) // 2, (size - height) // 2))
     return np.array(square)
 

@@ -1,0 +1,45 @@
+"""Writes image sets as a folder of folders of PNGs, as `m2m_jax.sample --sets` and `data.name=folder` read them.
+
+    python -m m2m_jax.data.export --config configs/emoji.py:demo --split=test --num_sets=12 --output=runs/demo/test_sets
+
+Sets, choice of images and augmentation are those that the config's input pipeline would give for that split.
+"""
+
+import shutil
+from pathlib import Path
+
+from absl import flags
+
+from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.data.pipeline import make_dataset
+from m2m_jax.errors import UserError, run_program
+from m2m_jax.images import write_png
+
+CONFIG = define_config_flag()
+SPLIT = flags.DEFINE_string("split", "test", "Which split of the data set.")
+NUM_SETS = flags.DEFINE_integer("num_sets", 12, "How many sets.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)
+
+
+def main(argv):
+    config, output = CONFIG.value, Path(OUTPUT.value)
+    validate(config)
+    if NUM_SETS.value < 1:
+        raise UserError(f"--num_sets must be at least 1, not {NUM_SETS.value}")
+    if output.exists():
+        raise UserError(f"--output={output} exists already; remove it or name another folder")
+    sets = make_dataset(config.data, split=SPLIT.value, seed=config.seed, batch_size=NUM_SETS.value)[0]
+
+    aside = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    for s, images_nhwc in enumerate(sets["images_bnhwc"]):
+        folder = aside / f"{s:03d}"
+        folder.mkdir(parents=True)
+        for i, image_hwc in enumerate(images_nhwc):
+            write_png(folder / f"{i:03d}.png", image_hwc)
+    aside.rename(output)
+    print(f"{output}: {NUM_SETS.value} sets of {config.data.images_per_set} images")
+
+
+if __name__ == "__main__":
+    run_program(main, check_arguments)

@@ -1,0 +1,196 @@
+"""The mask of image-set attention against hand-written tables, and its executions against one another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2m_jax.attention.backends import BACKENDS, prefix
+from m2m_jax.attention.layout import CLEAN_SEES, SetLayout, allowed
+from m2m_jax.errors import UserError
+
+# A row for each image of the stack [clean; noised], a column for each clean image.
+TABLES = [
+    (
+        SetLayout.training(4),
+        [
+            "1..",  # clean 0
+            "11.",
+            "111",
+            "...",  # noised 0
+            "1..",
+            "11.",
+            "111",
+        ],
+    ),
+    (
+        SetLayout.training(4, "itself"),
+        [
+            "1..",  # clean 0
+            ".1.",
+            "..1",
+            "...",  # noised 0
+            "1..",
+            "11.",
+            "111",
+        ],
+    ),
+    (
+        SetLayout.sampling(3),
+        [
+            "1..",  # clean 0
+            "11.",
+            "111",
+            "111",  # noised 3
+        ],
+    ),
+    (
+        SetLayout.sampling(3, "itself"),
+        [
+            "1..",  # clean 0
+            ".1.",
+            "..1",
+            "111",  # noised 3
+        ],
+    ),
+    (
+        SetLayout(clean=(0, 1), noised=(2, 2, 1, 0)),  # evaluation: a position stands more than once
+        [
+            "1.",  # clean 0
+            "11",
+            "11",  # noised 2
+            "11",  # noised 2
+            "1.",  # noised 1
+            "..",  # noised 0
+        ],
+    ),
+    (
+        SetLayout(clean=(0, 1), noised=(2, 2, 1, 0), clean_sees="itself"),
+        [
+            "1.",  # clean 0
+            ".1",
+            "11",  # noised 2
+            "11",  # noised 2
+            "1.",  # noised 1
+            "..",  # noised 0
+        ],
+    ),
+]
+
+LAYOUTS = [
+    *[SetLayout.training(n, clean_sees) for n in (2, 4) for clean_sees in CLEAN_SEES],
+    *[SetLayout.sampling(3, clean_sees) for clean_sees in CLEAN_SEES],
+    SetLayout.training(1),  # no clean image
+    SetLayout((), (0, 1, 5)),
+    SetLayout((0, 1), (1, 0, 2, 2, 1)),  # positions that stand more than once, in any order
+    SetLayout((0, 2, 5), (0, 3, 9, 4)),  # gaps
+    SetLayout((0, 2, 5), (0, 3, 9, 4), "itself"),
+    SetLayout((2, 3), (1, 0)),  # every noised image without a key
+]
+NOT_CONTIGUOUS = SetLayout(clean=(0, 2, 1), noised=(2,))
+
+
+def qkv(layout: SetLayout, dtype=np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values: two sets, three tokens an image, two heads of four channels."""
+    rng = np.random.default_rng(len(layout.clean))
+    shapes = [(2, n, 3, 2, 4) for n in (layout.num_images, len(layout.clean), len(layout.clean))]
+    return tuple(jnp.asarray(2 * rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def outputs_and_gradients(backend: str, layout: SetLayout) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The output, and the gradients of its product with fixed noise with respect to queries, keys and values."""
+
+    @jax.jit
+    def run(inputs):
+        out, vjp = jax.vjp(lambda *args: BACKENDS[backend](*args, layout), *inputs)
+        cotangent = np.random.default_rng(9).standard_normal(out.shape).astype(np.float32)
+        return out, vjp(jnp.asarray(cotangent))
+
+    return run(qkv(layout))
+
+
+def by_definition(q_bqthd, k_bkthd, v_bkthd, layout: SetLayout) -> np.ndarray:
+    """Image-set attention written out: each image, over the images that its row of the mask names. In float64."""
+    q_bqthd, k_bkthd, v_bkthd = (np.asarray(x, np.float64) for x in (q_bqthd, k_bkthd, v_bkthd))
+    out_bqthd = np.zeros(q_bqthd.shape)
+    for query, row_k in enumerate(layout.mask_qk()):
+        if row_k.any():
+            logits_bhtks = np.einsum("bthd,bkshd->bhtks", q_bqthd[:, query], k_bkthd[:, row_k]) / 2
+            weights_bhtks = np.exp(logits_bhtks - logits_bhtks.max((3, 4), keepdims=True))
+            weights_bhtks /= weights_bhtks.sum((3, 4), keepdims=True)
+            out_bqthd[:, query] = np.einsum("bhtks,bkshd->bthd", weights_bhtks, v_bkthd[:, row_k])
+    return out_bqthd
+
+
+@pytest.mark.parametrize(("layout", "rows"), TABLES, ids=lambda x: str(x) if isinstance(x, SetLayout) else "")
+def test_masks_are_those_of_the_tables(layout, rows):
+    table_qk = np.asarray([[cell == "1" for cell in row] for row in rows])
+    np.testing.assert_array_equal(layout.mask_qk(), table_qk)
+    np.testing.assert_array_equal(layout.token_mask_qk(3), np.kron(table_qk, np.ones((3, 3), bool)))
+
+
+def test_a_layout_without_clean_images_has_a_mask_without_columns():
+    assert SetLayout.sampling(0).mask_qk().shape == (1, 0)
+    assert SetLayout.training(1).mask_qk().shape == (1, 0)
+
+
+@pytest.mark.parametrize("clean_sees", CLEAN_SEES)
+def test_the_predicate_takes_scalars_numpy_and_jax(clean_sees):
+    layout = SetLayout.training(5, clean_sees)
+    is_noised = np.arange(layout.num_images) >= len(layout.clean)
+    query_position, key_position = np.asarray(layout.clean + layout.noised), np.asarray(layout.clean)
+    by_scalars = [
+        [allowed(bool(n), int(q), int(k), clean_sees) for k in key_position]
+        for n, q in zip(is_noised, query_position, strict=True)
+    ]
+    assert all(type(x) is bool for row in by_scalars for x in row)
+    np.testing.assert_array_equal(layout.mask_qk(), by_scalars)
+    broadcast = is_noised[:, None], query_position[:, None], key_position[None, :]
+    by_jax = jax.jit(lambda *args: allowed(*args, clean_sees))(*broadcast)
+    assert by_jax.dtype == bool
+    np.testing.assert_array_equal(layout.mask_qk(), by_jax)
+
+
+def test_an_unknown_way_for_clean_images_to_see_is_refused():
+    with pytest.raises(ValueError, match="clean_sees must be one of"):
+        SetLayout((0,), (1,), "everything")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_prefix_equals_dense_in_values_and_gradients(layout):
+    reference, reference_gradients = outputs_and_gradients("dense", layout)
+    out, gradients = outputs_and_gradients("prefix", layout)
+    np.testing.assert_allclose(reference, by_definition(*qkv(layout), layout), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(out, reference, rtol=0, atol=1e-5)
+    for name, a, b in zip("qkv", gradients, reference_gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", [SetLayout.training(3), SetLayout((2, 3), (1, 0)), SetLayout.training(1)], ids=str)
+def test_an_image_that_sees_no_key_gets_zeros_and_finite_gradients(backend, layout):
+    out_bqthd, gradients = outputs_and_gradients(backend, layout)
+    blind_q = ~layout.mask_qk().any(1)
+    assert blind_q.any()
+    np.testing.assert_array_equal(out_bqthd[:, blind_q], 0)
+    np.testing.assert_array_equal(gradients[0][:, blind_q], 0)
+    assert all(np.isfinite(x).all() for x in gradients)
+    assert all(np.any(out_bqthd[:, i]) for i in np.flatnonzero(~blind_q))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_output_has_the_dtype_of_the_input(backend):
+    layout = SetLayout.training(2)
+    out = BACKENDS[backend](*qkv(layout, jnp.bfloat16), layout)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), by_definition(*qkv(layout), layout), rtol=0, atol=0.05)
+
+
+def test_prefix_refuses_a_mask_that_is_not_contiguous():
+    with pytest.raises(UserError, match=r"image 2 of .* sees \[0, 2\]; use model.attention_backend='dense'"):
+        prefix(*qkv(NOT_CONTIGUOUS), NOT_CONTIGUOUS)
+
+
+def test_dense_takes_a_mask_that_is_not_contiguous():
+    out, _ = outputs_and_gradients("dense", NOT_CONTIGUOUS)
+    np.testing.assert_allclose(out, by_definition(*qkv(NOT_CONTIGUOUS), NOT_CONTIGUOUS), rtol=0, atol=1e-5)

@@ -1,0 +1,119 @@
+"""The mesh, the rule table, and that sharding changes no number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from m2m_jax.configuration import default_config
+from m2m_jax.errors import UserError
+from m2m_jax.training import sharding
+from m2m_jax.training.optimizer import make_optimizer
+from m2m_jax.training.state import TrainState
+
+
+def _mesh(data, fsdp):
+    return sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp}))
+
+
+def _params():
+    return {
+        "conv_in.kernel": jnp.linspace(-1.0, 1.0, 3 * 3 * 4 * 16).reshape(3, 3, 4, 16),
+        "conv_in.bias": jnp.zeros((16,)),
+        "blocks.0.norm.scale": jnp.ones((16,)),
+        "blocks.0.linear.kernel": jnp.linspace(1.0, -1.0, 16 * 8).reshape(16, 8),
+        "blocks.1.linear.kernel": jnp.ones((16, 8)),
+        "odd.kernel": jnp.ones((3, 5)),
+    }
+
+
+@pytest.mark.parametrize(("asked", "made"), [((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((2, -1), (2, 4)), ((2, 4), (2, 4))])
+def test_mesh(asked, made):
+    mesh = _mesh(*asked)
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == made
+
+
+@pytest.mark.parametrize("asked", [(3, -1), (2, 2), (-1, -1), (16, 1)])
+def test_mesh_that_does_not_fit_is_refused(asked):
+    with pytest.raises(UserError, match=rf"mesh\.data={asked[0]}, config\.mesh\.fsdp={asked[1]}"):
+        _mesh(*asked)
+
+
+def test_mesh_error_names_both_numbers():
+    with pytest.raises(UserError, match="they make 4 devices, and there are 8"):
+        _mesh(2, 2)
+
+
+def test_kernels_are_split_along_their_longest_divisible_axis():
+    mesh = _mesh(2, 4)
+    specs = {name: s.spec for name, s in sharding.parameter_shardings(_params(), mesh).items()}
+    assert specs == {
+        "conv_in.kernel": P(None, None, None, "fsdp"),
+        "conv_in.bias": P(None),
+        "blocks.0.norm.scale": P(None),
+        "blocks.0.linear.kernel": P("fsdp", None),
+        "blocks.1.linear.kernel": P("fsdp", None),
+        "odd.kernel": P(None, None),
+    }
+
+
+def test_a_parameter_that_no_rule_names_is_an_error():
+    with pytest.raises(ValueError, match=r"position\.table"):
+        sharding.parameter_spec("position.table", (4, 4), _mesh(-1, 1))
+
+
+def test_batch_size_must_divide():
+    sharding.check_batch_size(16, _mesh(2, 4), "data.batch_size")
+    with pytest.raises(UserError, match=r"config\.data\.batch_size is 12.*8 devices"):
+        sharding.check_batch_size(12, _mesh(2, 4), "data.batch_size")
+
+
+def test_table_shows_every_layer_kind_once():
+    table = sharding.describe(_params(), _mesh(2, 4)).splitlines()
+    assert len(table) == 6  # the mesh, and five kinds
+    assert any(
+        "blocks.*.linear.kernel" in line and "[fsdp, -]" in line and "2 x, 256 scalars" in line for line in table
+    )
+
+
+def test_sharded_steps_equal_those_of_one_device():
+    config = default_config().optimizer
+    config.warmup_steps = 1
+    optimizer, _ = make_optimizer(config, 10, lambda name: "1" in name)
+    images = np.random.default_rng(0).normal(size=(8, 6, 6, 4)).astype(np.float32)
+
+    def loss(params, batch):
+        layout = ("NHWC", "HWIO", "NHWC")
+        h = jax.lax.conv_general_dilated(batch["x"], params["conv_in.kernel"], (1, 1), "SAME", dimension_numbers=layout)
+        h = jnp.tanh(h) @ params["blocks.0.linear.kernel"] - (h @ params["blocks.1.linear.kernel"]) * 0.1
+        return jnp.mean(jnp.square(h))
+
+    def run(mesh):
+        names = ("conv_in.kernel", "blocks.0.linear.kernel", "blocks.1.linear.kernel")
+        params = {name: _params()[name] for name in names}
+        shapes = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+        placed = sharding.state_shardings(shapes, mesh)
+        state = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=placed)(params)
+
+        def step(state, batch):
+            value, gradients = jax.value_and_grad(loss)(state.params, batch)
+            return state.apply_gradients(gradients, optimizer, 0.9), value
+
+        step = jax.jit(step, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
+        batch = sharding.make_global_batch(mesh, {"x": images})
+        losses = []
+        for _ in range(5):
+            state, value = step(state, batch)
+            losses.append(float(value))
+        return losses, state
+
+    one = jax.make_mesh((1, 1), sharding.AXES, devices=jax.devices()[:1])
+    losses_one, _ = run(one)
+    losses_all, state = run(_mesh(2, 4))
+    np.testing.assert_allclose(losses_all, losses_one, rtol=1e-5)
+    # The moments and the average lie where their parameter lies.
+    split = P(None, None, None, "fsdp")
+    followers = [state.params, state.ema_params, state.opt_state[1][0].mu, state.opt_state[1][0].nu]
+    assert [tree["conv_in.kernel"].sharding.spec for tree in followers] == [split] * 4
