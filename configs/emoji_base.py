@@ -11,7 +11,7 @@ from m2m_jax.configuration import apply_preset, default_config
 
 PRESETS = {
     "tiny": {  # tests
-        "model.block_out_channels": (16, 16),
+        "model.block_out_channels": (16, 32),
         "data.batch_size": 8,
         "optimizer.warmup_steps": 2,
         "train.steps": 4,
