@@ -53,10 +53,8 @@ def main(argv):
             start = time.monotonic()
             new_images = sampler(images, NUM_IMAGES.value, SEED.value)
             seconds = (time.monotonic() - start) / NUM_IMAGES.value
-            print(
-                f"[{number}/{len(contexts)}] {name or 'set'}: {NUM_IMAGES.value} images, {seconds:.2f} s each",
-                flush=True,
-            )
+            progress = f"[{number}/{len(contexts)}] {name or 'set'}"
+            print(f"{progress}: {NUM_IMAGES.value} images, {seconds:.2f} s each", flush=True)
             write_set(aside / name, sets[name], new_images, sampler, seconds)
             rows.append(Row(name, [context(images), generated(list(new_images))]))
         write_png(aside / "contact_sheet.png", contact_sheet(rows))

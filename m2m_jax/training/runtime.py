@@ -23,7 +23,5 @@ def start() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        cores = min(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), MAX_CPU_DEVICES
-        )
+        cores = min(os.cpu_count() or 1, MAX_CPU_DEVICES)
         jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))
