@@ -1,6 +1,7 @@
 """Trains: `python -m m2m_jax.train --config configs/emoji.py --workdir runs/emoji`.
 
-One program for the three models, chosen by the config: the autoencoder, the single-image U-Net and M2M. It resumes by itself where the workdir holds a checkpoint. The workdir receives
+One program for the three models, chosen by the config: the autoencoder, the single-image U-Net and M2M. It resumes by
+itself where the workdir holds a checkpoint. The workdir receives
 
     checkpoints/       Orbax, with the config inside
     metrics.jsonl      one JSON object a line: step, train/..., eval/..., timings
