@@ -1,6 +1,7 @@
 """Training equals sampling: one pass over a whole set computes what image-by-image passes do for the same inputs."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,27 +23,37 @@ CLEAN, NOISED = (RNG.standard_normal((2, NUM_IMAGES, 4, 4, 4)).astype(np.float32
 TIMESTEP = RNG.integers(0, 1000, (2, NUM_IMAGES), np.int32)
 
 
+def random_params(shapes, seed: int = 0) -> dict[str, jax.Array]:
+    """Parameters without a zero, also where training starts from zeros; strong enough that the context matters."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for name, x in shapes.items():
+        mean, std = {"kernel": (0, 1.5 / math.prod(x.shape[:-1]) ** 0.5), "scale": (1, 0.2), "bias": (0, 0.2)}[
+            name.rpartition(".")[2]
+        ]
+        params[name] = jnp.asarray(mean + std * rng.standard_normal(x.shape), jnp.float32)
+    return params
+
+
 @functools.cache
 def denoiser(layout: SetLayout, backend: str):
     """`(clean, noised, timestep) -> output`, compiled, at random weights without a zero among them."""
     config = UNetConfig(
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        block_out_channels=(16,),  # one level has four transformers: down, middle and two up
+        down_block_types=("CrossAttnDownBlock2D",),
         layers_per_block=1,
-        num_attention_heads=(2, 2),
+        num_attention_heads=(2,),
         norm_num_groups=8,
         clean_sees=layout.clean_sees,
         attention_backend=backend,
     )
     graphdef, shapes = abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(1)
-    params = {name: jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32) for name, x in shapes.items()}
 
     @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def run(params, clean, noised, timestep):
         return denoise_sets(merge(graphdef, params), clean, noised, timestep, layout, clean_timestep=0)
 
-    return functools.partial(run, params)
+    return functools.partial(run, random_params(shapes))
 
 
 def sampling_pass(backend: str, clean_sees: str, num_context: int, noised_b1hwc, timestep_b1):
@@ -69,17 +80,13 @@ def test_one_image_at_every_position_is_that_image_in_every_context(backend, cle
     for k in range(NUM_IMAGES):
         alone = sampling_pass(backend, clean_sees, k, noised, timestep)
         np.testing.assert_allclose(together[:, k], alone, rtol=1e-5, atol=1e-5, err_msg=f"{k} context images")
-        assert k == 0 or np.abs(together[:, k] - together[:, k - 1]).max() > 1e-2
+        assert k == 0 or np.abs(together[:, k] - together[:, k - 1]).max() > 0.1
 
 
-def test_the_forms_of_attention_agree_and_the_order_of_the_context_counts_as_configured():
-    def run(backend, clean_sees, clean):
-        return denoiser(SetLayout.sampling(2, clean_sees), backend)(clean, NOISED[:, 2:], TIMESTEP[:, 2:])
-
-    for clean_sees in CLEAN_SEES:
-        outs = [run(backend, clean_sees, CLEAN[:, :2]) for backend in BACKENDS]
-        for out in outs[1:]:
-            np.testing.assert_allclose(out, outs[0], rtol=1e-5, atol=1e-5)
-        turned = run("prefix", clean_sees, CLEAN[:, 1::-1])
-        difference = np.abs(turned - outs[0]).max()
-        assert difference < 1e-5 if clean_sees == "itself" else difference > 1e-3
+@pytest.mark.parametrize("clean_sees", CLEAN_SEES)
+def test_the_order_of_the_context_counts_as_configured(clean_sees):
+    run = denoiser(SetLayout.sampling(2, clean_sees), "dense")
+    out = run(CLEAN[:, :2], NOISED[:, 2:], TIMESTEP[:, 2:])
+    turned = run(CLEAN[:, 1::-1], NOISED[:, 2:], TIMESTEP[:, 2:])
+    difference = np.abs(turned - out).max()
+    assert difference < 1e-4 if clean_sees == "itself" else difference > 0.1
