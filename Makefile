@@ -20,10 +20,10 @@ TEST := .venv-test/bin/python -m
 DEMO_ENV := .venv/.installed-$(VERSION)
 TEST_ENV := .venv-test/.installed-$(VERSION)$(if $(PARITY),-parity)
 
-DEMO_DATA := data
+DEMO_CONFIG := configs/emoji.py:demo
 DEMO_RUN := runs/demo
-DEMO_SHEET := $(DEMO_RUN)/samples/contact_sheet.png
-DEMO_SAMPLE = $(RUN) m2m_jax.sample --checkpoint=$(DEMO_RUN) --sets=test --output=$(dir $(DEMO_SHEET))
+DEMO_SETS := $(DEMO_RUN)/test_sets
+DEMO_SAMPLES := $(DEMO_RUN)/test_samples
 
 .PHONY: help demo test test-full lint format parity clean
 
@@ -37,12 +37,13 @@ help:
 	@echo 'make clean      remove both environments, the demo run and the caches (data/ and other runs stay)'
 
 demo: $(DEMO_ENV)
-	$(RUN) m2m_jax.data.prepare --size=32 --directory=$(DEMO_DATA)
-	$(RUN) m2m_jax.train --config configs/emoji.py:demo --workdir $(DEMO_RUN)
-	$(DEMO_SAMPLE)
+	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
+	$(RUN) m2m_jax.train --config $(DEMO_CONFIG) --workdir $(DEMO_RUN)
+	test -d $(DEMO_SETS) || $(RUN) m2m_jax.data.export --config $(DEMO_CONFIG) --split=test --num_sets=12 --output=$(DEMO_SETS)
+	$(RUN) m2m_jax.sample --checkpoint=$(DEMO_RUN) --sets=$(DEMO_SETS) --num_context=3 --num_images=4 --output=$(DEMO_SAMPLES)
 	@echo
 	@echo 'Contact sheet (context images framed in blue, generated ones beside them):'
-	@echo "$(CURDIR)/$(DEMO_SHEET)"
+	@echo "$(CURDIR)/$(DEMO_SAMPLES)/contact_sheet.png"
 
 test: lint
 	$(TEST) pytest $(PYTEST_ARGS)

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -29,6 +28,7 @@ from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.set_diffusion import SetDiffusion
 from m2m_jax.training.state import TrainState
+from m2m_jax.training.step import make_train_step
 
 PREVIEW_SETS = 8  # in a sample grid
 TASKS = {"autoencoder": Autoencoding, "set_diffusion": SetDiffusion}
@@ -79,12 +79,7 @@ def main(argv):
     # Steps
     batch_sharding = sharding.batch_sharding(mesh)
 
-    def train_step(state, frozen, batch):
-        gradients, metrics = jax.grad(task.loss, has_aux=True)(state.params, frozen, batch, state.step)
-        metrics["gradient_norm"] = jnp.sqrt(sum(jnp.sum(g**2) for g in gradients.values()))
-        return state.apply_gradients(gradients, optimizer, config.train.ema_decay), metrics
-
-    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    train_step = make_train_step(task, optimizer, shardings, mesh, config.train.ema_decay)
     eval_step = jax.jit(task.evaluate, in_shardings=(None, None, batch_sharding, None))
 
     def evaluate(step):

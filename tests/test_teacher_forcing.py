@@ -28,9 +28,8 @@ def random_params(shapes, seed: int = 0) -> dict[str, jax.Array]:
     rng = np.random.default_rng(seed)
     params = {}
     for name, x in shapes.items():
-        mean, std = {"kernel": (0, 1.5 / math.prod(x.shape[:-1]) ** 0.5), "scale": (1, 0.2), "bias": (0, 0.2)}[
-            name.rpartition(".")[2]
-        ]
+        kernel = (0, 1.5 / math.prod(x.shape[:-1]) ** 0.5)
+        mean, std = {"bias": (0, 0.2), "scale": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
         params[name] = jnp.asarray(mean + std * rng.standard_normal(x.shape), jnp.float32)
     return params
 

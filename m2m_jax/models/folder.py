@@ -68,13 +68,16 @@ def load_params(folder: str | Path) -> Params:
     index = folder / f"{WEIGHTS}.index.json"
     files = [folder / WEIGHTS]
     if index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged: it has no weight_map of file names") from error
         for file in files:
-            if file.parent != folder:
+            if file.parent != folder or file.name == "..":
                 raise UserError(f"{index} names {file}, which lies outside its folder")
     params = {}
     for file in files:
-        if not file.exists():
+        if not file.is_file():
             pickled = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
             remedy = f"; {pickled[0]} is pickled and is not opened: convert it to safetensors" if pickled else ""
             raise UserError(f"no weights at {file}{remedy}")
@@ -109,6 +112,8 @@ def _read_config(folder: str | Path, class_name: str) -> dict:
         raise UserError(f"{path} is missing: {folder} is not a diffusers model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no JSON object: {folder} is not a diffusers model folder")
     if values.get("_class_name", class_name) != class_name:
         raise UserError(f"{path} describes a {values['_class_name']}, not a {class_name}")
     return values

@@ -1,0 +1,77 @@
+"""Are samples copies? A sheet of generated images beside the nearest training image of each.
+
+    python -m m2m_jax.data.nearest --config configs/emoji.py --samples runs/emoji/test_samples --output nearest.png
+
+`--samples` is what `m2m_jax.sample --sets` wrote. Images are compared by their shape: luminance, normalised to zero mean
+and unit variance, so that a copy in other colours, on another ground or mirrored is found as well.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.data.augmentation import composite_on_white
+from m2m_jax.data.pipeline import SOURCES
+from m2m_jax.errors import UserError, run_program
+from m2m_jax.images import decode_image, fit_square, read_image, write_png
+from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated, nearest
+
+CONFIG = define_config_flag()
+SAMPLES = flags.DEFINE_string("samples", None, "Output folder of m2m_jax.sample --sets.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", required=True)
+
+
+def main(argv):
+    config = CONFIG.value
+    validate(config)
+    size = config.data.image_size
+    records = sorted(Path(SAMPLES.value).glob("*/sample.json"))
+    if not records:
+        raise UserError(f"--samples={SAMPLES.value} holds no folder with a sample.json; make it with m2m_jax.sample --sets")
+    training_nhwc = training_images(config.data)
+    training_shapes = shapes(training_nhwc)
+
+    rows, similarities = [], []
+    for record in records:
+        given = [read_image(file, size) for file in json.loads(record.read_text())["context"]]
+        new = [read_image(file, size) for file in sorted(record.parent.glob("[0-9]*.png"))]
+        new_shapes = shapes(np.stack(new))
+        mirrored = shapes(np.stack(new)[:, :, ::-1])
+        similarity_gn = np.maximum(new_shapes @ training_shapes.T, mirrored @ training_shapes.T)
+        found = similarity_gn.argmax(1)
+        best = similarity_gn[np.arange(len(new)), found]
+        if given:
+            to_context = np.maximum(new_shapes @ shapes(np.stack(given)).T, mirrored @ shapes(np.stack(given)).T).max(1)
+            similarities.append((best, to_context))
+        rows.append(Row(record.parent.name, [context(given), generated(new), nearest(list(training_nhwc[found]))]))
+    write_png(OUTPUT.value, contact_sheet(rows))
+    to_training, to_context = (np.concatenate(x) for x in zip(*similarities, strict=True))
+    print(f"shape similarity of {len(to_training)} generated images (1: the same up to colour)")
+    for name, values in (("nearest in training", to_training), ("nearest in the context", to_context)):
+        print(f"  {name}: median {np.median(values):.3f}, largest {values.max():.3f}, {np.mean(values > 0.95):.0%} above 0.95")
+    print(OUTPUT.value)
+
+
+def training_images(data_config) -> np.ndarray:
+    """Every training image, as stored, on white: uint8 [n, size, size, 3]."""
+    source = SOURCES[data_config.name](data_config, data_config.train_split)
+    pixels = []
+    for i in range(len(source.kinds)):
+        record = source[i]
+        pixels += [fit_square(decode_image(data, record.set_id), data_config.image_size) for data in record.images]
+    return composite_on_white(np.stack(pixels))
+
+
+def shapes(images_nhwc: np.ndarray) -> np.ndarray:
+    """Unit vectors [n, h * w] whose inner products are correlations of luminance."""
+    grey = np.stack([np.asarray(Image.fromarray(image).convert("L"), np.float32).ravel() for image in images_nhwc])
+    grey -= grey.mean(1, keepdims=True)
+    return grey / (np.linalg.norm(grey, axis=1, keepdims=True) + 1e-6)
+
+
+if __name__ == "__main__":
+    run_program(main, check_arguments)

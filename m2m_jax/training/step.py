@@ -1,0 +1,44 @@
+"""One training step, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from m2m_jax.models.parameters import Params
+from m2m_jax.training import sharding
+from m2m_jax.training.state import TrainState
+
+if TYPE_CHECKING:
+    import optax
+
+
+class Task(Protocol):
+    """What a step needs of `SetDiffusion` or `Autoencoding`."""
+
+    def loss(self, params: Params, frozen: Params, batch: dict, step: jax.Array) -> tuple[jax.Array, dict]: ...
+
+
+Step = Callable[[TrainState, Params, dict], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    task: Task, optimizer: optax.GradientTransformation, shardings: TrainState, mesh: Mesh, ema_decay: float
+) -> Step:
+    """(state, frozen, batch) -> (next state, scalars for the log). The state is donated: its buffers are reused.
+
+    Args:
+      shardings: of the state, as from `sharding.state_shardings`.
+      ema_decay: see `TrainState.apply_gradients`.
+    """
+
+    def train_step(state: TrainState, frozen: Params, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        gradients, metrics = jax.grad(task.loss, has_aux=True)(state.params, frozen, batch, state.step)
+        metrics["gradient_norm"] = jnp.sqrt(sum(jnp.sum(g**2) for g in gradients.values()))
+        return state.apply_gradients(gradients, optimizer, ema_decay), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

@@ -1,0 +1,113 @@
+"""The programs of this project run inside the test process, and what several test files share: one trained tiny run.
+
+In a test module:
+
+    @pytest.fixture(scope="module")
+    def tiny_run(tmp_path_factory):
+        return train_tiny(tmp_path_factory)
+"""
+
+import contextlib
+import fcntl
+import io
+import os
+import pathlib
+import runpy
+import sys
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+from absl import flags
+from data_fixtures import build_emoji
+from flax import nnx
+
+from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from m2m_jax.models.folder import save_autoencoder
+from m2m_jax.models.parameters import split
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Result(NamedTuple):
+    """Exit code and output of a program."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(module: str, *arguments: object) -> Result:
+    """`python -m m2m_jax.MODULE ARGUMENTS` without a process of its own, which would take seconds to import JAX.
+
+    Exceptions other than SystemExit, which would be a traceback there, are raised.
+    """
+    argv = [module, *map(str, arguments)]
+    environment = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    code = 0
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with (
+            mock.patch.object(sys, "argv", argv),
+            mock.patch.dict(os.environ, environment),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            runpy.run_module(f"m2m_jax.{module}", run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        # The next program defines its flags, some under the same names. (Those of imported packages stay.)
+        own = {flag.name for flag in flags.FLAGS.flags_by_module_dict().get(module, ())}
+        for name in [name for name in flags.FLAGS if name in own or name.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def config_argument(name: str) -> str:
+    """--config=configs/NAME.py[:PRESET], for `name` "emoji" or "emoji:tiny"."""
+    file, colon, preset = name.partition(":")
+    return f"--config={ROOT / 'configs' / file}.py{colon}{preset}"
+
+
+def make_autoencoder(folder: pathlib.Path) -> pathlib.Path:
+    """A folder with a random autoencoder, 32 px to 8x8x4 latents of about unit variance."""
+    config = AutoencoderConfig(
+        block_out_channels=(16, 16, 16), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0
+    )
+    params = jax.jit(lambda key: split(AutoencoderKL(config, rngs=nnx.Rngs(key)))[1])(jax.random.key(0))
+    save_autoencoder(folder, config, params)
+    return folder
+
+
+class Tiny(NamedTuple):
+    """workdir: of `configs/emoji.py:tiny`, trained. arguments: what its data and autoencoder are named by."""
+
+    workdir: pathlib.Path
+    arguments: tuple[str, ...]
+    emoji_directory: str
+    autoencoder: pathlib.Path
+    out: str
+
+
+def train_tiny(tmp_path_factory) -> Tiny:
+    """The one run of `configs/emoji.py:tiny` of this test session; whoever comes first trains it."""
+    emoji_directory = build_emoji(tmp_path_factory)
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "tiny"
+    arguments = (
+        config_argument("emoji:tiny"),
+        f"--config.data.directory={emoji_directory}",
+        f"--config.autoencoder.path={folder / 'vae'}",
+    )
+    with open(root / "tiny.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        printed = folder / "stdout.txt"
+        if not printed.exists():
+            make_autoencoder(folder / "vae")
+            result = run("train", *arguments, f"--workdir={folder / 'run'}")
+            assert result.code == 0, result.err
+            printed.write_text(result.out)
+    return Tiny(folder / "run", arguments, emoji_directory, folder / "vae", printed.read_text())

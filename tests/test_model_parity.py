@@ -1,0 +1,492 @@
+"""U-Net and autoencoder against diffusers at random weights, through the folders that both read, and those folders."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from m2m_jax.attention.layout import SetLayout
+from m2m_jax.errors import UserError
+from m2m_jax.models import autoencoder, layers, transformer
+from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from m2m_jax.models.folder import (
+    WEIGHTS,
+    load_autoencoder_config,
+    load_params,
+    load_unet_config,
+    require_same,
+    save_autoencoder,
+    save_unet,
+)
+from m2m_jax.models.initialization import from_pretrained, is_set_attention
+from m2m_jax.models.parameters import abstract, merge
+from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
+
+ATTENDS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+# These programs are compiled once and run on next to nothing.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+TINY = UNetConfig(
+    block_out_channels=(16, 32),
+    down_block_types=(ATTENDS, ATTENDS),
+    layers_per_block=1,
+    num_attention_heads=(2, 4),
+    norm_num_groups=8,
+    attn2="none",
+)
+# (config, height, width) of the latents.
+UNETS = {
+    "conv projection, two layers, odd size": (
+        dataclasses.replace(
+            TINY,
+            down_block_types=(ATTENDS, PLAIN),
+            layers_per_block=2,
+            num_attention_heads=(1, 4),
+            use_linear_projection=False,
+        ),
+        *(7, 9),
+    ),
+    "two transformer layers, three layers, outer level plain, other channels": (
+        dataclasses.replace(
+            TINY,
+            in_channels=3,
+            out_channels=5,
+            block_out_channels=(8, 24),
+            down_block_types=(PLAIN, ATTENDS),
+            layers_per_block=3,
+            transformer_layers_per_block=2,
+            num_attention_heads=(1, 3),
+            norm_num_groups=4,
+            norm_eps=1e-3,
+        ),
+        *(5, 6),
+    ),
+    "four levels, as Stable Diffusion 1.x": (
+        dataclasses.replace(
+            TINY,
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=(ATTENDS, ATTENDS, ATTENDS, PLAIN),
+            num_attention_heads=(8, 8, 8, 8),
+            use_linear_projection=False,
+        ),
+        *(13, 11),
+    ),
+    # The output of attn2 is then its bias, which diffusers' attn2 can be made to give, too.
+    "image sets without context": (dataclasses.replace(TINY, attn2="image_set"), 4, 4),
+}
+
+TINY_VAE = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.7)
+# (config, height, width) of the images.
+AUTOENCODERS = {
+    "two levels": (TINY_VAE, 8, 8),
+    "three levels": (
+        dataclasses.replace(TINY_VAE, block_out_channels=(8, 8, 16), layers_per_block=2, norm_num_groups=8),
+        *(16, 12),
+    ),
+    "odd size, other channels": (
+        dataclasses.replace(TINY_VAE, in_channels=1, out_channels=2, latent_channels=3, layers_per_block=3),
+        *(13, 10),
+    ),
+    "four levels, as Stable Diffusion": (
+        dataclasses.replace(TINY_VAE, block_out_channels=(8, 16, 16, 8), scaling_factor=0.18215),
+        *(17, 23),
+    ),
+}
+
+
+@functools.cache
+def random_model(cls, config):
+    """(graphdef, params) without a zero among the parameters, also where training starts from zeros."""
+    graphdef, shapes = abstract(lambda: cls(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    params = {}
+    for name, x in shapes.items():
+        kernel = (0, math.prod(x.shape[:-1]) ** -0.5)
+        mean, std = {"bias": (0, 0.2), "scale": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
+        params[name] = (mean + std * rng.standard_normal(x.shape)).astype(np.float32)
+    return graphdef, params
+
+
+def jit(f):
+    return jax.jit(f, compiler_options=COMPILER_OPTIONS)
+
+
+# --- Parity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    pytest.importorskip("torch", reason="parity with diffusers runs on torch, a test-only dependency")
+    return pytest.importorskip("diffusers", reason="the reference of the parity tests, a test-only dependency")
+
+
+RECORDED = (
+    nnx.Conv,
+    layers.TimestepEmbedding,
+    layers.ResnetBlock,
+    layers.Downsample,
+    layers.Upsample,
+    transformer.SelfAttention,
+    transformer.TransformerBlock,
+    transformer.SpatialTransformer,
+    autoencoder.SpatialSelfAttention,
+)
+
+
+def record(graphdef, params, call, *inputs) -> dict[str, np.ndarray]:
+    """What `call(model, *inputs)` returns by name, after the output of every module that diffusers names alike."""
+    order = []
+
+    @jit
+    def run(params, *inputs):
+        model = merge(graphdef, params)
+        names = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
+        outputs = {}
+
+        def recording(original):
+            def recorded(self, *args, **kwargs):
+                out = outputs[names[id(self)]] = original(self, *args, **kwargs)
+                return out
+
+            return recorded
+
+        with pytest.MonkeyPatch.context() as patch:
+            for kind in RECORDED:
+                patch.setattr(kind, "__call__", recording(kind.__call__))
+            outputs |= call(model, *inputs)
+        order.extend(outputs)
+        return outputs
+
+    outputs = run(params, *inputs)
+    return {name: np.asarray(outputs[name]) for name in order}
+
+
+def torch_record(model, names, call) -> dict[str, np.ndarray]:
+    """`record` of a torch model, for the modules among `names`."""
+    import torch
+
+    outputs, modules = {}, dict(model.named_modules(remove_duplicate=False))
+    handles = []
+    for name in set(names) & modules.keys():
+
+        def hook(module, args, out, name=name):
+            outputs[name] = to_numpy(out[0] if isinstance(out, tuple) else out)
+
+        handles.append(modules[name].register_forward_hook(hook))
+    with torch.no_grad():
+        outputs |= {name: to_numpy(x) for name, x in call(model).items()}
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def to_numpy(tensor) -> np.ndarray:
+    """NCHW to NHWC; tokens stay."""
+    array = tensor.detach().numpy()
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def to_torch(x_bhwc):
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(x_bhwc.transpose(0, 3, 1, 2)))
+
+
+def require_equal(ours, theirs) -> None:
+    """All within 1e-5 of the largest magnitude there; a failure names the first layer that differs."""
+    assert list(theirs) and ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        assert x.shape == theirs[name].shape, f"{name}: {x.shape}, diffusers {theirs[name].shape}"
+        error = np.abs(x - theirs[name]).max() / np.abs(theirs[name]).max()
+        assert error <= 1e-5, f"{name} is the first to differ: relative error {error:.1e}"
+
+
+def diffusers_unet(diffusers, folder):
+    """diffusers' U-Net at the weights of `folder`, loaded strictly.
+
+    It has no single-image form: its attn2 is made to look at a condition of 8 channels and to add nothing, or our
+    attn2's bias.
+    """
+    import torch
+
+    config = json.loads((folder / "config.json").read_text())
+    model = diffusers.UNet2DConditionModel.from_config({**config, "cross_attention_dim": 8}).eval()
+    state = {name: torch.from_numpy(x) for name, x in load_file(folder / WEIGHTS).items()}
+    for name, x in model.state_dict().items():
+        if is_set_attention(name) and not name.endswith(".attn2.to_out.0.bias"):
+            state[name] = torch.zeros_like(x)
+        elif is_set_attention(name):
+            state.setdefault(name, torch.zeros_like(x))
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+@pytest.mark.parametrize("case", UNETS)
+def test_unet_is_that_of_diffusers(diffusers, case, tmp_path):
+    import torch
+
+    config, height, width = UNETS[case]
+    graphdef, params = random_model(UNet, config)
+    rng = np.random.default_rng(1)
+    x_bhwc = rng.standard_normal((2, height, width, config.in_channels)).astype(np.float32)
+    timestep_b = np.asarray([3, 977], np.int32)
+    condition_btc = torch.from_numpy(rng.standard_normal((2, 5, 8)).astype(np.float32))
+    no_context = transformer.ImageSets(SetLayout.sampling(0))
+
+    ours = record(graphdef, params, lambda unet, x, t: {"output": unet(x, t, no_context)}, x_bhwc, timestep_b)
+    save_unet(tmp_path, config, params)
+    theirs = torch_record(
+        diffusers_unet(diffusers, tmp_path),
+        ours,
+        lambda unet: {"output": unet(to_torch(x_bhwc), torch.from_numpy(timestep_b), condition_btc).sample},
+    )
+    require_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", AUTOENCODERS)
+def test_autoencoder_is_that_of_diffusers(diffusers, case, tmp_path):
+    config, height, width = AUTOENCODERS[case]
+    graphdef, params = random_model(AutoencoderKL, config)
+    rng = np.random.default_rng(1)
+    image_bhwc = rng.uniform(-1, 1, (2, height, width, config.in_channels)).astype(np.float32)
+    latent_bhwc = rng.standard_normal((2, 3, 2, config.latent_channels)).astype(np.float32)
+
+    def call(vae, image_bhwc, latent_bhwc):
+        mean, log_variance = vae.posterior(image_bhwc)
+        return {"mean": mean, "log_variance": log_variance, "decoded": vae.decode(latent_bhwc)}
+
+    def torch_call(vae):
+        posterior = vae.encode(to_torch(image_bhwc)).latent_dist
+        decoded = vae.decode(to_torch(latent_bhwc) / vae.config.scaling_factor).sample
+        return {"mean": posterior.mean, "log_variance": posterior.logvar, "decoded": decoded}
+
+    ours = record(graphdef, params, call, image_bhwc, latent_bhwc)
+    save_autoencoder(tmp_path, config, params)
+    reference, report = diffusers.AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    require_equal(ours, torch_record(reference.eval(), ours, torch_call))
+
+
+def test_folders_of_diffusers_are_read(diffusers, tmp_path):
+    """Also in several files."""
+    config, *_ = AUTOENCODERS["three levels"]
+    _, params = random_model(AutoencoderKL, config)
+    save_autoencoder(tmp_path / "ours", config, params)
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours")
+    vae.save_pretrained(tmp_path / "whole")
+    vae.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert (tmp_path / "sharded" / f"{WEIGHTS}.index.json").exists()
+    for folder in (tmp_path / "whole", tmp_path / "sharded"):
+        assert load_autoencoder_config(folder) == config
+        assert_same_params(load_params(folder), params)
+
+    config, *_ = UNETS["conv projection, two layers, odd size"]
+    _, params = random_model(UNet, config)
+    save_unet(tmp_path / "unet", config, params)
+    diffusers_unet(diffusers, tmp_path / "unet").save_pretrained(tmp_path / "theirs")
+    assert load_unet_config(tmp_path / "theirs", attn2="none") == config
+    found = load_params(tmp_path / "theirs")
+    assert_same_params({name: x for name, x in found.items() if not is_set_attention(name)}, params)
+
+
+# --- Folders --------------------------------------------------------------------------------------------------------
+
+
+def assert_same_params(found, expected) -> None:
+    require_same("the folder", expected, found)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(found[name], x, err_msg=name)
+        assert found[name].dtype == np.float32
+
+
+@pytest.fixture
+def unet_folder(tmp_path):
+    config, *_ = UNETS["conv projection, two layers, odd size"]
+    folder = tmp_path / "unet"
+    save_unet(folder, config, random_model(UNet, config)[1])
+    return folder
+
+
+@pytest.mark.parametrize("case", UNETS)
+def test_what_is_saved_of_a_unet_is_loaded(case, tmp_path):
+    config, *_ = UNETS[case]
+    _, params = random_model(UNet, config)
+    save_unet(tmp_path, config, params)
+    assert_same_params(load_params(tmp_path), params)
+    assert load_unet_config(tmp_path) == config
+    other = load_unet_config(tmp_path, clean_sees="itself", dtype="bfloat16")
+    assert other == dataclasses.replace(config, clean_sees="itself", dtype="bfloat16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+
+
+@pytest.mark.parametrize("case", AUTOENCODERS)
+def test_what_is_saved_of_an_autoencoder_is_loaded(case, tmp_path):
+    config, *_ = AUTOENCODERS[case]
+    _, params = random_model(AutoencoderKL, config)
+    save_autoencoder(tmp_path, config, params)
+    assert_same_params(load_params(tmp_path), params)
+    assert load_autoencoder_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_weights_of_half_the_size_are_read_as_float32(dtype, tmp_path):
+    _, params = random_model(UNet, TINY)
+    save_unet(tmp_path, TINY, params, dtype)
+    assert_same_params(load_params(tmp_path), {k: x.astype(dtype).astype(np.float32) for k, x in params.items()})
+
+
+def test_one_number_of_heads_counts_for_every_level(unet_folder):
+    config = json.loads((unet_folder / "config.json").read_text())
+    (unet_folder / "config.json").write_text(json.dumps(config | {"attention_head_dim": 4}))
+    assert load_unet_config(unet_folder).num_attention_heads == (4, 4)
+
+
+def shard(folder, names=("one.safetensors", "two.safetensors")) -> None:
+    """Splits the weights of a folder into two files under an index."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    weight_map = {name: names[i % 2] for i, name in enumerate(tensors)}
+    for file in names:
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def test_weights_in_several_files_are_read(unet_folder):
+    expected = load_params(unet_folder)
+    shard(unet_folder)
+    assert_same_params(load_params(unet_folder), expected)
+    (unet_folder / "two.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no weights at .*two\.safetensors"):
+        load_params(unet_folder)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{root}/outside.safetensors", "..", ".", ""])
+def test_an_index_that_points_outside_its_folder_is_refused(name, unet_folder):
+    outside = unet_folder.parent / "outside.safetensors"
+    outside.write_bytes((unet_folder / WEIGHTS).read_bytes())
+    index = {"weight_map": {"conv_in.weight": name.format(root=unet_folder.parent)}}
+    (unet_folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"outside its folder|no weights at"):
+        load_params(unet_folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none_is_refused(text, unet_folder):
+    (unet_folder / f"{WEIGHTS}.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        load_params(unet_folder)
+
+
+def test_pickled_weights_are_refused(unet_folder):
+    (unet_folder / WEIGHTS).rename(unet_folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin is pickled and is not opened"):
+        load_params(unet_folder)
+
+
+def test_a_folder_without_weights_or_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no weights at"):
+        load_params(tmp_path)
+    with pytest.raises(UserError, match="is not a diffusers model folder"):
+        load_unet_config(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+def test_truncated_weights_are_refused(kept, unet_folder):
+    path = unet_folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match="is damaged"):
+        load_params(unet_folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_a_damaged_config_is_refused(text, unet_folder):
+    (unet_folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is not JSON|config\.json is no JSON object"):
+        load_unet_config(unet_folder)
+
+
+def test_a_folder_of_another_model_is_refused(unet_folder):
+    with pytest.raises(UserError, match="describes a UNet2DConditionModel, not a AutoencoderKL"):
+        load_autoencoder_config(unet_folder)
+
+
+def test_require_same_names_what_does_not_fit():
+    a, b = np.zeros((2, 3)), np.zeros((3, 2))
+    require_same("somewhere", {"a": a, "b": b}, {"b": b, "a": a})
+    with pytest.raises(UserError) as error:
+        require_same("somewhere", {"missing_one": a, "shape": a, "same": a}, {"shape": b, "same": a, "extra_one": a})
+    assert str(error.value) == (
+        "somewhere does not hold this model: "
+        "missing missing_one; shape is (3, 2), should be (2, 3); unexpected extra_one"
+    )
+
+
+# --- Starting from a single-image model -----------------------------------------------------------------------------
+
+SETS = dataclasses.replace(TINY, attn2="image_set")
+
+
+def test_at_step_0_the_set_model_is_the_single_image_model_whatever_the_context(tmp_path):
+    single, single_params = random_model(UNet, TINY)
+    sets, sets_params = random_model(UNet, SETS)
+    save_unet(tmp_path, TINY, single_params)
+    started = from_pretrained(sets_params, load_params(tmp_path), str(tmp_path))
+    require_same("what is started", sets_params, started)
+    for name, x in started.items():
+        if ".attn2.to_out." in name:
+            assert not np.any(x)
+        elif is_set_attention(name):
+            copied = name.replace(".attn2.", ".attn1.").replace(".norm2.", ".norm1.")
+            np.testing.assert_array_equal(x, single_params[copied])
+
+    layout = SetLayout.training(3)
+    rng = np.random.default_rng(2)
+    noised = rng.standard_normal((1, 3, 8, 8, 4)).astype(np.float32)
+    contexts = rng.standard_normal((2, 1, 2, 8, 8, 4)).astype(np.float32)
+    timestep = np.asarray([[0, 500, 999]], np.int32)
+
+    @jit
+    def run(params, clean):
+        return denoise_sets(merge(sets, params), clean, noised, timestep, layout, clean_timestep=0)
+
+    @jit
+    def run_single(params, clean):
+        return denoise_sets(merge(single, params), clean, noised, timestep, layout, clean_timestep=0)
+
+    expected = run_single(single_params, contexts[0])
+    for clean in contexts:
+        np.testing.assert_array_equal(run(started, clean), expected)
+    assert np.any(run(sets_params, contexts[0]) != run(sets_params, contexts[1]))
+
+
+def test_a_set_model_starts_from_a_set_model_as_it_is():
+    _, params = random_model(UNet, SETS)
+    started = from_pretrained({name: x * 0 for name, x in params.items()}, params, "somewhere")
+    assert_same_params(started, params)
+
+
+def test_a_single_image_model_that_does_not_fit_is_refused():
+    _, params = random_model(UNet, SETS)
+    _, pretrained = random_model(UNet, TINY)
+    misfit = dict(pretrained)
+    misfit["more.kernel"] = misfit.pop("conv_in.bias")
+    misfit["conv_out.bias"] = np.zeros(5, np.float32)
+    with pytest.raises(UserError) as error:
+        from_pretrained(params, misfit, "somewhere")
+    assert str(error.value) == (
+        "init.path=somewhere does not fit config.model: conv_out.bias is (5,) there and (4,) here; "
+        "missing conv_in.bias; unexpected more.kernel; "
+        "set config.model to that folder's config.json, or init.path= to train from scratch"
+    )
+    with pytest.raises(UserError, match=r"and [0-9]+ more;"):
+        from_pretrained(params, {}, "somewhere")
+    with pytest.raises(UserError, match=r"unexpected down_blocks.*attn2"):
+        from_pretrained(pretrained, params, "somewhere")

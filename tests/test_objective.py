@@ -1,0 +1,174 @@
+"""The training objective, and the evaluation that says whether the context is used."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from m2m_jax.attention.layout import SetLayout
+from m2m_jax.configuration import default_config
+from m2m_jax.diffusion.objective import set_loss, squared_error
+from m2m_jax.diffusion.schedule import NoiseSchedule
+from m2m_jax.models.parameters import abstract, merge
+from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.training.evaluation import context_losses
+
+CONFIG = UNetConfig(
+    block_out_channels=(16,),  # one level has four transformers: down, middle and two up
+    down_block_types=("CrossAttnDownBlock2D",),
+    layers_per_block=1,
+    num_attention_heads=(2,),
+    norm_num_groups=8,
+)
+SCHEDULE = NoiseSchedule(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, prediction_type="v_prediction")
+NUM_IMAGES = 3
+LATENTS = np.random.default_rng(0).standard_normal((3, NUM_IMAGES, 4, 4, 4)).astype(np.float32)
+# These programs are compiled once and run on next to nothing.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
+
+
+@functools.cache
+def random_unet():
+    """(graphdef, params) without a zero among the parameters; strong enough that the context matters."""
+    graphdef, shapes = abstract(lambda: UNet(CONFIG, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    params = {}
+    for name, x in shapes.items():
+        kernel = (0, 1.5 / math.prod(x.shape[:-1]) ** 0.5)
+        mean, std = {"bias": (0, 0.2), "scale": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
+        params[name] = jnp.asarray(mean + std * rng.standard_normal(x.shape), jnp.float32)
+    return graphdef, params
+
+
+@functools.cache
+def loss_and_gradients(context_dropout: float):
+    """`(latents, seed, step) -> (loss, parts), gradients`."""
+    graphdef, params = random_unet()
+    config = default_config().diffusion
+    config.context_dropout = context_dropout
+
+    @jit
+    def run(params, latents, seed, step):
+        def loss(params):
+            return set_loss(merge(graphdef, params), SCHEDULE, latents, seed=seed, step=step, config=config)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return functools.partial(run, params)
+
+
+def test_the_loss_is_finite_and_depends_on_seed_and_step_alone():
+    run = loss_and_gradients(0.1)
+    (loss, parts), gradients = run(LATENTS, 5, 7)
+    assert np.isfinite(loss) and loss == parts["loss"] and loss > 0
+    assert parts.keys() == {"loss", "loss_first", "loss_last"}
+    assert all(np.isfinite(x).all() for x in gradients.values())
+    (again, _), gradients_again = run(LATENTS, 5, 7)
+    assert again == loss
+    jax.tree.map(np.testing.assert_array_equal, gradients_again, gradients)
+    assert run(LATENTS, 5, 8)[0][0] != loss
+    assert run(LATENTS, 6, 7)[0][0] != loss
+
+
+def test_the_gradient_reaches_every_parameter_of_the_set_attention():
+    _, gradients = loss_and_gradients(0.1)(LATENTS, 5, 7)
+    names = [name for name in gradients if ".attn2." in name or ".transformer_blocks.0.norm2." in name]
+    assert len(names) == 4 * (5 + 2)
+    for name in names:
+        assert np.any(gradients[name]), name
+    assert all(np.any(x) for x in gradients.values())
+
+
+def test_sets_without_context_teach_nothing_about_keys_and_values():
+    """All context dropped: only the output's bias is left of the set attention."""
+    _, gradients = loss_and_gradients(1.0)(LATENTS, 5, 7)
+    for name, x in gradients.items():
+        if ".attn2." in name:
+            assert np.any(x) == name.endswith(".to_out.bias"), name
+
+
+@functools.cache
+def evaluate():
+    """`(latents, batch_index) -> context_losses`."""
+    graphdef, params = random_unet()
+
+    @jit
+    def run(params, latents, batch_index):
+        unet = merge(graphdef, params)
+        config = default_config().diffusion
+        return context_losses(unet, SCHEDULE, latents, seed=1, batch_index=batch_index, config=config)
+
+    return functools.partial(run, params)
+
+
+def test_context_losses_are_named_and_hang_together():
+    losses = evaluate()(LATENTS, 0)
+    by_size = [losses[f"loss_by_context_size/{k}"] for k in range(NUM_IMAGES)]
+    assert losses.keys() == {
+        "loss_own_context",
+        "loss_other_context",
+        *(f"loss_by_context_size/{k}" for k in range(NUM_IMAGES)),
+    }
+    assert all(x.shape == () and np.isfinite(x) for x in losses.values())
+    assert losses["loss_own_context"] == by_size[-1]
+    assert len({float(x) for x in by_size}) == NUM_IMAGES
+    assert losses["loss_other_context"] != losses["loss_own_context"]
+    jax.tree.map(np.testing.assert_array_equal, evaluate()(LATENTS, 0), losses)
+    assert evaluate()(LATENTS, 1)["loss_own_context"] != losses["loss_own_context"]
+
+
+def test_own_and_other_context_are_one_where_all_sets_are_one():
+    losses = evaluate()(LATENTS[:1].repeat(3, 0), 0)
+    assert losses["loss_own_context"] == losses["loss_other_context"]
+
+
+def test_other_context_is_that_of_another_set_for_every_set():
+    turned = np.concatenate([np.roll(LATENTS[:, :-1], 1, axis=0), LATENTS[:, -1:]], axis=1)
+    other, own = evaluate()(LATENTS, 0)["loss_other_context"], evaluate()(turned, 0)["loss_own_context"]
+    np.testing.assert_allclose(other, own, rtol=1e-6)
+
+
+class Spy:
+    """Stands in for the U-Net: keeps what it is called with, answers zeros."""
+
+    config = CONFIG
+
+    def __call__(self, x_bhwc, timestep_b, sets):
+        self.x_bhwc, self.timestep_b, self.sets = x_bhwc, timestep_b, sets
+        return jnp.zeros_like(x_bhwc)
+
+
+def test_the_error_is_that_of_each_image_against_the_target_of_the_schedule():
+    rng = np.random.default_rng(3)
+    noise = jnp.asarray(rng.standard_normal(LATENTS.shape), jnp.float32)
+    timestep = jnp.asarray(rng.integers(0, 1000, LATENTS.shape[:2]), jnp.int32)
+    layout = SetLayout.training(NUM_IMAGES)
+    error_bn = squared_error(
+        Spy(), SCHEDULE, LATENTS[:, :-1], jnp.asarray(LATENTS), noise, timestep, layout, clean_timestep=0
+    )
+    target = np.asarray(SCHEDULE.target(jnp.asarray(LATENTS), noise, timestep))
+    np.testing.assert_allclose(error_bn, (target**2).mean((2, 3, 4)), rtol=1e-5)
+
+
+def test_what_the_network_is_given_in_training():
+    """Clean images as they are, at one timestep; noised ones each at its own; some sets without context."""
+    spy, config, b = Spy(), default_config().diffusion, 64
+    config.context_dropout, config.clean_timestep = 0.25, 3
+    latents = jnp.asarray(np.random.default_rng(4).standard_normal((b, NUM_IMAGES, 1, 1, 4)), jnp.float32)
+    set_loss(spy, SCHEDULE, latents, seed=0, step=0, config=config)
+    assert spy.sets.layout == SetLayout.training(NUM_IMAGES)
+
+    stack_bqhwc = spy.x_bhwc.reshape(b, -1, 1, 1, 4)
+    np.testing.assert_array_equal(stack_bqhwc[:, : NUM_IMAGES - 1], latents[:, :-1])
+    timestep_bq = np.asarray(spy.timestep_b).reshape(b, -1)
+    assert (timestep_bq[:, : NUM_IMAGES - 1] == 3).all()
+    timestep_bn = timestep_bq[:, NUM_IMAGES - 1 :]
+    assert timestep_bn.min() >= 0 and timestep_bn.max() < 1000
+    assert len(np.unique(timestep_bn)) > 0.8 * timestep_bn.size
+    assert 0.1 < 1 - np.mean(spy.sets.keep_context_b) < 0.4
