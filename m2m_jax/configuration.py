@@ -77,7 +77,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "train.ema_decay": (0.0, 0.999999),
     "eval.every": (1, math.inf),
     "eval.batches": (1, math.inf),
-    "eval.batch_size": (1, math.inf),
+    "eval.batch_size": (2, math.inf),
     "sample.steps": (1, math.inf),
     "sample.guidance_scale": (0.0, math.inf),
     "checkpoint.every": (1, math.inf),
@@ -173,7 +173,7 @@ def default_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = 1_000  # steps between evaluations; the last step is evaluated in any case
     config.eval.batches = 4
-    config.eval.batch_size = 16  # sets a batch, all hosts together
+    config.eval.batch_size = 16  # sets a batch, all hosts together; each is another's foreign context
 
     config.sample = ConfigDict()  # of the sample grids, and the sampler's defaults
     config.sample.steps = 25  # denoising steps an image

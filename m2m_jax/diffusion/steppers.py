@@ -6,8 +6,8 @@ In terms of the predicted clean image, one step from (alpha, sigma) to (alpha', 
 
 with weights that depend on the schedule alone. So a stepper is a choice of timesteps and a table of weights,
 made in float64 on the host, and all share one scan. In this form pure noise (alpha = 0, zero terminal SNR)
-and the clean image (sigma' = 0) are levels like any other: no weight divides by alpha, and no logarithm of the
-SNR reaches the device.
+and the clean image (sigma' = 0) are levels like any other: no weight divides by alpha, and no logarithm of
+the SNR reaches the device.
 """
 
 import abc

@@ -22,6 +22,19 @@ RENAMED = ((".to_out.", ".to_out.0."), (".ff.up.", ".ff.net.0.proj."), (".ff.dow
 
 # Fields of diffusers' config.json that bear another name here.
 UNET_FIELDS = {"num_attention_heads": "attention_head_dim"}
+# Fields of diffusers' U-Net that have one value here; another would be another network.
+UNET_FIXED = {
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "resnet_time_scale_shift": "default",
+}
 
 
 def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
@@ -31,6 +44,11 @@ def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
     heads = values.get("attention_head_dim", 8)  # diffusers' default; the number of heads, despite the name
     values["attention_head_dim"] = heads if isinstance(heads, list) else [heads] * levels
     values.setdefault("use_linear_projection", False)
+    for name, value in UNET_FIXED.items():
+        if values.get(name, value) != value:
+            raise UserError(f"{folder}/config.json has {name}={values[name]!r}; only {value!r} is implemented")
+    if not isinstance(values.get("transformer_layers_per_block", 1), int):
+        raise UserError(f"{folder}/config.json has transformer_layers_per_block by level; one number is implemented")
     return _config_from(UNetConfig, values, UNET_FIELDS, overrides)
 
 
@@ -42,7 +60,7 @@ def load_autoencoder_config(folder: str | Path) -> AutoencoderConfig:
 def save_unet(folder: str | Path, config: UNetConfig, params: Params, dtype=np.float32) -> None:
     """Writes a U-Net folder."""
     values = {UNET_FIELDS.get(k, k): v for k, v in dataclasses.asdict(config).items()}
-    for runtime_choice in ("dtype", "attention_backend", "clean_sees"):
+    for runtime_choice in ("dtype", "attention_backend"):
         del values[runtime_choice]
     up = [kind.replace("Down", "Up") for kind in reversed(config.down_block_types)]
     _save(folder, {"_class_name": "UNet2DConditionModel", **values, "up_block_types": up}, params, dtype)

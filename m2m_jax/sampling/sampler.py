@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from m2m_jax.images import read_image
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
+
+MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,8 @@ class SamplingSettings:
             raise UserError(f"sampling needs at least one step, not {self.steps}")
         if self.stepper not in STEPPERS:
             raise UserError(f"stepper must be one of {', '.join(STEPPERS)}, not {self.stepper!r}")
+        if not 0.0 <= self.guidance_scale < math.inf:
+            raise UserError(f"guidance_scale must be a number of at least 0, not {self.guidance_scale}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,6 +139,9 @@ class Sampler:
         """
         if num_images < 1:
             raise UserError(f"num_images must be at least 1, not {num_images}")
+        for seed in np.asarray(seed_b).tolist():
+            if not 0 <= seed <= MAX_SEED:
+                raise UserError(f"a seed must be between 0 and {MAX_SEED}, not {seed}")
         keys_b = jax.vmap(jax.random.key)(jnp.asarray(seed_b, jnp.uint32))
         context_bmhwc = self.encode(context_bmhwc)
         finished_bhwc = []

@@ -53,10 +53,10 @@ def make_mesh(config: ConfigDict) -> Mesh:
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """How one parameter is split. Raises ValueError for a name that no rule matches."""
-    logical = next((axes for pattern, axes in RULES if re.fullmatch(pattern, name)), None)
-    if logical is None:
+    rule = _rule(name)
+    if rule is None:
         raise ValueError(f"no rule of m2m_jax/training/sharding.py matches parameter {name!r} {shape}; add one")
-    logical = (None,) * (len(shape) - len(logical)) + logical
+    logical = (None,) * (len(shape) - len(rule[1])) + rule[1]
     spec: list[str | None] = [None] * len(shape)
     for mesh_axis in AXES:
         size = mesh.shape[mesh_axis]
@@ -113,15 +113,16 @@ def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray]) -> dict[str
 
 
 def describe(params: Params, mesh: Mesh) -> str:
-    """The resolved table, to be printed: a line for every layer kind and how it is split."""
-    rows: dict[tuple[str, PartitionSpec], list[int]] = {}
+    """The resolved table, to be printed: for every rule, how many parameters it splits in which way."""
+    rows: dict[tuple[str, str], list[int]] = {}
     for name, value in params.items():
-        # Blocks of one kind are split alike: their numbers are left out.
-        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        rows.setdefault((kind, parameter_spec(name, value.shape, mesh)), []).append(math.prod(value.shape))
-    lines = [f"mesh: {dict(mesh.shape)}"]
-    width = max((len(kind) for kind, _ in rows), default=0)
-    for (kind, spec), sizes in sorted(rows.items(), key=lambda row: row[0][0]):
-        split = ", ".join(axis or "-" for axis in spec)
-        lines.append(f"  {kind:<{width}}  [{split}]  {len(sizes)} x, {sum(sizes):,} scalars")
+        spec = parameter_spec(name, value.shape, mesh)
+        split = f"[{', '.join(axis or '-' for axis in spec)}]"
+        rows.setdefault((_rule(name)[0], split), []).append(math.prod(value.shape))
+    lines = [f"mesh {dict(mesh.shape)}; parameters by rule and split axes:"]
+    lines += [f"  {rule:<16} {split:<20} {len(x):>5} x {sum(x):>15,} scalars" for (rule, split), x in sorted(rows.items())]
     return "\n".join(lines)
+
+
+def _rule(name: str) -> tuple[str, tuple[str, ...]] | None:
+    return next((rule for rule in RULES if re.fullmatch(rule[0], name)), None)
