@@ -18,9 +18,7 @@ ZERO_SNR = NoiseSchedule(**STABLE_DIFFUSION, rescale_betas_zero_snr=True, predic
 @pytest.fixture
 def diffusers():
     pytest.importorskip("torch", reason="parity with diffusers runs on torch, a test-only dependency")
-    return pytest.importorskip(
-        "diffusers", reason="the reference of the parity tests, a test-only dependency"
-    )
+    return pytest.importorskip("diffusers", reason="the reference of the parity tests, a test-only dependency")
 
 
 def images(seed: int, shape=(2, 3, 4, 4, 2), dtype=np.float32) -> jax.Array:
@@ -82,18 +80,14 @@ def test_keeps_the_dtype_of_the_images():
 
 
 def test_refuses_timesteps_of_other_images():
-    with pytest.raises(
-        ValueError, match=r"timestep \(3,\) lacks the leading dimensions of the images \(2, 3"
-    ):
+    with pytest.raises(ValueError, match=r"timestep \(3,\) lacks the leading dimensions of the images \(2, 3"):
         NoiseSchedule().add_noise(images(0), images(1), jnp.zeros(3, jnp.int32))
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
 def test_zero_terminal_snr_ends_in_pure_noise(beta_schedule):
     plain = NoiseSchedule(beta_schedule=beta_schedule, prediction_type="v_prediction")
-    schedule = NoiseSchedule(
-        beta_schedule=beta_schedule, prediction_type="v_prediction", rescale_betas_zero_snr=True
-    )
+    schedule = NoiseSchedule(beta_schedule=beta_schedule, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert schedule.alphas_cumprod[-1] == 0.0
     np.testing.assert_allclose(schedule.alphas_cumprod[0], plain.alphas_cumprod[0], rtol=1e-12)
     assert np.all(np.diff(schedule.alphas_cumprod) < 0)

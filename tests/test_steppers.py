@@ -57,9 +57,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
 @pytest.mark.parametrize("stepper", STEPPERS)
-def test_trajectories_are_those_of_diffusers(
-    diffusers, stepper, beta_schedule, spacing, prediction_type, num_steps
-):
+def test_trajectories_are_those_of_diffusers(diffusers, stepper, beta_schedule, spacing, prediction_type, num_steps):
     schedule = make_schedule(beta_schedule, timestep_spacing=spacing, prediction_type=prediction_type)
     config = {k: v for k, v in schedule.to_config().items() if k != "_class_name"}
     if (stepper, spacing) == ("ddim", "linspace"):
@@ -111,9 +109,7 @@ def test_from_pure_noise_diffusers_is_near(diffusers, stepper, tolerance, beta_s
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 20])
 def test_dpmpp_from_pure_noise_is_the_limit(num_steps):
     """The paper's Algorithm 2 as it is printed, in float64, with log SNR infinite at both ends."""
-    schedule = make_schedule(
-        rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
-    )
+    schedule = make_schedule(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
     timesteps = schedule.inference_timesteps(num_steps)
     alphas_cumprod = np.append(schedule.alphas_cumprod[timesteps], 1.0)
     alpha, sigma = np.sqrt(alphas_cumprod), np.sqrt(1.0 - alphas_cumprod)
@@ -133,9 +129,7 @@ def test_dpmpp_from_pure_noise_is_the_limit(num_steps):
 
 @pytest.mark.parametrize("stepper", STEPPERS)
 def test_second_step_from_pure_noise_is_of_first_order(stepper):
-    schedule = make_schedule(
-        rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
-    )
+    schedule = make_schedule(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
     table = STEPPERS[stepper].table(schedule, 20)
     assert all(np.all(np.isfinite(column)) for column in table)
     np.testing.assert_array_equal(table.previous_weight[:2], 0.0)
@@ -151,9 +145,7 @@ def gaussian_error(stepper: str, prediction_type: str, num_steps: int) -> float:
     mean + deviation * z.
     """
     mean, deviation = 0.3, 0.5
-    schedule = make_schedule(
-        rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type=prediction_type
-    )
+    schedule = make_schedule(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type=prediction_type)
     alphas_cumprod = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
 
     def denoise(x, timestep):
@@ -171,9 +163,12 @@ def gaussian_error(stepper: str, prediction_type: str, num_steps: int) -> float:
 def test_exact_networks_sample_the_exact_image_as_steps_grow(prediction_type):
     ddim = [gaussian_error("ddim", prediction_type, n) for n in (20, 100, 500)]
     dpmpp = [gaussian_error("dpmpp_2m", prediction_type, n) for n in (20, 100, 500)]
-    assert ddim[0] > 3 * ddim[1] > 9 * ddim[2]
+    # The last step, from timestep 1000 / n to the clean image, is of first order in both, and most of the
+    # error that DPM-Solver++ has left.
+    for errors in (ddim, dpmpp):
+        assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert all(two < one for one, two in zip(ddim, dpmpp, strict=True))
     assert ddim[2] < 0.02 and dpmpp[2] < 0.01
-    assert dpmpp[0] < ddim[0] / 2 and dpmpp[1] < ddim[1] / 2
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
