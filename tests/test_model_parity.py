@@ -5,11 +5,11 @@ import functools
 import json
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_fixtures import quick_jit
 from safetensors.numpy import load_file, save_file
 
 from m2m_jax.attention.layout import SetLayout
@@ -30,8 +30,6 @@ from m2m_jax.models.parameters import abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
 ATTENDS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
-# These programs are compiled once and run on next to nothing.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 TINY = UNetConfig(
     block_out_channels=(16, 32),
@@ -119,10 +117,6 @@ def random_model(cls, config):
     return graphdef, params
 
 
-def jit(f):
-    return jax.jit(f, compiler_options=COMPILER_OPTIONS)
-
-
 # --- Parity ---------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +143,7 @@ def record(graphdef, params, call, *inputs) -> dict[str, np.ndarray]:
     """What `call(model, *inputs)` returns by name, after the output of every module that diffusers names alike."""
     order = []
 
-    @jit
+    @quick_jit
     def run(params, *inputs):
         model = merge(graphdef, params)
         names = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
@@ -458,11 +452,11 @@ def test_at_step_0_the_set_model_is_the_single_image_model_whatever_the_context(
     contexts = rng.standard_normal((2, 1, 2, 8, 8, 4)).astype(np.float32)
     timestep = np.asarray([[0, 500, 999]], np.int32)
 
-    @jit
+    @quick_jit
     def run(params, clean):
         return denoise_sets(merge(sets, params), clean, noised, timestep, layout, clean_timestep=0)
 
-    @jit
+    @quick_jit
     def run_single(params, clean):
         return denoise_sets(merge(single, params), clean, noised, timestep, layout, clean_timestep=0)
 

@@ -6,13 +6,12 @@ the attention's parameters (those of the convolutions would take half as long ag
 """
 
 import functools
-import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_fixtures import quick_jit, random_params
 
 from m2m_jax.attention.backends import BACKENDS
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout
@@ -21,19 +20,6 @@ from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
 NUM_IMAGES = 3
 FORMS = [(backend, clean_sees) for backend in BACKENDS for clean_sees in CLEAN_SEES]
-# These programs are compiled once and run on next to nothing.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def random_params(shapes, seed: int = 0) -> dict[str, jax.Array]:
-    """Parameters without a zero, also where training starts from zeros; strong enough that the context matters."""
-    rng = np.random.default_rng(seed)
-    params = {}
-    for name, x in shapes.items():
-        kernel = (0, 1.5 / math.prod(x.shape[:-1]) ** 0.5)
-        mean, std = {"bias": (0, 0.2), "scale": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
-        params[name] = jnp.asarray(mean + std * rng.standard_normal(x.shape), jnp.float32)
-    return params
 
 
 @functools.cache
@@ -62,7 +48,7 @@ def probe(backend: str, clean_sees: str):
     graphdef, params = random_unet(backend, clean_sees)
     layout = SetLayout.training(NUM_IMAGES, clean_sees)
 
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @quick_jit
     def run(params, inputs, keep_context_b, cotangents):
         def forward(attention_params, clean, noised):
             stacks = []
@@ -178,7 +164,7 @@ def without_context():
     layout = SetLayout((), tuple(range(NUM_IMAGES)))
     graphdef, params = random_unet("dense", "preceding")
 
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @quick_jit
     def run(params, noised, timestep):
         return denoise_sets(merge(graphdef, params), None, noised, timestep, layout, clean_timestep=0)
 

@@ -1,12 +1,12 @@
 """The training objective, and the evaluation that says whether the context is used."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from model_fixtures import quick_jit, random_params
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
@@ -26,24 +26,13 @@ CONFIG = UNetConfig(
 SCHEDULE = NoiseSchedule(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, prediction_type="v_prediction")
 NUM_IMAGES = 3
 LATENTS = np.random.default_rng(0).standard_normal((3, NUM_IMAGES, 4, 4, 4)).astype(np.float32)
-# These programs are compiled once and run on next to nothing.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
 
 
 @functools.cache
 def random_unet():
     """(graphdef, params) without a zero among the parameters; strong enough that the context matters."""
     graphdef, shapes = abstract(lambda: UNet(CONFIG, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(0)
-    params = {}
-    for name, x in shapes.items():
-        kernel = (0, 1.5 / math.prod(x.shape[:-1]) ** 0.5)
-        mean, std = {"bias": (0, 0.2), "scale": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
-        params[name] = jnp.asarray(mean + std * rng.standard_normal(x.shape), jnp.float32)
-    return graphdef, params
+    return graphdef, random_params(shapes)
 
 
 @functools.cache
@@ -53,7 +42,7 @@ def loss_and_gradients(context_dropout: float):
     config = default_config().diffusion
     config.context_dropout = context_dropout
 
-    @jit
+    @quick_jit
     def run(params, latents, seed, step):
         def loss(params):
             return set_loss(merge(graphdef, params), SCHEDULE, latents, seed=seed, step=step, config=config)
@@ -98,7 +87,7 @@ def evaluate():
     """`(latents, batch_index) -> context_losses`."""
     graphdef, params = random_unet()
 
-    @jit
+    @quick_jit
     def run(params, latents, batch_index):
         unet = merge(graphdef, params)
         config = default_config().diffusion

@@ -1,13 +1,11 @@
 """Training equals sampling: one pass over a whole set computes what image-by-image passes do for the same inputs."""
 
 import functools
-import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_fixtures import quick_jit, random_params
 
 from m2m_jax.attention.backends import BACKENDS
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout
@@ -16,22 +14,9 @@ from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
 NUM_IMAGES = 3
 FORMS = [(backend, clean_sees) for backend in BACKENDS for clean_sees in CLEAN_SEES]
-# These programs are compiled once and run on next to nothing.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 RNG = np.random.default_rng(0)
 CLEAN, NOISED = (RNG.standard_normal((2, NUM_IMAGES, 4, 4, 4)).astype(np.float32) for _ in range(2))
 TIMESTEP = RNG.integers(0, 1000, (2, NUM_IMAGES), np.int32)
-
-
-def random_params(shapes, seed: int = 0) -> dict[str, jax.Array]:
-    """Parameters without a zero, also where training starts from zeros; strong enough that the context matters."""
-    rng = np.random.default_rng(seed)
-    params = {}
-    for name, x in shapes.items():
-        kernel = (0, 1.5 / math.prod(x.shape[:-1]) ** 0.5)
-        mean, std = {"bias": (0, 0.2), "scale": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
-        params[name] = jnp.asarray(mean + std * rng.standard_normal(x.shape), jnp.float32)
-    return params
 
 
 @functools.cache
@@ -48,7 +33,7 @@ def denoiser(layout: SetLayout, backend: str):
     )
     graphdef, shapes = abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))
 
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @quick_jit
     def run(params, clean, noised, timestep):
         return denoise_sets(merge(graphdef, params), clean, noised, timestep, layout, clean_timestep=0)
 
