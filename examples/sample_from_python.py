@@ -1,7 +1,7 @@
 """Sampling from Python: `python examples/sample_from_python.py runs/demo runs/demo/test_sets/000 out`.
 
-Takes the first two images of a folder as context, makes two more of the same set, and then a third one in the context of
-all four.
+Takes the first two images of a folder as context, makes two more of the same set, and then a third one in the context
+of all four.
 """
 
 import sys

@@ -24,9 +24,26 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 MAX_PIXELS = 80_000_000
 
 
-def read_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
-    """The image file at `path` as uint8 [size, size, 3], on white; or a UserError that names it."""
-    return fit_square(decode_image(read_bytes(path), str(path)), size)
+def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """A file, a Pillow image or uint8 [h, w, 3] as uint8 [size, size, 3], on white; or a UserError that names it."""
+    if isinstance(source, np.ndarray):
+        image = as_pillow(source)
+    elif isinstance(source, Image.Image):
+        image = source
+    else:
+        image = decode_image(read_bytes(source), str(source))
+    return on_white(fit_square(image, size))
+
+
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    """uint8 RGBA [..., 4] with straight alpha as uint8 RGB [..., 3] on a white ground."""
+    return composite(rgba[..., :3].astype(np.float32), rgba[..., 3:], np.full(3, 255, np.float32))
+
+
+def composite(rgb: np.ndarray, alpha: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """rgb float [..., 3] of 0 to 255, alpha uint8 [..., 1], ground float [3] as uint8 [..., 3]."""
+    opacity = alpha.astype(np.float32) / 255
+    return np.round(ground + (rgb - ground) * opacity).astype(np.uint8)
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

@@ -16,9 +16,9 @@ import numpy as np
 from absl import flags
 
 from m2m_jax.errors import UserError, run_program
-from m2m_jax.images import read_image, write_png
+from m2m_jax.images import write_png
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
-from m2m_jax.sampling.sampler import MAX_SEED, Sampler
+from m2m_jax.sampling.sampler import MAX_SEED, Sampler, SamplingSettings
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # as m2m_jax.data.folder
 RECORD = "sample.json"  # the mark of a folder that this program wrote
@@ -45,8 +45,9 @@ def main(argv):
     check_output(output, sets)
     given = {"steps": STEPS.value, "stepper": STEPPER.value, "guidance_scale": GUIDANCE.value}
     settings = {name: value for name, value in given.items() if value is not None}
+    SamplingSettings(**settings)  # refuses bad ones before anything is loaded
     sampler = Sampler.from_checkpoint(CHECKPOINT.value, **settings)
-    contexts = {name: [read_image(file, sampler.image_size) for file in files] for name, files in sets.items()}
+    contexts = {name: sampler.read(files) for name, files in sets.items()}
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def main(argv):
             progress = f"[{number}/{len(contexts)}] {name or 'set'}"
             print(f"{progress}: {NUM_IMAGES.value} images, {seconds:.2f} s each", flush=True)
             write_set(aside / name, sets[name], new_images, sampler, seconds)
-            rows.append(Row(name, [context(images), generated(list(new_images))]))
+            rows.append(Row(name, [context(list(images)), generated(list(new_images))]))
         write_png(aside / "contact_sheet.png", contact_sheet(rows))
         move_into(aside, output)
     finally:

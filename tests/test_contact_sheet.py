@@ -70,9 +70,7 @@ def test_a_long_group_continues_on_a_further_line():
 
 @pytest.mark.parametrize(("size", "tile"), [(8, 96), (32, 96), (64, 128), (72, 144), (256, 256), (512, 256)])
 def test_a_tile_is_a_whole_multiple_of_its_image(size, tile):
-    left, top, right, bottom = place(
-        contact_sheet([Row("", [generated(plain(RED, size=(size, size)))])]), RED
-    )
+    left, top, right, bottom = place(contact_sheet([Row("", [generated(plain(RED, size=(size, size)))])]), RED)
     assert (right - left, bottom - top) == (tile, tile)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from m2m_jax.data.augmentation import MIN_GROUND_LUMINANCE, SetAugmentation, composite_on_white
+from m2m_jax.data.augmentation import MIN_GROUND_LUMINANCE, SetAugmentation
+from m2m_jax.images import on_white
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 EVERYTHING = SetAugmentation(
@@ -50,7 +51,7 @@ def test_no_augmentation_is_a_white_ground():
     images = _set((200, 30, 40), (0, 0, 0))
     result = _apply(SetAugmentation(), images)
     assert result.dtype == np.uint8
-    assert np.abs(result.astype(int) - composite_on_white(images)).max() <= 1
+    assert np.abs(result.astype(int) - on_white(images)).max() <= 1
     assert (result[:, :, -1] == 255).all()
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2m_jax import images
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, read_image, write_png
-from m2m_jax.sampling import images
 
 RED = (255, 0, 0)
 
@@ -92,9 +92,7 @@ def test_damaged_exif_does_not_cost_the_image():
 
 
 def test_the_first_picture_of_a_photograph_with_previews():
-    data = encoded(
-        Image.new("RGB", (8, 8), RED), "MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))]
-    )
+    data = encoded(Image.new("RGB", (8, 8), RED), "MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))])
     assert Image.open(io.BytesIO(data)).n_frames == 2
     assert pixels(data)[:, :, 0].min() > 250
 
@@ -132,9 +130,7 @@ def png_header(width: int, height: int) -> bytes:
     """A PNG that promises width x height pixels and has none."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        )
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

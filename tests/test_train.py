@@ -121,7 +121,10 @@ def test_checkpoints_hold_the_config_and_samples_autoencoder(tiny_run):
 def test_killed_run_resumes_bit_for_bit(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     command = [sys.executable, "-c", KILLED, workdir / "checkpoints" / "3", *tiny_run.arguments, f"--workdir={workdir}"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
     killed = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [line["step"] for line in _metrics(workdir)][-1] == 5

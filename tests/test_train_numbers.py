@@ -1,4 +1,4 @@
-"""The numbers of training: they do not depend on the mesh, one batch can be learnt by heart, and context is learnt."""
+"""The numbers of training: they do not depend on the mesh, and one batch can be learnt by heart."""
 
 import runpy
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 from run_fixtures import ROOT, make_autoencoder
 
+from m2m_jax.models.parameters import Params
 from m2m_jax.training import sharding
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.set_diffusion import SetDiffusion
@@ -23,35 +24,34 @@ def autoencoder(tmp_path_factory):
     return make_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
-def _config(autoencoder, steps: int, **changes) -> ConfigDict:
-    """configs/emoji.py:tiny with a U-Net of one level, which compiles in a third of the time."""
+def _task(autoencoder, steps: int, blocks: str, **changes) -> SetDiffusion:
+    """Of configs/emoji.py:tiny with a U-Net of one level, which compiles in a third of the time."""
     config = runpy.run_path(ROOT / "configs" / "emoji.py")["get_config"]("tiny")
     config.autoencoder.path = str(autoencoder)
     config.train.steps = steps
     config.model.block_out_channels = (16,)
-    config.model.down_block_types = ("CrossAttnDownBlock2D",)
+    config.model.down_block_types = (blocks,)
     config.model.num_attention_heads = (2,)
-    config.update_from_flattened_dict(changes)
-    return config
+    config.optimizer.update(changes)
+    return SetDiffusion(config)
 
 
 class Training(NamedTuple):
-    """What m2m_jax.train makes of a config and a mesh before its first step."""
+    """What m2m_jax.train makes of a task and a mesh before its first step."""
 
-    task: SetDiffusion
     state: TrainState
     frozen: dict
     step: Step
 
 
-def _start(config: ConfigDict, mesh: Mesh) -> Training:
-    task = SetDiffusion(config)
+def _start(task: SetDiffusion, params: Params, mesh: Mesh) -> Training:
+    config = task.config
     optimizer, _ = make_optimizer(config.optimizer, config.train.steps, task.is_new_parameter)
     shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.shapes)
     shardings = sharding.state_shardings(shapes, mesh)
     create = jax.jit(lambda params: TrainState.create(params, optimizer), out_shardings=shardings)
     step = make_train_step(task, optimizer, shardings, mesh, config.train.ema_decay)
-    return Training(task, create(task.init()), jax.device_put(task.frozen, sharding.replicated(mesh)), step)
+    return Training(create(params), jax.device_put(task.frozen, sharding.replicated(mesh)), step)
 
 
 def _one_device() -> Mesh:
@@ -59,32 +59,34 @@ def _one_device() -> Mesh:
 
 
 def _images(seed: int, num_sets: int) -> np.ndarray:
-    """Sets of four smooth pictures: uint8 [num_sets, 4, 32, 32, 3]."""
+    """Sets of four pictures of coarse squares: uint8 [num_sets, 4, 32, 32, 3]."""
     coarse = np.random.default_rng(seed).integers(0, 256, (num_sets, 4, 4, 4, 3), np.uint8)
     return coarse.repeat(8, axis=2).repeat(8, axis=3)
 
 
-def _losses(config: ConfigDict, mesh: Mesh, num_steps: int) -> tuple[list[float], TrainState]:
-    task, state, frozen, train_step = _start(config, mesh)
+def _losses(task: SetDiffusion, params: Params, mesh: Mesh, num_steps: int) -> tuple[list[float], TrainState]:
+    state, frozen, train_step = _start(task, params, mesh)
     losses = []
     for i in range(num_steps):
-        batch = sharding.make_global_batch(mesh, {"images_bnhwc": _images(i, config.data.batch_size)})
+        batch = sharding.make_global_batch(mesh, {"images_bnhwc": _images(i, task.config.data.batch_size)})
         state, metrics = train_step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
     return losses, state
 
 
 @pytest.fixture(scope="module")
-def losses_of_one_device(autoencoder):
-    return _losses(_config(autoencoder, steps=6), _one_device(), 5)[0]
+def one_device(autoencoder):
+    """A task with attention in the middle alone, its parameters at the start, and its losses on one device."""
+    task = _task(autoencoder, steps=6, blocks="DownBlock2D")
+    params = jax.tree.map(np.asarray, task.init())
+    return task, params, _losses(task, params, _one_device(), 5)[0]
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4), (1, 8)])
-def test_any_mesh_has_the_loss_curve_of_one_device(autoencoder, losses_of_one_device, data, fsdp):
-    config = _config(autoencoder, steps=6)
-    mesh = sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp}))
-    losses, state = _losses(config, mesh, 5)
-    np.testing.assert_allclose(losses, losses_of_one_device, rtol=1e-5)
+def test_any_mesh_has_the_loss_curve_of_one_device(one_device, data, fsdp):
+    task, params, expected = one_device
+    losses, state = _losses(task, params, sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp})), 5)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[4] < losses[0]
     # The kernels really lie in slices, and so do their moments and averages.
     name = "mid_block.resnets.0.conv1.kernel"
@@ -94,16 +96,14 @@ def test_any_mesh_has_the_loss_curve_of_one_device(autoencoder, losses_of_one_de
 
 
 def test_one_batch_is_learnt_by_heart(autoencoder):
-    config = _config(autoencoder, steps=400)
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 20
-    task, state, frozen, train_step = _start(config, _one_device())
+    task = _task(autoencoder, steps=120, blocks="CrossAttnDownBlock2D", learning_rate=3e-3, warmup_steps=20)
+    state, frozen, train_step = _start(task, task.init(), _one_device())
     batch = {"images_bnhwc": jnp.asarray(_images(0, 2))}
     losses = []
-    for _ in range(config.train.steps):
+    for _ in range(task.config.train.steps):
         # The same step number, so the same noise, timesteps and dropout.
         state, metrics = train_step(state.replace(step=jnp.zeros((), jnp.int32)), frozen, batch)
         losses.append(metrics["loss"])
     losses = np.array([float(loss) for loss in losses])
-    print(losses[::20])
-    assert losses[-10:].mean() < losses[0] / 10
+    assert losses[0] > 0.1
+    assert losses[-10:].max() < losses[0] / 10

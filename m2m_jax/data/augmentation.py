@@ -11,6 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from m2m_jax.images import composite
+
 # Grounds are at least this bright (Rec. 601 luminance, 0 to 1): black outlines must stay visible on them.
 MIN_GROUND_LUMINANCE = 0.45
 # HSV value, at most, of the colour that black line art is drawn in: well below any ground's brightness.
@@ -20,12 +22,6 @@ _GREY_TOLERANCE = 8  # channels of line art differ by less than this, of 255
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 _RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
-
-
-def composite_on_white(images_nhwc: np.ndarray) -> np.ndarray:
-    """uint8 RGBA [n, h, w, 4] -> uint8 RGB [n, h, w, 3] on a white ground."""
-    rgb, alpha = images_nhwc[..., :3].astype(np.float32), images_nhwc[..., 3:]
-    return _composite(rgb, alpha, np.full(3, 255, np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +74,7 @@ class SetAugmentation:
             rgb[grey] = ink + rgb[grey] * (1 - ink / 255)  # black becomes ink, white stays white
         rgb = rgb @ _hue_rotation(hue).T
         rgb = (rgb - 127.5) * np.float32(contrast) + 127.5
-        return _composite(np.clip(rgb, 0, 255), alpha, (255 * ground).astype(np.float32))
-
-
-def _composite(rgb: np.ndarray, alpha: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """rgb float [n, h, w, 3] of 0..255, alpha uint8 [n, h, w, 1], ground float [3] -> uint8 [n, h, w, 3]."""
-    opacity = alpha.astype(np.float32) / 255
-    return np.round(ground + (rgb - ground) * opacity).astype(np.uint8)
+        return composite(np.clip(rgb, 0, 255), alpha, (255 * ground).astype(np.float32))
 
 
 def _hue_rotation(angle: float) -> np.ndarray:

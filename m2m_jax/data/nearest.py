@@ -2,8 +2,8 @@
 
     python -m m2m_jax.data.nearest --config configs/emoji.py --samples runs/emoji/test_samples --output nearest.png
 
-`--samples` is what `m2m_jax.sample --sets` wrote. Images are compared by their shape: luminance, normalised to zero mean
-and unit variance, so that a copy in other colours, on another ground or mirrored is found as well.
+`--samples` is what `m2m_jax.sample --sets` wrote. Images are compared by their shape: luminance, normalised to zero
+mean and unit variance, so that a copy in other colours, on another ground or mirrored is found as well.
 """
 
 import json
@@ -14,10 +14,9 @@ from absl import flags
 from PIL import Image
 
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
-from m2m_jax.data.augmentation import composite_on_white
 from m2m_jax.data.pipeline import SOURCES
 from m2m_jax.errors import UserError, run_program
-from m2m_jax.images import decode_image, fit_square, read_image, write_png
+from m2m_jax.images import decode_image, fit_square, on_white, read_image, write_png
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated, nearest
 
 CONFIG = define_config_flag()
@@ -31,7 +30,9 @@ def main(argv):
     size = config.data.image_size
     records = sorted(Path(SAMPLES.value).glob("*/sample.json"))
     if not records:
-        raise UserError(f"--samples={SAMPLES.value} holds no folder with a sample.json; make it with m2m_jax.sample --sets")
+        raise UserError(
+            f"--samples={SAMPLES.value} holds no folder with a sample.json; make it with m2m_jax.sample --sets"
+        )
     training_nhwc = training_images(config.data)
     training_shapes = shapes(training_nhwc)
 
@@ -52,7 +53,8 @@ def main(argv):
     to_training, to_context = (np.concatenate(x) for x in zip(*similarities, strict=True))
     print(f"shape similarity of {len(to_training)} generated images (1: the same up to colour)")
     for name, values in (("nearest in training", to_training), ("nearest in the context", to_context)):
-        print(f"  {name}: median {np.median(values):.3f}, largest {values.max():.3f}, {np.mean(values > 0.95):.0%} above 0.95")
+        copies = np.mean(values > 0.95)
+        print(f"  {name}: median {np.median(values):.3f}, largest {values.max():.3f}, {copies:.0%} above 0.95")
     print(OUTPUT.value)
 
 
@@ -63,7 +65,7 @@ def training_images(data_config) -> np.ndarray:
     for i in range(len(source.kinds)):
         record = source[i]
         pixels += [fit_square(decode_image(data, record.set_id), data_config.image_size) for data in record.images]
-    return composite_on_white(np.stack(pixels))
+    return on_white(np.stack(pixels))
 
 
 def shapes(images_nhwc: np.ndarray) -> np.ndarray:

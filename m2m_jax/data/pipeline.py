@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from m2m_jax.data import augmentation, folder, records
 from m2m_jax.errors import UserError
-from m2m_jax.images import decode_image, fit_square
+from m2m_jax.images import decode_image, fit_square, on_white
 
 # Independent random streams of one example.
 _ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM = 0, 1, 2
@@ -113,7 +113,7 @@ class SetExamples:
         record, chosen = self.choose(index)
         images = np.stack([self._load_image(record, image) for image in chosen])
         if self._augment is None:
-            images = augmentation.composite_on_white(images)
+            images = on_white(images)
         else:
             images = self._augment(images, self._rng(_AUGMENTATION_STREAM, index))
         return {"images_nhwc": images, "example_index": np.int64(index)}

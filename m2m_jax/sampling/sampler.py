@@ -71,6 +71,9 @@ class Sampler:
     image_size: int
     step: int = 0
 
+    def __post_init__(self):
+        self.schedule.inference_timesteps(self.settings.steps)  # refuses more steps than there are noise levels
+
     @classmethod
     def from_checkpoint(cls, path: str | Path, step: int | None = None, **settings) -> "Sampler":
         """Restores the EMA of a training run, and nothing else of it.
@@ -124,9 +127,12 @@ class Sampler:
         Raises:
           UserError: `num_images` is not positive, or an image can't be read.
         """
-        context = [read_image(image, self.image_size) for image in context_images]
-        shape = (1, len(context), self.image_size, self.image_size, 3)
-        return self.sample_sets(np.asarray(context, np.uint8).reshape(shape), num_images, np.array([seed]))[0]
+        return self.sample_sets(self.read(context_images)[None], num_images, np.array([seed]))[0]
+
+    def read(self, images: Sequence[np.ndarray | Image.Image | str | Path]) -> np.ndarray:
+        """The images that `__call__` takes as it sees them: uint8 [m, image_size, image_size, 3], on white."""
+        pixels = [read_image(image, self.image_size) for image in images]
+        return np.asarray(pixels, np.uint8).reshape(len(pixels), self.image_size, self.image_size, 3)
 
     def sample_sets(self, context_bmhwc: np.ndarray, num_images: int, seed_b: np.ndarray) -> np.ndarray:
         """`__call__` for b sets at once, each with m context images and a seed of its own.

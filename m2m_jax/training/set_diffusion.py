@@ -40,6 +40,7 @@ class SetDiffusion:
         self.unet, self.shapes = abstract(self._build)
         if config.data.images_per_set > 1 and config.model.attn2 == "none":
             raise UserError("model.attn2='none' sees one image at a time: set data.images_per_set=1")
+        self.sampler({}, step=0)  # its settings are refused now and not at the first evaluation
 
     def _build(self, key: jax.Array | int = 0) -> UNet:
         return UNet(self.unet_config, rngs=nnx.Rngs(key))

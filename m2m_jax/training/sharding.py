@@ -120,7 +120,8 @@ def describe(params: Params, mesh: Mesh) -> str:
         split = f"[{', '.join(axis or '-' for axis in spec)}]"
         rows.setdefault((_rule(name)[0], split), []).append(math.prod(value.shape))
     lines = [f"mesh {dict(mesh.shape)}; parameters by rule and split axes:"]
-    lines += [f"  {rule:<16} {split:<20} {len(x):>5} x {sum(x):>15,} scalars" for (rule, split), x in sorted(rows.items())]
+    for (rule, split), sizes in sorted(rows.items()):
+        lines.append(f"  {rule:<16} {split:<20} {len(sizes):>5} x {sum(sizes):>15,} scalars")
     return "\n".join(lines)
 
 

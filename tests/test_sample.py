@@ -1,0 +1,208 @@
+"""The sampler as a program and from Python."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from data_fixtures import write_image_folder
+from PIL import Image
+from run_fixtures import ROOT, run, train_tiny
+
+import m2m_jax
+from m2m_jax.errors import UserError
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return train_tiny(tmp_path_factory).workdir
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two folders of three pictures: RGBA PNG, grey JPEG, WebP."""
+    return write_image_folder(tmp_path_factory.mktemp("sets"), num_sets=2, images_per_set=3)
+
+
+@pytest.fixture(scope="module")
+def context_files(sets):
+    return sorted((sets / "set00").iterdir())[:2]
+
+
+@pytest.fixture(scope="module")
+def sampler(checkpoint):
+    """Of the trained run, shaken: six steps are too few for the context to show."""
+    sampler = m2m_jax.Sampler.from_checkpoint(checkpoint)
+    rng = np.random.default_rng(0)
+    params = {k: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32) for k, x in sampler.unet_params.items()}
+    return dataclasses.replace(sampler, unet_params=params)
+
+
+def _sample(output, *arguments):
+    result = run("sample", *arguments, f"--output={output}")
+    assert result.code == 0, result.err
+    return result.out
+
+
+def _images(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("*.png") if path.stem.isdigit()}
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, checkpoint, context_files):
+    """Three images from two."""
+    output = tmp_path_factory.mktemp("out") / "new" / "folder"
+    files = ",".join(map(str, context_files))
+    printed = _sample(output, f"--checkpoint={checkpoint}", f"--context={files}", "--num_images=3", "--seed=5")
+    return output, printed
+
+
+def test_files(sampled, checkpoint, context_files):
+    output, printed = sampled
+    names = {"000.png", "001.png", "002.png", "contact_sheet.png", "sample.json"}
+    assert {path.name for path in output.iterdir()} == names
+    assert [path.name for path in output.parent.iterdir()] == [output.name]  # nothing half-written is left
+    assert printed.splitlines()[-1] == str(output / "contact_sheet.png")
+    for image in _images(output).values():
+        assert (image.shape, image.dtype) == ((SIZE, SIZE, 3), np.uint8)
+    record = json.loads((output / "sample.json").read_text())
+    seconds = record.pop("seconds_per_image")
+    assert 0.0 < seconds < 300.0
+    assert record == {
+        "checkpoint": str(checkpoint),
+        "step": 6,
+        "context": [str(file) for file in context_files],
+        "num_images": 3,
+        "seed": 5,
+        "settings": {"steps": 2, "stepper": "dpmpp_2m", "guidance_scale": 1.5},
+    }
+
+
+def test_contact_sheet_holds_context_and_samples(sampled, checkpoint, context_files):
+    output, _ = sampled
+    sheet = np.asarray(Image.open(output / "contact_sheet.png").convert("RGB"))
+    read = m2m_jax.Sampler.from_checkpoint(checkpoint).read(context_files)
+    for tile in [*read, *_images(output).values()]:
+        assert _contains(sheet, tile)
+
+
+def _contains(sheet, tile):
+    """Whether `tile`, perhaps enlarged by a whole number, is somewhere in `sheet`."""
+    windows = np.lib.stride_tricks.sliding_window_view
+    for factor in (1, 2, 3, 4, 6, 8):
+        pixels = tile.repeat(factor, 0).repeat(factor, 1)
+        if min(sheet.shape[0] - pixels.shape[0], sheet.shape[1] - pixels.shape[1]) < 0:
+            break
+        # Its first column and then, where that is found, all of it.
+        columns = windows(sheet, (pixels.shape[0], 1, 3)).reshape(-1, sheet.shape[1], pixels.shape[0], 3)
+        for row, column in np.argwhere((columns == pixels[:, 0]).all((2, 3))):
+            if np.array_equal(sheet[row : row + pixels.shape[0], column : column + pixels.shape[1]], pixels):
+                return True
+    return False
+
+
+def test_seeds(sampled, checkpoint, context_files, tmp_path):
+    """The same call writes the same files, replacing what stood there; another seed does not."""
+    output, _ = sampled
+    arguments = (f"--checkpoint={checkpoint}", f"--context={context_files[0]},{context_files[1]}")
+    _sample(tmp_path / "out", *arguments, "--num_images=4", "--seed=6")
+    other = _images(tmp_path / "out")
+    _sample(tmp_path / "out", *arguments, "--num_images=3", "--seed=5")
+    again = _images(tmp_path / "out")
+    expected = _images(output)
+    assert again.keys() == expected.keys()
+    for name, image in expected.items():
+        np.testing.assert_array_equal(again[name], image)
+        assert np.any(other[name] != image)
+
+
+def test_without_context(checkpoint, tmp_path):
+    _sample(tmp_path / "out", f"--checkpoint={checkpoint / 'checkpoints'}", "--num_images=1")
+    assert set(_images(tmp_path / "out")) == {"000.png"}
+    assert json.loads((tmp_path / "out" / "sample.json").read_text())["context"] == []
+    assert (tmp_path / "out" / "contact_sheet.png").exists()
+
+
+def test_sets(checkpoint, sets, sampled, context_files, tmp_path):
+    arguments = ("--num_context=2", "--num_images=3", "--seed=5", "--stepper=dpmpp_2m")
+    _sample(tmp_path / "out", f"--checkpoint={checkpoint}", f"--sets={sets}", *arguments)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"set00", "set01", "contact_sheet.png"}
+    for name in ("set00", "set01"):
+        record = json.loads((tmp_path / "out" / name / "sample.json").read_text())
+        assert [os.path.dirname(file) for file in record["context"]] == [str(sets / name)] * 2
+        assert len(_images(tmp_path / "out" / name)) == 3
+    # As if the set had been named by --context.
+    for name, image in _images(sampled[0]).items():
+        np.testing.assert_array_equal(_images(tmp_path / "out" / "set00")[name], image)
+
+
+def test_python(checkpoint, sampled, context_files):
+    sampler = m2m_jax.Sampler.from_checkpoint(checkpoint)
+    images = sampler(context_files, num_images=3, seed=5)
+    assert (images.shape, images.dtype) == ((3, SIZE, SIZE, 3), np.uint8)
+    np.testing.assert_array_equal(images, list(_images(sampled[0]).values()))
+    # File names, PIL images and arrays are one and the same.
+    pixels = sampler.read(context_files)
+    np.testing.assert_array_equal(sampler([Image.fromarray(x) for x in pixels], num_images=3, seed=5), images)
+    np.testing.assert_array_equal(sampler(pixels, num_images=3, seed=5), images)
+
+
+def test_settings_and_step(checkpoint):
+    sampler = m2m_jax.Sampler.from_checkpoint(checkpoint, step=3, stepper="ddim", guidance_scale=1.0)
+    assert sampler.step == 3
+    assert dataclasses.asdict(sampler.settings) == {"steps": 2, "stepper": "ddim", "guidance_scale": 1.0}
+    with pytest.raises(UserError, match="num_images must be at least 1, not 0"):
+        sampler([], num_images=0)
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match=f"not {seed}"):
+            sampler([], num_images=1, seed=seed)
+
+
+def test_sets_at_once_equal_sets_alone(sampler):
+    context = np.random.default_rng(1).integers(0, 256, (2, 2, SIZE, SIZE, 3), np.uint8)
+    together = sampler.sample_sets(context, 2, np.array([3, 4]))
+    assert together.shape == (2, 2, SIZE, SIZE, 3)
+    alone = np.stack([sampler(context[0], 2, seed=3), sampler(context[1], 2, seed=4)])
+    assert np.abs(together.astype(int) - alone).max() <= 1
+
+
+def test_each_image_depends_on_those_before_it_alone(sampler):
+    context = np.random.default_rng(1).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
+    images = sampler(context, num_images=2, seed=3)
+    # More images change nothing of the first ones; finished images are context like any other.
+    np.testing.assert_array_equal(sampler(context, num_images=1, seed=3)[0], images[0])
+    other = context.copy()
+    other[0] = 255 - other[0]
+    assert np.any(sampler(other, num_images=1, seed=3)[0] != images[0])
+    assert np.any(sampler(context[::-1], num_images=1, seed=3)[0] != images[0])
+    assert np.any(images[1] != images[0])
+
+
+IMPORTED = """
+import runpy, sys
+try:
+    runpy.run_module("m2m_jax.sample", run_name="__main__")
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+
+
+def test_the_sampler_needs_no_training_libraries(checkpoint, tmp_path):
+    """What serves carries no data pipeline, no optimizer and no other framework. (Flax itself imports Optax.)"""
+    arguments = [f"--checkpoint={checkpoint}", "--num_images=1", f"--output={tmp_path / 'out'}"]
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", IMPORTED, *arguments]
+    result = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "000.png").exists()
+    modules = set(result.stderr.splitlines()[-1].split())
+    assert "m2m_jax.sampling.sampler" in modules
+    unwanted = {"grain", "ml_collections", "tensorboardX", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
+    unwanted |= {f"m2m_jax.{name}" for name in ("configuration", "data", "train", "training.optimizer")}
+    assert modules & unwanted == set()
