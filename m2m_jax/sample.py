@@ -29,7 +29,9 @@ CONTEXT = flags.DEFINE_list("context", [], "Context images, in order; none is le
 SETS = flags.DEFINE_string("sets", None, "Folder of folders of context images, in place of --context.")
 NUM_CONTEXT = flags.DEFINE_integer("num_context", None, "Use so many of each set's images, the first by name.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Images to generate for each set.")
-SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same images.")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the first set; each further one has the next. The same seed gives the same images."
+)
 STEPS = flags.DEFINE_integer("steps", None, "Denoising steps an image; the run's config if not given.")
 STEPPER = flags.DEFINE_string("stepper", None, "ddim or dpmpp_2m; the run's config if not given.")
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Over the context, 1 is none; the run's config if not given.")
@@ -56,13 +58,14 @@ def main(argv):
         raise UserError(f"--output={output} cannot be written: {error.strerror}") from error
     try:
         rows = []
-        for number, (name, images) in enumerate(contexts.items(), start=1):
+        for number, (name, images) in enumerate(contexts.items()):
             start = time.monotonic()
-            new_images = sampler(images, NUM_IMAGES.value, SEED.value)
+            seed = (SEED.value + number) % (MAX_SEED + 1)
+            new_images = sampler(images, NUM_IMAGES.value, seed)
             seconds = (time.monotonic() - start) / NUM_IMAGES.value
-            progress = f"[{number}/{len(contexts)}] {name or 'set'}"
+            progress = f"[{number + 1}/{len(contexts)}] {name or 'set'}"
             print(f"{progress}: {NUM_IMAGES.value} images, {seconds:.2f} s each", flush=True)
-            write_set(aside / name, sets[name], new_images, sampler, seconds)
+            write_set(aside / name, sets[name], new_images, sampler, seed, seconds)
             rows.append(Row(name, [context(list(images)), generated(list(new_images))]))
         write_png(aside / "contact_sheet.png", contact_sheet(rows))
         move_into(aside, output)
@@ -110,7 +113,9 @@ def numbered_images(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*.png") if path.stem.isdigit() and len(path.stem) >= 3]
 
 
-def write_set(folder: Path, context_files: list[Path], images: np.ndarray, sampler: Sampler, seconds: float) -> None:
+def write_set(
+    folder: Path, context_files: list[Path], images: np.ndarray, sampler: Sampler, seed: int, seconds: float
+) -> None:
     """The images of one set, and what they were made from."""
     folder.mkdir(exist_ok=True)
     for i, image in enumerate(images):
@@ -120,7 +125,7 @@ def write_set(folder: Path, context_files: list[Path], images: np.ndarray, sampl
         "step": sampler.step,
         "context": [str(file) for file in context_files],
         "num_images": len(images),
-        "seed": SEED.value,
+        "seed": seed,
         "settings": vars(sampler.settings),
         "seconds_per_image": round(seconds, 4),
     }
