@@ -14,8 +14,8 @@ from m2m_jax.images import write_png
 
 
 def main(checkpoint: str, context_folder: str, output: str) -> None:
-    sampler = m2m_jax.Sampler.from_checkpoint(checkpoint, steps=25, guidance_scale=1.5)
-    context = sorted(Path(context_folder).glob("*.png"))[:2]
+    sampler = m2m_jax.Sampler.from_checkpoint(checkpoint, guidance_scale=1.5)
+    context = sorted(Path(context_folder).iterdir())[:2]
 
     images = sampler(context, num_images=2, seed=0)  # uint8 [2, size, size, 3]
     # Generated images are context like any other.

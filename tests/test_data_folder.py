@@ -92,14 +92,14 @@ def _empty_subfolder(root):
 
 def _undecodable_file(root):
     (root / "set02" / "broken.JPEG").write_bytes(b"\xff\xd8\xff but no more")
-    return root, r"set02/broken\.JPEG: not a readable"
+    return root, r"set02/broken\.JPEG: not an image"
 
 
 def _truncated_file(root):
     file = root / "set02" / "noise.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file)
     file.write_bytes(file.read_bytes()[:-800])
-    return root, r"set02/noise\.jpg: not a readable"
+    return root, r"set02/noise\.jpg: the image is damaged"
 
 
 def _too_few_images(root):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -206,3 +207,9 @@ def test_the_sampler_needs_no_training_libraries(checkpoint, tmp_path):
     unwanted = {"grain", "ml_collections", "tensorboardX", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
     unwanted |= {f"m2m_jax.{name}" for name in ("configuration", "data", "train", "training.optimizer")}
     assert modules & unwanted == set()
+
+
+def test_the_example_runs(checkpoint, sets, tmp_path):
+    main = runpy.run_path(str(ROOT / "examples" / "sample_from_python.py"))["main"]
+    main(str(checkpoint), str(sets / "set00"), str(tmp_path / "out"))
+    assert sorted(_images(tmp_path / "out")) == ["000.png", "001.png", "002.png"]
