@@ -20,6 +20,9 @@ from m2m_jax.errors import UserError
 # What is read. Pillow knows more formats, but some of those start other programs (EPS) or are no pictures.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
+# File names that are taken for images where a folder is read.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
 # Larger ones are refused before they are decoded (a photograph has 10 to 50 million pixels).
 MAX_PIXELS = 80_000_000
 

@@ -16,11 +16,10 @@ import numpy as np
 from absl import flags
 
 from m2m_jax.errors import UserError, run_program
-from m2m_jax.images import write_png
+from m2m_jax.images import SUFFIXES, write_png
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
 from m2m_jax.sampling.sampler import MAX_SEED, Sampler, SamplingSettings
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # as m2m_jax.data.folder
 RECORD = "sample.json"  # the mark of a folder that this program wrote
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training run.", required=True)
@@ -87,7 +86,7 @@ def find_sets() -> dict[str, list[Path]]:
         raise UserError(f"--sets={root} is not a folder")
     sets = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
             raise UserError(f"{folder} holds no image")
         sets[folder.name] = files[: NUM_CONTEXT.value]

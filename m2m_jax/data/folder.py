@@ -13,9 +13,8 @@ import pathlib
 
 from m2m_jax.data import records
 from m2m_jax.errors import UserError
-from m2m_jax.images import decode_image
+from m2m_jax.images import SUFFIXES, decode_image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_FILE = "caption.txt"
 VALIDATION_SHARE = 0.1
 KIND = "folder"
@@ -78,10 +77,10 @@ def _read_set(subfolder: pathlib.Path, images_per_set: int) -> records.ImageSetR
     files = sorted(
         entry
         for entry in subfolder.iterdir()
-        if entry.is_file() and not _hidden(entry) and entry.suffix.lower() in IMAGE_SUFFIXES
+        if entry.is_file() and not _hidden(entry) and entry.suffix.lower() in SUFFIXES
     )
     if not files:
-        raise UserError(f"{subfolder}: no images ({', '.join(IMAGE_SUFFIXES)}); add some or remove it")
+        raise UserError(f"{subfolder}: no images ({', '.join(SUFFIXES)}); add some or remove it")
     if len(files) < images_per_set:
         raise UserError(
             f"{subfolder}: {len(files)} images, fewer than data.images_per_set={images_per_set}; "
