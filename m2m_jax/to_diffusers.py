@@ -20,7 +20,7 @@ from m2m_jax.data.pipeline import batches, make_dataset
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import run_program
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from m2m_jax.models.folder import save_autoencoder, save_unet
+from m2m_jax.models.diffusers_folder import save_autoencoder, save_unet
 from m2m_jax.models.parameters import Params, abstract, count, merge
 from m2m_jax.models.unet import UNetConfig
 from m2m_jax.sampling.sampler import pixels_to_float

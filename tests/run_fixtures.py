@@ -24,7 +24,7 @@ from data_fixtures import build_emoji
 from flax import nnx
 
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from m2m_jax.models.folder import save_autoencoder
+from m2m_jax.models.diffusers_folder import save_autoencoder
 from m2m_jax.models.parameters import split
 
 # Orbax lets every device write its share of every array, and compiles a slice for each of them: with eight devices the

@@ -1,34 +1,34 @@
 """U-Net and autoencoder against diffusers at random weights, through the folders that both read, and those folders."""
 
 import dataclasses
-import functools
 import json
-import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from model_fixtures import quick_jit
+from parity_fixtures import random_model, record, require_equal, to_torch, torch_record
 from safetensors.numpy import load_file, save_file
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.errors import UserError
 from m2m_jax.models import autoencoder, layers, transformer
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from m2m_jax.models.folder import (
-    WEIGHTS,
+from m2m_jax.models.diffusers_folder import (
+    DIFFUSERS,
     load_autoencoder_config,
     load_params,
     load_unet_config,
-    require_same,
     save_autoencoder,
     save_unet,
 )
+from m2m_jax.models.folder import require_same
 from m2m_jax.models.initialization import from_pretrained, is_set_attention
-from m2m_jax.models.parameters import abstract, merge
+from m2m_jax.models.parameters import merge
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
+WEIGHTS = DIFFUSERS.weights
 ATTENDS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 
 TINY = UNetConfig(
@@ -99,24 +99,6 @@ AUTOENCODERS = {
 }
 
 
-@functools.cache
-def random_model(cls, config):
-    """(graphdef, params) without a zero among the parameters, also where training starts from zeros.
-
-    Features are so weak that the epsilon of every norm matters; what enters softmax, silu and gelu is not.
-    """
-    graphdef, shapes = abstract(lambda: cls(config, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(0)
-    params = {}
-    for name, x in shapes.items():
-        strong = any(part in name for part in ("norm", "time_embedding", ".to_q.", ".to_k.", ".ff.up."))
-        kernel = (0, math.prod(x.shape[:-1]) ** -0.5)
-        mean, std = {"bias": (0, 0.2), "scale": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
-        std *= 1 if strong else 0.03
-        params[name] = (mean + std * rng.standard_normal(x.shape)).astype(np.float32)
-    return graphdef, params
-
-
 # --- Parity ---------------------------------------------------------------------------------------------------------
 
 
@@ -137,74 +119,6 @@ RECORDED = (
     transformer.SpatialTransformer,
     autoencoder.SpatialSelfAttention,
 )
-
-
-def record(graphdef, params, call, *inputs) -> dict[str, np.ndarray]:
-    """What `call(model, *inputs)` returns by name, after the output of every module that diffusers names alike."""
-    order = []
-
-    @quick_jit
-    def run(params, *inputs):
-        model = merge(graphdef, params)
-        names = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
-        outputs = {}
-
-        def recording(original):
-            def recorded(self, *args, **kwargs):
-                out = outputs[names[id(self)]] = original(self, *args, **kwargs)
-                return out
-
-            return recorded
-
-        with pytest.MonkeyPatch.context() as patch:
-            for kind in RECORDED:
-                patch.setattr(kind, "__call__", recording(kind.__call__))
-            outputs |= call(model, *inputs)
-        order.extend(outputs)
-        return outputs
-
-    outputs = run(params, *inputs)
-    return {name: np.asarray(outputs[name]) for name in order}
-
-
-def torch_record(model, names, call) -> dict[str, np.ndarray]:
-    """`record` of a torch model, for the modules among `names`."""
-    import torch
-
-    outputs, modules = {}, dict(model.named_modules(remove_duplicate=False))
-    handles = []
-    for name in set(names) & modules.keys():
-
-        def hook(module, args, out, name=name):
-            outputs[name] = to_numpy(out[0] if isinstance(out, tuple) else out)
-
-        handles.append(modules[name].register_forward_hook(hook))
-    with torch.no_grad():
-        outputs |= {name: to_numpy(x) for name, x in call(model).items()}
-    for handle in handles:
-        handle.remove()
-    return outputs
-
-
-def to_numpy(tensor) -> np.ndarray:
-    """NCHW to NHWC; tokens stay."""
-    array = tensor.detach().numpy()
-    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-
-
-def to_torch(x_bhwc):
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(x_bhwc.transpose(0, 3, 1, 2)))
-
-
-def require_equal(ours, theirs) -> None:
-    """All within 1e-5 of the largest magnitude there; a failure names the first layer that differs."""
-    assert list(theirs) and ours.keys() == theirs.keys()
-    for name, x in ours.items():
-        assert x.shape == theirs[name].shape, f"{name}: {x.shape}, diffusers {theirs[name].shape}"
-        error = np.abs(x - theirs[name]).max() / np.abs(theirs[name]).max()
-        assert error <= 1e-5, f"{name} is the first to differ: relative error {error:.1e}"
 
 
 def diffusers_unet(diffusers, folder):
@@ -239,7 +153,7 @@ def test_unet_is_that_of_diffusers(diffusers, case, tmp_path):
     condition_btc = torch.from_numpy(rng.standard_normal((2, 5, 8)).astype(np.float32))
     no_context = transformer.ImageSets(SetLayout.sampling(0))
 
-    ours = record(graphdef, params, lambda unet, x, t: {"output": unet(x, t, no_context)}, x_bhwc, timestep_b)
+    ours = record(graphdef, params, RECORDED, lambda unet, x, t: {"output": unet(x, t, no_context)}, x_bhwc, timestep_b)
     save_unet(tmp_path, config, params)
     theirs = torch_record(
         diffusers_unet(diffusers, tmp_path),
@@ -266,7 +180,7 @@ def test_autoencoder_is_that_of_diffusers(diffusers, case, tmp_path):
         decoded = vae.decode(to_torch(latent_bhwc) / vae.config.scaling_factor).sample
         return {"mean": posterior.mean, "log_variance": posterior.logvar, "decoded": decoded}
 
-    ours = record(graphdef, params, call, image_bhwc, latent_bhwc)
+    ours = record(graphdef, params, RECORDED, call, image_bhwc, latent_bhwc)
     save_autoencoder(tmp_path, config, params)
     reference, report = diffusers.AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report

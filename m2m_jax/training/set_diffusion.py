@@ -15,7 +15,8 @@ from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
 from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.autoencoder import AutoencoderKL
-from m2m_jax.models.folder import load_autoencoder_config, load_params, require_same
+from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
+from m2m_jax.models.folder import require_same
 from m2m_jax.models.initialization import from_pretrained, is_set_attention
 from m2m_jax.models.parameters import Params, abstract, merge, split
 from m2m_jax.models.unet import UNet, UNetConfig
