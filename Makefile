@@ -25,13 +25,14 @@ DEMO_RUN := runs/demo
 DEMO_SETS := $(DEMO_RUN)/test_sets
 DEMO_SAMPLES := $(DEMO_RUN)/test_samples
 
-.PHONY: help demo test test-full lint format parity clean
+.PHONY: help demo test test-full lint format parity bench clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-full  lint, then every test'
 	@echo 'make parity     only the comparisons with PyTorch and diffusers (Python 3.11)'
+	@echo 'make bench      the U-Net here and in diffusers, side by side: seconds a forward pass and a training step (likewise)'
 	@echo 'make lint       ruff check and ruff format --check'
 	@echo 'make format     let ruff mend what it can'
 	@echo 'make clean      remove both environments, the demo run and the caches (data/ and other runs stay)'
@@ -63,6 +64,10 @@ format: $(TEST_ENV)
 parity:
 	@$(MAKE) --no-print-directory lint PARITY=1
 	$(TEST) pytest $(PYTEST_ARGS) -m 'slow or not slow' -k parity
+
+bench:
+	@$(MAKE) --no-print-directory lint PARITY=1
+	$(TEST) benchmarks.unet_vs_diffusers
 
 clean:
 	rm -rf .venv .venv-test $(DEMO_RUN) .pytest_cache .ruff_cache .hypothesis build m2m_jax.egg-info

@@ -27,16 +27,26 @@ BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 # Fields that hold one of a few words.
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("set_diffusion", "autoencoder"),
-    "data.name": ("emoji", "folder"),
+    "data.name": ("emoji", "folder", "precomputed"),
     "model.attn2": ("image_set", "none"),
     "model.clean_sees": ("preceding", "itself"),
     "model.attention_backend": ("prefix", "dense"),
     "model.dtype": ("float32", "bfloat16"),
-    "schedule.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "schedule.prediction_type": ("epsilon", "v_prediction", "sample"),
+    "schedule.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "rectified_flow"),
+    "schedule.prediction_type": ("epsilon", "v_prediction", "sample", "flow"),
     "schedule.timestep_spacing": ("leading", "linspace", "trailing"),
     "diffusion.loss_weight": ("uniform", "min_snr"),
-    "sample.stepper": ("dpmpp_2m", "ddim"),
+    "train.parameters": ("all", "attention", "set_attention"),
+    "sample.stepper": (
+        "dpmpp_2m",
+        "ddim",
+        "ddpm",
+        "euler",
+        "euler_ancestral",
+        "dpmpp_2m_sde",
+        "unipc",
+        "heun",
+    ),
 }
 
 # Numbers below these make no sense; a pair is (smallest, largest).
@@ -61,7 +71,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "model.norm_num_groups": (1, math.inf),
     "model.transformer_layers_per_block": (1, math.inf),
     "model.norm_eps": (1e-12, 1.0),
+    "image_encoder.image_size": (1, math.inf),
+    "image_encoder.layer": (-1, math.inf),
     "schedule.num_train_timesteps": (2, math.inf),
+    "schedule.shift": (1e-6, math.inf),
     "diffusion.min_snr_gamma": (1e-6, math.inf),
     "diffusion.context_dropout": (0.0, 1.0),
     "diffusion.clean_timestep": (0, math.inf),
@@ -93,8 +106,8 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of the parameters, the order of the data and all noise
 
     config.data = ConfigDict()
-    config.data.name = "emoji"  # emoji | folder
-    config.data.path = ""  # data.name=folder: the folder of folders of images
+    config.data.name = "emoji"  # emoji | folder | precomputed: latents, from m2m_jax.data.precompute
+    config.data.path = ""  # folder: the folder of folders of images; precomputed: the folder of latents
     config.data.directory = "data"  # where prepared data sets live (the TFDS data_dir)
     config.data.image_size = 32  # pixels a side
     config.data.images_per_set = 4  # 1 to 25
@@ -134,21 +147,31 @@ def default_config() -> ConfigDict:
     config.model.norm_eps = 1e-5
     config.model.use_linear_projection = True  # around the transformers: linear (2.x) or 1x1 convolution (1.x)
     config.model.attn2 = "image_set"  # image_set | none: the single-image model has none
+    config.model.order_embedding = False  # whether attn2 is told the positions of the images in their set
     config.model.clean_sees = "preceding"  # clean images see preceding: those up to itself | itself: only that
     config.model.attention_backend = "prefix"  # prefix: no work on forbidden blocks | dense: the reference
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters are always float32
+
+    # M2M-DINO: preceding images enter as tokens of this frozen encoder. With an empty path M2M-Self: as latents.
+    config.image_encoder = ConfigDict()
+    config.image_encoder.path = ""  # a DINOv2 in transformers' layout
+    config.image_encoder.image_size = 224  # pixels a side that it is shown; a multiple of its patches
+    config.image_encoder.layer = -1  # tokens after so many of its blocks; -1: after all of them and the last norm
 
     config.init = ConfigDict()
     config.init.path = "pretrained/unet"  # a U-Net in diffusers' layout to start from; empty: from scratch
 
     config.schedule = ConfigDict()  # noise levels, in the words of diffusers' scheduler_config.json
     config.schedule.num_train_timesteps = 1000
-    config.schedule.beta_schedule = "squaredcos_cap_v2"  # linear | scaled_linear | squaredcos_cap_v2
+    # linear | scaled_linear | squaredcos_cap_v2, or rectified_flow: it has no betas and reads nothing but
+    # num_train_timesteps, prediction_type (flow) and shift.
+    config.schedule.beta_schedule = "squaredcos_cap_v2"
     config.schedule.beta_start = 0.00085  # not read by squaredcos_cap_v2
     config.schedule.beta_end = 0.012  # likewise
     config.schedule.rescale_betas_zero_snr = True  # end in pure noise, as sampling begins
-    config.schedule.prediction_type = "v_prediction"  # epsilon | v_prediction | sample
+    config.schedule.prediction_type = "v_prediction"  # epsilon | v_prediction | sample; of rectified_flow: flow
     config.schedule.timestep_spacing = "trailing"  # leading | linspace | trailing
+    config.schedule.shift = 1.0  # read by rectified_flow: above 1 there are more levels of much noise
 
     config.diffusion = ConfigDict()  # the objective
     config.diffusion.loss_weight = "uniform"  # uniform | min_snr
@@ -166,6 +189,7 @@ def default_config() -> ConfigDict:
     config.optimizer.new_parameter_rate = 1.0  # multiplies the updates of what is not pretrained (attn2)
 
     config.train = ConfigDict()
+    config.train.parameters = "all"  # which train: all | attention | set_attention
     config.train.steps = 10_000
     config.train.log_every = 20
     config.train.ema_decay = 0.999  # reached by and by: min(ema_decay, (1 + step) / (10 + step))
@@ -177,7 +201,9 @@ def default_config() -> ConfigDict:
 
     config.sample = ConfigDict()  # of the sample grids, and the sampler's defaults
     config.sample.steps = 25  # denoising steps an image
-    config.sample.stepper = "dpmpp_2m"  # dpmpp_2m | ddim
+    # Deterministic: dpmpp_2m | unipc | ddim | euler | heun (rectified_flow only, twice the evaluations).
+    # With fresh noise at every step: ddpm | euler_ancestral | dpmpp_2m_sde.
+    config.sample.stepper = "dpmpp_2m"
     config.sample.guidance_scale = 1.5  # over the context; 1 is no guidance
 
     config.checkpoint = ConfigDict()
@@ -217,8 +243,15 @@ def validate(config: ConfigDict) -> None:
             limits = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
             raise UserError(f"config.{name} is {fields[name]}; it must be {limits}")
 
-    if config.data.name == "folder" and not config.data.path:
-        raise UserError("config.data.path is empty; data.name=folder needs --config.data.path=DIR")
+    if config.data.name in ("folder", "precomputed") and not config.data.path:
+        raise UserError(f"config.data.path is empty; data.name={config.data.name} needs --config.data.path=DIR")
+    if config.data.name == "precomputed" and config.data.augment.enabled:
+        raise UserError(
+            "config.data.augment.enabled is True; precomputed latents cannot be augmented: "
+            "set --config.data.augment.enabled=False, or train on the images"
+        )
+    if config.data.name == "precomputed" and config.task == "autoencoder":
+        raise UserError("config.data.name=precomputed holds latents; task=autoencoder needs a data set of images")
     unknown_kinds = sorted(set(config.data.kinds) - {"style", "content"})
     if not config.data.kinds or unknown_kinds:
         raise UserError(f"config.data.kinds is {tuple(config.data.kinds)}; it takes style, content or both")
@@ -239,6 +272,14 @@ def validate(config: ConfigDict) -> None:
                 f"config.mesh.{axis} is {config.mesh[axis]}; it must be positive, or -1 for all that are left"
             )
 
+    if config.train.parameters != "all" and (config.task == "autoencoder" or config.model.attn2 == "none"):
+        raise UserError(
+            f"config.train.parameters is {config.train.parameters}; only M2M trains a part of its parameters"
+        )
+    if config.image_encoder.path and config.model.attn2 == "none":
+        raise UserError("config.image_encoder.path is set; model.attn2='none' attends to no image")
+    if config.image_encoder.path and config.data.name == "precomputed":
+        raise UserError("config.image_encoder.path is set; it encodes images, and data.name=precomputed holds latents")
     if config.task == "autoencoder":
         _validate_channels("autoencoder", config.autoencoder, config.data.image_size)
     else:

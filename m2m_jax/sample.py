@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from m2m_jax.diffusion.steppers import STEPPERS
 from m2m_jax.errors import UserError, run_program
 from m2m_jax.images import SUFFIXES, write_png
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
@@ -32,7 +33,7 @@ SEED = flags.DEFINE_integer(
     "seed", 0, "Of the first set; each further one has the next. The same seed gives the same images."
 )
 STEPS = flags.DEFINE_integer("steps", None, "Denoising steps an image; the run's config if not given.")
-STEPPER = flags.DEFINE_string("stepper", None, "ddim or dpmpp_2m; the run's config if not given.")
+STEPPER = flags.DEFINE_string("stepper", None, f"{', '.join(STEPPERS)}; the run's config if not given.")
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Over the context, 1 is none; the run's config if not given.")
 
 

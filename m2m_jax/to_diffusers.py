@@ -19,11 +19,11 @@ from m2m_jax.configuration import from_json
 from m2m_jax.data.pipeline import batches, make_dataset
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import run_program
-from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float
 from m2m_jax.models.diffusers_folder import save_autoencoder, save_unet
+from m2m_jax.models.folder import config_from
 from m2m_jax.models.parameters import Params, abstract, count, merge
 from m2m_jax.models.unet import UNetConfig
-from m2m_jax.sampling.sampler import pixels_to_float
 from m2m_jax.training.checkpoint import load_for_sampling
 
 SCALING_BATCHES = 50
@@ -36,18 +36,15 @@ DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "What the 
 def main(argv):
     saved = load_for_sampling(CHECKPOINT.value)
     config, output, dtype = from_json(saved.metadata["config"]), Path(OUTPUT.value), np.dtype(DTYPE.value)
-    autoencoder_config = AutoencoderConfig(**saved.metadata["autoencoder"])
     if config.task == "autoencoder":
+        autoencoder_config = config_from(AutoencoderConfig, saved.metadata["autoencoder"], {})
         factor = scaling_factor(config, autoencoder_config, saved.ema_params)
         save_autoencoder(
             output, dataclasses.replace(autoencoder_config, scaling_factor=factor), saved.ema_params, dtype
         )
         print(f"scaling factor {factor:.5f}")
     else:
-        channels = autoencoder_config.latent_channels
-        save_unet(
-            output, UNetConfig(in_channels=channels, out_channels=channels, **config.model), saved.ema_params, dtype
-        )
+        save_unet(output, config_from(UNetConfig, saved.metadata["unet"], {}), saved.ema_params, dtype)
         schedule = NoiseSchedule.from_config(config.schedule).to_config()
         (output / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
     print(f"{output}: {count(saved.ema_params):,} parameters of step {saved.step} as {dtype}")

@@ -20,6 +20,7 @@ from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data.pipeline import batches, make_dataset
 from m2m_jax.errors import UserError, run_program
 from m2m_jax.images import write_png
+from m2m_jax.models.initialization import TRAINED
 from m2m_jax.models.parameters import count
 from m2m_jax.training import runtime, sharding
 from m2m_jax.training.autoencoding import Autoencoding
@@ -58,7 +59,8 @@ def main(argv):
     # Task, optimizer, state; restored where the workdir holds a checkpoint
     task = TASKS[config.task](config)
     optimizer, learning_rate = make_optimizer(config.optimizer, config.train.steps, task.is_new_parameter)
-    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.shapes)
+    trains = TRAINED[config.train.parameters]
+    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer, trains), task.shapes)
     shardings = sharding.state_shardings(shapes, mesh)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     # A new run makes its parameters first: where it cannot start, nothing is written.
@@ -69,7 +71,7 @@ def main(argv):
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
     checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
     if checkpoints.latest_step() is None:
-        create = jax.jit(lambda params: TrainState.create(params, optimizer), out_shardings=shardings)
+        create = jax.jit(lambda params: TrainState.create(params, optimizer, trains), out_shardings=shardings)
         state = create(params or task.init())
         del params
     else:
@@ -80,12 +82,13 @@ def main(argv):
     writer = MetricWriter(workdir, config.train.steps, resumed_step=first_step)
     writer.message(sharding.describe(task.shapes, mesh))
     start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
-    writer.message(f"{config.task}: {count(task.shapes):,} parameters, {start}")
+    trained = count({name: shape for name, shape in task.shapes.items() if trains(name)})
+    writer.message(f"{config.task}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
 
     # Steps
     batch_sharding = sharding.batch_sharding(mesh)
 
-    train_step = make_train_step(task, optimizer, shardings, mesh, config.train.ema_decay)
+    train_step = make_train_step(task, optimizer, shardings, mesh, config.train.ema_decay, trains)
     eval_step = jax.jit(task.evaluate, in_shardings=(None, None, batch_sharding, None))
 
     def evaluate(step):
@@ -134,7 +137,7 @@ def main(argv):
         if last or step % config.eval.every == 0:
             evaluate(step)
         if last or step % config.checkpoint.every == 0:
-            checkpoints.save(step, state, autoencoder_params=frozen, metadata=task.metadata)
+            checkpoints.save(step, state, frozen=frozen, metadata=task.metadata)
         clock += time.monotonic() - paused
 
     checkpoints.close()

@@ -10,6 +10,12 @@ from model_fixtures import quick_jit
 
 from m2m_jax.models.parameters import abstract, merge
 
+# Parts of the names of parameters whose output enters softmax, silu or gelu, or follows a norm.
+STRONG = (
+    *("norm", "time_embedding", ".to_q.", ".to_k.", ".ff.up."),
+    *(".q_proj.", ".k_proj.", ".fc1.", ".weights_in.", ".lambda1"),
+)
+
 
 @functools.cache
 def random_model(cls, config):
@@ -21,9 +27,9 @@ def random_model(cls, config):
     rng = np.random.default_rng(0)
     params = {}
     for name, x in shapes.items():
-        strong = any(part in name for part in ("norm", "time_embedding", ".to_q.", ".to_k.", ".ff.up."))
+        strong = any(part in name for part in STRONG)
         kernel = (0, math.prod(x.shape[:-1]) ** -0.5)
-        mean, std = {"bias": (0, 0.2), "scale": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
+        mean, std = {"bias": (0, 0.2), "scale": (1, 0.2), "lambda1": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
         std *= 1 if strong else 0.03
         params[name] = (mean + std * rng.standard_normal(x.shape)).astype(np.float32)
     return graphdef, params

@@ -75,6 +75,14 @@ TABLES = [
             "..",  # noised 0
         ],
     ),
+    (
+        SetLayout.training(3, encoded=True),  # M2M-DINO: no clean image in the stack
+        [
+            "..",  # noised 0
+            "1.",
+            "11",
+        ],
+    ),
 ]
 
 LAYOUTS = [
@@ -86,14 +94,17 @@ LAYOUTS = [
     SetLayout((0, 2, 5), (0, 3, 9, 4)),  # gaps
     SetLayout((0, 2, 5), (0, 3, 9, 4), "itself"),
     SetLayout((2, 3), (1, 0)),  # every noised image without a key
+    SetLayout.training(4, encoded=True),  # keys of another number of tokens
+    SetLayout((0, 2, 5), (0, 3, 9, 4), encoded=True),
 ]
 NOT_CONTIGUOUS = SetLayout(clean=(0, 2, 1), noised=(2,))
 
 
 def qkv(layout: SetLayout, dtype=np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries, keys and values: two sets, three tokens an image, two heads of four channels."""
+    """Queries, keys and values: two sets, three tokens an image (two by an encoder), two heads of four channels."""
     rng = np.random.default_rng(len(layout.clean))
-    shapes = [(2, n, 3, 2, 4) for n in (layout.num_images, len(layout.clean), len(layout.clean))]
+    keys = (2, len(layout.clean), 2 if layout.encoded else 3, 2, 4)
+    shapes = [(2, layout.num_images, 3, 2, 4), keys, keys]
     return tuple(jnp.asarray(2 * rng.standard_normal(shape), dtype) for shape in shapes)
 
 
@@ -109,16 +120,16 @@ def outputs_and_gradients(backend: str, layout: SetLayout) -> tuple[jax.Array, t
     return run(qkv(layout))
 
 
-def by_definition(q_bqthd, k_bkthd, v_bkthd, layout: SetLayout) -> np.ndarray:
+def by_definition(q_bqthd, k_bkshd, v_bkshd, layout: SetLayout) -> np.ndarray:
     """Image-set attention written out: each image, over the images that its row of the mask names. In float64."""
-    q_bqthd, k_bkthd, v_bkthd = (np.asarray(x, np.float64) for x in (q_bqthd, k_bkthd, v_bkthd))
+    q_bqthd, k_bkshd, v_bkshd = (np.asarray(x, np.float64) for x in (q_bqthd, k_bkshd, v_bkshd))
     out_bqthd = np.zeros(q_bqthd.shape)
     for query, row_k in enumerate(layout.mask_qk()):
         if row_k.any():
-            logits_bhtks = np.einsum("bthd,bkshd->bhtks", q_bqthd[:, query], k_bkthd[:, row_k]) / 2
+            logits_bhtks = np.einsum("bthd,bkshd->bhtks", q_bqthd[:, query], k_bkshd[:, row_k]) / 2
             weights_bhtks = np.exp(logits_bhtks - logits_bhtks.max((3, 4), keepdims=True))
             weights_bhtks /= weights_bhtks.sum((3, 4), keepdims=True)
-            out_bqthd[:, query] = np.einsum("bhtks,bkshd->bthd", weights_bhtks, v_bkthd[:, row_k])
+            out_bqthd[:, query] = np.einsum("bhtks,bkshd->bthd", weights_bhtks, v_bkshd[:, row_k])
     return out_bqthd
 
 
@@ -126,7 +137,7 @@ def by_definition(q_bqthd, k_bkthd, v_bkthd, layout: SetLayout) -> np.ndarray:
 def test_masks_are_those_of_the_tables(layout, rows):
     table_qk = np.asarray([[cell == "1" for cell in row] for row in rows])
     np.testing.assert_array_equal(layout.mask_qk(), table_qk)
-    np.testing.assert_array_equal(layout.token_mask_qk(3), np.kron(table_qk, np.ones((3, 3), bool)))
+    np.testing.assert_array_equal(layout.token_mask_qk(3, 2), np.kron(table_qk, np.ones((3, 2), bool)))
 
 
 def test_a_layout_without_clean_images_has_a_mask_without_columns():

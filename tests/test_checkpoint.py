@@ -18,7 +18,7 @@ from m2m_jax.training.state import TrainState
 CONFIG = default_config().optimizer
 CONFIG.warmup_steps = 1
 OPTIMIZER, _ = make_optimizer(CONFIG, 100, lambda name: "attn2" in name)
-AUTOENCODER = {"decoder.conv_in.kernel": jnp.full((3, 3, 4, 8), 0.3)}
+FROZEN = {"autoencoder": {"decoder.conv_in.kernel": jnp.full((3, 3, 4, 8), 0.3)}}
 METADATA = {"config": {"task": "set_diffusion", "sizes": [1, 2]}}
 
 
@@ -62,7 +62,7 @@ def saved(tmp_path_factory):
         state = step(state)
         states[i] = jax.tree.map(np.array, state)
         # The next step overwrites the state while it is written: what is saved must be a copy.
-        checkpoints.save(i, state, autoencoder_params=AUTOENCODER, metadata=METADATA)
+        checkpoints.save(i, state, frozen=FROZEN, metadata=METADATA)
     jax.block_until_ready(step(state))
     checkpoints.close()
     return workdir, states
@@ -92,22 +92,22 @@ def test_sampling_restores_the_average(saved, folder):
     model = load_for_sampling(workdir / folder)
     assert (model.metadata, model.step) == (METADATA, 3)
     _assert_bit_equal(model.ema_params, states[3].ema_params)
-    _assert_bit_equal(model.autoencoder_params, AUTOENCODER)
+    _assert_bit_equal(model.frozen, FROZEN)
     _assert_bit_equal(load_for_sampling(workdir, 2).ema_params, states[2].ema_params)
 
 
 def test_saving_a_step_again_keeps_the_first(saved):
     checkpoints = Checkpointer(saved[0], keep=2)
-    checkpoints.save(3, _create(), autoencoder_params=AUTOENCODER, metadata=METADATA)
+    checkpoints.save(3, _create(), frozen=FROZEN, metadata=METADATA)
     checkpoints.close()
     _assert_bit_equal(load_for_sampling(saved[0]).ema_params, saved[1][3].ema_params)
 
 
-def test_without_an_autoencoder(tmp_path):
+def test_without_frozen_models(tmp_path):
     checkpoints = Checkpointer(tmp_path, keep=1)
-    checkpoints.save(0, _create(), autoencoder_params={}, metadata={})
+    checkpoints.save(0, _create(), frozen={}, metadata={})
     checkpoints.close()
-    assert load_for_sampling(tmp_path).autoencoder_params == {}
+    assert load_for_sampling(tmp_path).frozen == {}
 
 
 def test_other_leaves_are_named(saved):

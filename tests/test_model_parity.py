@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_fixtures import quick_jit
-from parity_fixtures import random_model, record, require_equal, to_torch, torch_record
+from parity_fixtures import random_model, record, require_equal, to_numpy, to_torch, torch_record
 from safetensors.numpy import load_file, save_file
 
 from m2m_jax.attention.layout import SetLayout
@@ -76,6 +76,20 @@ UNETS = {
         ),
         *(13, 11),
     ),
+    "text, linear projection": (dataclasses.replace(TINY, attn2="text", cross_attention_dim=12), 6, 5),
+    "text, conv projection, head counts, two transformer layers": (
+        dataclasses.replace(
+            TINY,
+            attn2="text",
+            cross_attention_dim=10,
+            block_out_channels=(16, 24, 24),
+            down_block_types=(ATTENDS, ATTENDS, PLAIN),
+            num_attention_heads=(1, 6, 3),
+            transformer_layers_per_block=2,
+            use_linear_projection=False,
+        ),
+        *(9, 7),
+    ),
     # The output of attn2 is then its bias, which diffusers' attn2 can be made to give, too.
     "image sets without context": (dataclasses.replace(TINY, attn2="image_set"), 4, 4),
 }
@@ -115,6 +129,7 @@ RECORDED = (
     layers.Downsample,
     layers.Upsample,
     transformer.SelfAttention,
+    transformer.CrossAttention,
     transformer.TransformerBlock,
     transformer.SpatialTransformer,
     autoencoder.SpatialSelfAttention,
@@ -124,12 +139,18 @@ RECORDED = (
 def diffusers_unet(diffusers, folder):
     """diffusers' U-Net at the weights of `folder`, loaded strictly.
 
-    It has no single-image form: its attn2 is made to look at a condition of 8 channels and to add nothing, or our
-    attn2's bias.
+    It has no form without text: where ours has none its attn2 is made to look at a condition of 8 channels and to add
+    nothing, or our attn2's bias.
     """
     import torch
 
     config = json.loads((folder / "config.json").read_text())
+    if config["attn2"] == "text":
+        model, report = diffusers.UNet2DConditionModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), report
+        return model.eval()
+    for ours in ("attn2", "order_embedding", "clean_sees"):  # diffusers would save them with what is no longer true
+        del config[ours]
     model = diffusers.UNet2DConditionModel.from_config({**config, "cross_attention_dim": 8}).eval()
     state = {name: torch.from_numpy(x) for name, x in load_file(folder / WEIGHTS).items()}
     for name, x in model.state_dict().items():
@@ -150,17 +171,18 @@ def test_unet_is_that_of_diffusers(diffusers, case, tmp_path):
     rng = np.random.default_rng(1)
     x_bhwc = rng.standard_normal((2, height, width, config.in_channels)).astype(np.float32)
     timestep_b = np.asarray([3, 977], np.int32)
-    condition_btc = torch.from_numpy(rng.standard_normal((2, 5, 8)).astype(np.float32))
-    no_context = transformer.ImageSets(SetLayout.sampling(0))
+    text_bsc = rng.standard_normal((2, 5, config.cross_attention_dim or 8)).astype(np.float32)
+    condition = text_bsc if config.attn2 == "text" else transformer.ImageSets(SetLayout.sampling(0))
 
-    ours = record(graphdef, params, RECORDED, lambda unet, x, t: {"output": unet(x, t, no_context)}, x_bhwc, timestep_b)
+    def call(unet, x, t):
+        return {"output": unet(x, t, condition)}
+
+    def torch_call(unet):
+        return {"output": unet(to_torch(x_bhwc), torch.from_numpy(timestep_b), torch.from_numpy(text_bsc)).sample}
+
+    ours = record(graphdef, params, RECORDED, call, x_bhwc, timestep_b)
     save_unet(tmp_path, config, params)
-    theirs = torch_record(
-        diffusers_unet(diffusers, tmp_path),
-        ours,
-        lambda unet: {"output": unet(to_torch(x_bhwc), torch.from_numpy(timestep_b), condition_btc).sample},
-    )
-    require_equal(ours, theirs)
+    require_equal(ours, torch_record(diffusers_unet(diffusers, tmp_path), ours, torch_call))
 
 
 @pytest.mark.parametrize("case", AUTOENCODERS)
@@ -204,7 +226,9 @@ def test_folders_of_diffusers_are_read(diffusers, tmp_path):
     _, params = random_model(UNet, config)
     save_unet(tmp_path / "unet", config, params)
     diffusers_unet(diffusers, tmp_path / "unet").save_pretrained(tmp_path / "theirs")
-    assert load_unet_config(tmp_path / "theirs", attn2="none") == config
+    assert load_unet_config(tmp_path / "theirs", attn2="none", cross_attention_dim=None) == config
+    text = dataclasses.replace(config, attn2="text", cross_attention_dim=8)
+    assert load_unet_config(tmp_path / "theirs") == text
     found = load_params(tmp_path / "theirs")
     assert_same_params({name: x for name, x in found.items() if not is_set_attention(name)}, params)
 
@@ -351,7 +375,7 @@ def test_at_step_0_the_set_model_is_the_single_image_model_whatever_the_context(
     single, single_params = random_model(UNet, TINY)
     sets, sets_params = random_model(UNet, SETS)
     save_unet(tmp_path, TINY, single_params)
-    started = from_pretrained(sets_params, load_params(tmp_path), str(tmp_path))
+    started = from_pretrained(sets_params, SETS, load_params(tmp_path), load_unet_config(tmp_path), str(tmp_path))
     require_same("what is started", sets_params, started)
     for name, x in started.items():
         if ".attn2.to_out." in name:
@@ -382,7 +406,7 @@ def test_at_step_0_the_set_model_is_the_single_image_model_whatever_the_context(
 
 def test_a_set_model_starts_from_a_set_model_as_it_is():
     _, params = random_model(UNet, SETS)
-    started = from_pretrained({name: x * 0 for name, x in params.items()}, params, "somewhere")
+    started = from_pretrained({name: x * 0 for name, x in params.items()}, SETS, params, SETS, "somewhere")
     assert_same_params(started, params)
 
 
@@ -393,13 +417,55 @@ def test_a_single_image_model_that_does_not_fit_is_refused():
     misfit["more.kernel"] = misfit.pop("conv_in.bias")
     misfit["conv_out.bias"] = np.zeros(5, np.float32)
     with pytest.raises(UserError) as error:
-        from_pretrained(params, misfit, "somewhere")
+        from_pretrained(params, SETS, misfit, TINY, "somewhere")
     assert str(error.value) == (
         "init.path=somewhere does not fit config.model: conv_out.bias is (5,) there and (4,) here; "
         "missing conv_in.bias; unexpected more.kernel; "
         "set config.model to that folder's config.json, or init.path= to train from scratch"
     )
     with pytest.raises(UserError, match=r"and [0-9]+ more;"):
-        from_pretrained(params, {}, "somewhere")
+        from_pretrained(params, SETS, {}, TINY, "somewhere")
     with pytest.raises(UserError, match=r"unexpected down_blocks.*attn2"):
-        from_pretrained(pretrained, params, "somewhere")
+        from_pretrained(pretrained, TINY, params, SETS, "somewhere")
+    other_heads = dataclasses.replace(TINY, num_attention_heads=(4, 4))
+    with pytest.raises(UserError, match=r"num_attention_heads is \(4, 4\) there and \(2, 4\) here"):
+        from_pretrained(params, SETS, pretrained, other_heads, "somewhere")
+
+
+@pytest.mark.parametrize("encoded", [False, True], ids=["M2M-Self", "M2M-DINO"])
+@pytest.mark.parametrize("order_embedding", [False, True])
+def test_at_step_0_m2m_is_stable_diffusion_without_text(diffusers, encoded, order_embedding, tmp_path):
+    """Its unconditional output: what diffusers gives for text tokens that are zero, whatever the context."""
+    import torch
+
+    text_config, height, width = UNETS["text, conv projection, head counts, two transformer layers"]
+    save_unet(tmp_path, text_config, random_model(UNet, text_config)[1])
+    reference = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
+
+    tokens = 10 if encoded else None
+    config = dataclasses.replace(
+        text_config, attn2="image_set", cross_attention_dim=tokens, order_embedding=order_embedding
+    )
+    graphdef, params = random_model(UNet, config)
+    params = {name: x * 0 if ".order." in name else x for name, x in params.items()}  # it starts at zero
+    started = from_pretrained(params, config, load_params(tmp_path), load_unet_config(tmp_path), "somewhere")
+    require_same("what is started", params, started)
+
+    rng = np.random.default_rng(2)
+    layout = SetLayout.training(3, encoded=encoded)
+    noised = rng.standard_normal((1, 3, height, width, 4)).astype(np.float32)
+    context = rng.standard_normal((1, 2, 6, 10) if encoded else (1, 2, height, width, 4)).astype(np.float32)
+    timestep = np.asarray([[0, 500, 999]], np.int32)
+
+    @quick_jit
+    def run(params, context):
+        return denoise_sets(merge(graphdef, params), context, noised, timestep, layout, clean_timestep=0)
+
+    with torch.no_grad():
+        no_text = torch.zeros(3, 5, text_config.cross_attention_dim)
+        expected = to_numpy(reference(to_torch(noised[0]), torch.from_numpy(timestep[0]), no_text).sample)
+    out = run(started, context)[0]
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(out, run(started, -context)[0])
+    faded_in = {name: x + 0.1 if ".attn2.to_out.kernel" in name else x for name, x in started.items()}
+    assert np.abs(run(faded_in, context) - run(faded_in, -context))[0, 1:].max() > 1e-3

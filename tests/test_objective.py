@@ -45,7 +45,8 @@ def loss_and_gradients(context_dropout: float):
     @quick_jit
     def run(params, latents, seed, step):
         def loss(params):
-            return set_loss(merge(graphdef, params), SCHEDULE, latents, seed=seed, step=step, config=config)
+            unet, context = merge(graphdef, params), latents[:, :-1]
+            return set_loss(unet, SCHEDULE, latents, context, seed=seed, step=step, config=config)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -91,7 +92,8 @@ def evaluate():
     def run(params, latents, batch_index):
         unet = merge(graphdef, params)
         config = default_config().diffusion
-        return context_losses(unet, SCHEDULE, latents, seed=1, batch_index=batch_index, config=config)
+        context = latents[:, :-1]
+        return context_losses(unet, SCHEDULE, latents, context, seed=1, batch_index=batch_index, config=config)
 
     return functools.partial(run, params)
 
@@ -150,7 +152,7 @@ def test_what_the_network_is_given_in_training():
     spy, config, b = Spy(), default_config().diffusion, 64
     config.context_dropout, config.clean_timestep = 0.25, 3
     latents = jnp.asarray(np.random.default_rng(4).standard_normal((b, NUM_IMAGES, 1, 1, 4)), jnp.float32)
-    set_loss(spy, SCHEDULE, latents, seed=0, step=0, config=config)
+    set_loss(spy, SCHEDULE, latents, latents[:, :-1], seed=0, step=0, config=config)
     assert spy.sets.layout == SetLayout.training(NUM_IMAGES)
 
     stack_bqhwc = spy.x_bhwc.reshape(b, -1, 1, 1, 4)
@@ -161,3 +163,14 @@ def test_what_the_network_is_given_in_training():
     assert timestep_bn.min() >= 0 and timestep_bn.max() < 1000
     assert len(np.unique(timestep_bn)) > 0.8 * timestep_bn.size
     assert 0.1 < 1 - np.mean(spy.sets.keep_context_b) < 0.4
+
+
+def test_a_rectified_flow_tells_the_network_the_level_and_wants_the_direction_of_the_line():
+    schedule = NoiseSchedule(beta_schedule="rectified_flow", prediction_type="flow", shift=3.0)
+    spy, latents, noise = Spy(), jnp.asarray(LATENTS), jnp.ones(LATENTS.shape)
+    timestep = jnp.asarray([[0, 499, 999]] * len(LATENTS), jnp.int32)
+    layout = SetLayout.training(NUM_IMAGES)
+    error_bn = squared_error(spy, schedule, latents[:, :-1], latents, noise, timestep, layout, clean_timestep=0)
+    np.testing.assert_allclose(error_bn, ((1 - LATENTS) ** 2).mean((2, 3, 4)), rtol=1e-5)
+    timestep_bq = np.asarray(spy.timestep_b).reshape(len(LATENTS), -1)
+    np.testing.assert_allclose(timestep_bq, [[0, 0, 3 / 1.002, 750, 1000]] * len(LATENTS), rtol=1e-6)

@@ -149,4 +149,4 @@ def test_m2m_starts_as_the_single_image_model(vae, base):
 
     larger = pretrained | {"conv_in.kernel": np.zeros((3, 3, 4, 32), np.float32)}
     with pytest.raises(UserError, match=r"init\.path=there does not fit config\.model: conv_in\.kernel is"):
-        from_pretrained(params, larger, "there")
+        from_pretrained(params, task.unet_config, larger, base_task.unet_config, "there")

@@ -13,6 +13,9 @@ from m2m_jax.errors import UserError
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR = NoiseSchedule(**STABLE_DIFFUSION, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+WITH_BETAS = [name for name in BETA_SCHEDULES if name != "rectified_flow"]
+OF_BETAS = [name for name in PREDICTION_TYPES if name != "flow"]
+FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
 @pytest.fixture
@@ -29,8 +32,18 @@ def timesteps_bn(last: int = 999) -> jax.Array:
     return jnp.asarray([[0, 1, 10], [500, 998, last]], jnp.int32)
 
 
+def rectified_flow(**fields) -> NoiseSchedule:
+    return NoiseSchedule(beta_schedule="rectified_flow", prediction_type="flow", **fields)
+
+
+def predicting(prediction_type: str) -> NoiseSchedule:
+    if prediction_type == "flow":
+        return rectified_flow(shift=3.0)
+    return NoiseSchedule(**STABLE_DIFFUSION, prediction_type=prediction_type)
+
+
 @pytest.mark.parametrize("zero_snr", [False, True])
-@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("beta_schedule", WITH_BETAS)
 def test_noise_levels_are_those_of_diffusers(diffusers, beta_schedule, zero_snr):
     schedule = NoiseSchedule(
         beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction"
@@ -39,7 +52,7 @@ def test_noise_levels_are_those_of_diffusers(diffusers, beta_schedule, zero_snr)
     np.testing.assert_allclose(schedule.alphas_cumprod, reference.alphas_cumprod.numpy(), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", OF_BETAS)
 def test_training_quantities_are_those_of_diffusers(diffusers, prediction_type):
     import torch
 
@@ -57,7 +70,7 @@ def test_training_quantities_are_those_of_diffusers(diffusers, prediction_type):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_perfect_output_gives_back_image_and_noise(prediction_type):
-    schedule = NoiseSchedule(**STABLE_DIFFUSION, prediction_type=prediction_type)
+    schedule = predicting(prediction_type)
     clean, noise, timestep = images(0), images(1), timesteps_bn()
     noised = schedule.add_noise(clean, noise, timestep)
     output = schedule.target(clean, noise, timestep)
@@ -84,7 +97,7 @@ def test_refuses_timesteps_of_other_images():
         NoiseSchedule().add_noise(images(0), images(1), jnp.zeros(3, jnp.int32))
 
 
-@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("beta_schedule", WITH_BETAS)
 def test_zero_terminal_snr_ends_in_pure_noise(beta_schedule):
     plain = NoiseSchedule(beta_schedule=beta_schedule, prediction_type="v_prediction")
     schedule = NoiseSchedule(beta_schedule=beta_schedule, prediction_type="v_prediction", rescale_betas_zero_snr=True)
@@ -107,7 +120,7 @@ def test_snr_is_signal_over_noise():
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_min_snr_weighs_the_same_error_of_the_clean_image_whatever_is_predicted(prediction_type):
     """A wrong output's weighted loss is min(snr, gamma) times the squared error of its clean image."""
-    schedule = NoiseSchedule(**STABLE_DIFFUSION, prediction_type=prediction_type)
+    schedule = predicting(prediction_type)
     clean, noise, error, timestep = (
         images(0),
         images(1),
@@ -131,6 +144,11 @@ def test_min_snr_is_finite_at_zero_terminal_snr(prediction_type):
     assert np.all(np.isfinite(weight)) and weight[-1] == 0.0 and np.all(weight[:-1] > 0)
 
 
+def test_min_snr_of_a_rectified_flow_is_finite():
+    weight = rectified_flow().loss_weight(jnp.arange(1000), "min_snr", 5.0)
+    assert np.all(np.isfinite(weight)) and weight[-1] == 0.0 and np.all(weight[:-1] > 0)
+
+
 def test_uniform_weight_is_one():
     np.testing.assert_array_equal(NoiseSchedule().loss_weight(timesteps_bn()), np.ones((2, 3), np.float32))
 
@@ -146,6 +164,57 @@ def test_inference_timesteps_are_those_of_diffusers(diffusers, spacing, steps_of
         timesteps = schedule.inference_timesteps(num_steps, drop_zero=drop_zero)
         assert timesteps.dtype == np.int32
         np.testing.assert_array_equal(timesteps, reference.timesteps.numpy())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", FLOW_CLASSES)
+def test_a_rectified_flow_is_that_of_diffusers(diffusers, name, shift):
+    import torch
+
+    reference = getattr(diffusers, name)(shift=shift)
+    schedule = NoiseSchedule.from_config(json.loads(reference.to_json_string()))
+    assert schedule == rectified_flow(shift=shift)
+    alpha, sigma = schedule.levels  # from little noise to much, diffusers' the other way
+    np.testing.assert_allclose(sigma[::-1], reference.sigmas[:1000].numpy(), rtol=0, atol=1e-6)
+    assert (alpha[-1], sigma[-1]) == (0.0, 1.0)
+    told = schedule.network_timestep(jnp.arange(1000))
+    assert told.dtype == jnp.float32
+    np.testing.assert_allclose(told[::-1], reference.timesteps.numpy(), rtol=0, atol=1e-3)
+
+    clean, noise = images(0), images(1)
+    reference.set_begin_index(999 - 300)
+    if name == "FlowMatchEulerDiscreteScheduler":  # the other's scale_noise finds no level that repeats
+        noised = reference.scale_noise(
+            torch.from_numpy(np.array(clean)), reference.timesteps[699:700], torch.from_numpy(np.array(noise))
+        )
+        np.testing.assert_allclose(schedule.add_noise(clean, noise, jnp.int32(300)), noised, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(schedule.target(clean, noise, jnp.int32(300)), noise - clean)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 20, 50, 333])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_grids_of_a_rectified_flow_are_those_of_diffusers(diffusers, shift, num_steps):
+    schedule = rectified_flow(shift=shift)
+    for name in FLOW_CLASSES:
+        reference = getattr(diffusers, name)(shift=shift)
+        reference.set_timesteps(num_steps)
+        expected = reference.timesteps.numpy()
+        expected = expected if name == FLOW_CLASSES[0] else np.append(expected[:1], expected[1::2])
+        timesteps = schedule.inference_timesteps(num_steps)
+        np.testing.assert_allclose(timesteps, expected, rtol=0, atol=1e-3)
+        assert timesteps.shape == (num_steps,) and timesteps[0] == 1000.0
+    reference = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift)
+    reference.set_timesteps(num_steps)  # keeps off 1 by 1e-6
+    timesteps = schedule.inference_timesteps(num_steps, drop_zero=True)
+    np.testing.assert_allclose(timesteps / 1000, reference.sigmas.numpy()[:-1], rtol=0, atol=2e-6)
+
+
+def test_the_network_is_told_the_timestep_or_of_a_rectified_flow_the_level():
+    timestep = timesteps_bn()
+    assert NoiseSchedule().network_timestep(timestep) is timestep
+    np.testing.assert_array_equal(rectified_flow().network_timestep(timestep), timestep + 1)
+    told = rectified_flow(num_train_timesteps=10, shift=3.0).network_timestep(jnp.asarray([4, 9]))
+    np.testing.assert_allclose(told, [7.5, 10.0])
 
 
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
@@ -174,6 +243,18 @@ def test_config_round_trip():
     assert hash(NoiseSchedule.from_config(config)) == hash(ZERO_SNR)
 
 
+def test_config_round_trip_of_a_rectified_flow(diffusers):
+    schedule = rectified_flow(num_train_timesteps=500, shift=3.0)
+    config = json.loads(json.dumps(schedule.to_config()))
+    assert NoiseSchedule.from_config(config) == schedule
+    reference = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    assert (reference.config.shift, len(reference)) == (3.0, 500)
+    # Fields that only schedules with betas read, as a training config has them, make no difference, nor shift to those.
+    ours = {"beta_schedule": "rectified_flow", "prediction_type": "flow", "num_train_timesteps": 500, "shift": 3.0}
+    assert NoiseSchedule.from_config(ours | {"beta_end": 0.5, "rescale_betas_zero_snr": True}) == schedule
+    assert NoiseSchedule.from_config(ZERO_SNR.to_config() | {"shift": 3.0}) == ZERO_SNR
+
+
 def test_reads_the_config_of_any_diffusers_scheduler_with_betas(diffusers):
     for name in ("DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"):
         scheduler = getattr(diffusers, name)(**STABLE_DIFFUSION, timestep_spacing="trailing")
@@ -188,16 +269,22 @@ def test_reads_the_config_of_any_diffusers_scheduler_with_betas(diffusers):
             {"beta_schedule": "cosine"},
             "unknown beta_schedule 'cosine': choose one of linear, scaled_linear, squ",
         ),
-        ({"prediction_type": "flow_prediction"}, "unknown prediction_type .*epsilon, v_prediction, sample"),
+        ({"prediction_type": "flow_prediction"}, "unknown prediction_type .*epsilon, v_prediction, sample, flow"),
+        ({"prediction_type": "flow"}, '"linear" and prediction_type="flow" exclude.*needs prediction_type="flow"'),
+        ({"beta_schedule": "rectified_flow"}, '"rectified_flow" and prediction_type="epsilon" exclude one another'),
+        ({"beta_schedule": "rectified_flow", "prediction_type": "flow", "shift": 0.0}, "shift must be a positive"),
         (
             {"timestep_spacing": "even"},
             "unknown timestep_spacing 'even': choose one of leading, trailing, linsp",
         ),
         ({"rescale_betas_zero_snr": True}, 'use prediction_type="v_prediction" or "sample"'),
         (
-            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
-            "FlowMatchEuler.* no beta_schedule",
+            {"_class_name": "EDMEulerScheduler", "sigma_max": 80.0},
+            "EDMEulerScheduler has no beta_schedule: .* FlowMatchHeunDiscreteScheduler are supported",
         ),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}, "shift_terminal"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True}, "stochastic_sampling"),
         ({"beta_schedule": "linear", "use_karras_sigmas": True}, "use_karras_sigmas"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"beta_start": 0.02, "beta_end": 0.01}, "beta_start <= beta_end"),

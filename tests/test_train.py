@@ -109,8 +109,8 @@ def test_checkpoints_hold_the_config_and_samples_autoencoder(tiny_run):
     assert saved.step == 6
     assert saved.metadata["config"]["train"]["steps"] == 6
     assert saved.metadata["config"]["autoencoder"]["path"] == str(tiny_run.autoencoder)
-    assert saved.metadata["autoencoder"]["block_out_channels"] == [16, 16, 16]
-    assert "decoder.conv_out.kernel" in saved.autoencoder_params
+    assert saved.metadata["frozen"]["autoencoder"]["block_out_channels"] == [16, 16, 16]
+    assert "decoder.conv_out.kernel" in saved.frozen["autoencoder"]
     arrays = _saved(tiny_run.workdir, 6)
     assert arrays["train_state.step"] == 6
     average = {name.removeprefix("ema."): value for name, value in arrays.items() if name.startswith("ema.")}

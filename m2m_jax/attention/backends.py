@@ -1,7 +1,7 @@
 """Executions of image-set attention. Each gets its mask from `SetLayout.mask_qk`, and none falls back silently.
 
-All take `q_bqthd` (queries of the stacked images `[clean; noised]`, t tokens an image) and `k_bkthd`, `v_bkthd` (of
-the clean images), and return `[b, q, t, h, d]`. A query image that sees no key gets zeros.
+All take `q_bqthd` (queries of the images of the stack, t tokens an image) and `k_bkshd`, `v_bkshd` (of the clean
+images, s tokens an image), and return `[b, q, t, h, d]`. A query image that sees no key gets zeros.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ def attend(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask_qk: np.
     return jnp.einsum("bhqk,bkhd->bqhd", weights_bhqk, v_bthd)
 
 
-def dense(q_bqthd: jax.Array, k_bkthd: jax.Array, v_bkthd: jax.Array, layout: SetLayout) -> jax.Array:
+def dense(q_bqthd: jax.Array, k_bkshd: jax.Array, v_bkshd: jax.Array, layout: SetLayout) -> jax.Array:
     """The reference: one attention over all tokens under the dense mask. Works on forbidden blocks too."""
     b, q, t, h, d = q_bqthd.shape
-    flat = (jax.lax.collapse(x, 1, 3) for x in (q_bqthd, k_bkthd, v_bkthd))
-    out_bqthd = attend(*flat, mask_qk=layout.token_mask_qk(t)).reshape(b, q, t, h, d)
+    flat = (jax.lax.collapse(x, 1, 3) for x in (q_bqthd, k_bkshd, v_bkshd))
+    out_bqthd = attend(*flat, mask_qk=layout.token_mask_qk(t, k_bkshd.shape[2])).reshape(b, q, t, h, d)
     sees_something_q = layout.mask_qk().any(1)
     return jnp.where(sees_something_q[None, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
 
 
-def prefix(q_bqthd: jax.Array, k_bkthd: jax.Array, v_bkthd: jax.Array, layout: SetLayout) -> jax.Array:
+def prefix(q_bqthd: jax.Array, k_bkshd: jax.Array, v_bkshd: jax.Array, layout: SetLayout) -> jax.Array:
     """Plain attention calls over slices of the keys: no work on forbidden blocks, no mask in memory.
 
     Query images that see the same run of key images share one call: with `clean_sees="preceding"` clean i and
@@ -47,10 +47,10 @@ def prefix(q_bqthd: jax.Array, k_bkthd: jax.Array, v_bkthd: jax.Array, layout: S
     out_q: list[jax.Array | None] = [None] * layout.num_images
     for (start, stop), queries in groups.items():
         if start == stop:
-            shares = [jnp.zeros((b, t, h, d), v_bkthd.dtype)] * len(queries)
+            shares = [jnp.zeros((b, t, h, d), v_bkshd.dtype)] * len(queries)
         else:
             q_bthd = jnp.concatenate([q_bqthd[:, i] for i in queries], axis=1)
-            keys, values = (jax.lax.collapse(x[:, start:stop], 1, 3) for x in (k_bkthd, v_bkthd))
+            keys, values = (jax.lax.collapse(x[:, start:stop], 1, 3) for x in (k_bkshd, v_bkshd))
             shares = jnp.split(attend(q_bthd, keys, values), len(queries), axis=1)
         for i, share in zip(queries, shares, strict=True):
             out_q[i] = share

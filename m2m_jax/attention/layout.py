@@ -9,7 +9,7 @@ CLEAN_SEES = ("preceding", "itself")
 
 @dataclasses.dataclass(frozen=True)
 class SetLayout:
-    """The images of one set as the network sees them, stacked as `[clean; noised]`.
+    """The images of one set as the network sees them, stacked as `[clean; noised]` (M2M-Self) or `[noised]` (M2M-DINO).
 
     An image is named by its position in the set, counted from 0. A position may stand in both branches (training:
     every image is denoised, and its clean version is context for the later ones) and a noised position may
@@ -22,41 +22,48 @@ class SetLayout:
       noised: set positions of the images that are denoised.
       clean_sees: "preceding": a clean image sees the clean images up to and including itself; "itself": itself
         alone, which makes the context free of order. The paper does not say.
+      encoded: the clean images are keys only, tokens of an image encoder (M2M-DINO): the stack is the noised images.
     """
 
     clean: tuple[int, ...]
     noised: tuple[int, ...]
     clean_sees: str = "preceding"
+    encoded: bool = False
 
     def __post_init__(self):
         if self.clean_sees not in CLEAN_SEES:
             raise ValueError(f"clean_sees must be one of {CLEAN_SEES}, not {self.clean_sees!r}")
 
     @classmethod
-    def training(cls, num_images: int, clean_sees: str = "preceding") -> "SetLayout":
+    def training(cls, num_images: int, clean_sees: str = "preceding", encoded: bool = False) -> "SetLayout":
         """Every image is denoised given all before it. The last image is context to none: it has no clean copy."""
-        return cls(tuple(range(num_images - 1)), tuple(range(num_images)), clean_sees)
+        return cls(tuple(range(num_images - 1)), tuple(range(num_images)), clean_sees, encoded)
 
     @classmethod
-    def sampling(cls, num_context: int, clean_sees: str = "preceding") -> "SetLayout":
+    def sampling(cls, num_context: int, clean_sees: str = "preceding", encoded: bool = False) -> "SetLayout":
         """One image is denoised given `num_context` finished ones."""
-        return cls(tuple(range(num_context)), (num_context,), clean_sees)
+        return cls(tuple(range(num_context)), (num_context,), clean_sees, encoded)
+
+    @property
+    def stacked_clean(self) -> tuple[int, ...]:
+        """Set positions of the clean images that stand in the stack."""
+        return () if self.encoded else self.clean
 
     @property
     def num_images(self) -> int:
-        """Images in the stack: clean and noised."""
-        return len(self.clean) + len(self.noised)
+        """Images in the stack."""
+        return len(self.stacked_clean) + len(self.noised)
 
     def mask_qk(self) -> np.ndarray:
-        """The mask at image granularity: bool [clean + noised, clean], True where a query image sees a key image."""
-        query_is_noised = np.arange(self.num_images)[:, None] >= len(self.clean)
-        query_position = np.asarray(self.clean + self.noised, int)[:, None]
+        """The mask at image granularity: bool [images of the stack, clean], True where a query sees a key image."""
+        query_is_noised = np.arange(self.num_images)[:, None] >= len(self.stacked_clean)
+        query_position = np.asarray(self.stacked_clean + self.noised, int)[:, None]
         key_position = np.asarray(self.clean, int)[None, :]
         return allowed(query_is_noised, query_position, key_position, self.clean_sees)
 
-    def token_mask_qk(self, tokens_per_image: int) -> np.ndarray:
-        """`mask_qk` at token granularity, for backends that take no coarser one."""
-        return self.mask_qk().repeat(tokens_per_image, 0).repeat(tokens_per_image, 1)
+    def token_mask_qk(self, tokens_per_query: int, tokens_per_key: int) -> np.ndarray:
+        """`mask_qk` at token granularity, for so many tokens an image, for backends that take no coarser one."""
+        return self.mask_qk().repeat(tokens_per_query, 0).repeat(tokens_per_key, 1)
 
 
 def allowed(query_is_noised, query_position, key_position, clean_sees: str = "preceding"):

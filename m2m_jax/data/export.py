@@ -24,6 +24,10 @@ OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.",
 def main(argv):
     config, output = CONFIG.value, Path(OUTPUT.value)
     validate(config)
+    if config.data.name == "precomputed":
+        raise UserError(
+            "config.data.name=precomputed holds latents; name the data set of images that they were made from"
+        )
     if NUM_SETS.value < 1:
         raise UserError(f"--num_sets must be at least 1, not {NUM_SETS.value}")
     if output.exists():

@@ -14,7 +14,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
-from m2m_jax.data import augmentation, folder, records
+from m2m_jax.data import augmentation, folder, precomputed, records
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white
 
@@ -22,6 +22,8 @@ from m2m_jax.images import decode_image, fit_square, on_white
 _ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM = 0, 1, 2
 # Decoded and resized images are kept up to this much; the whole emoji data set at 32 px takes 75 MB.
 _CACHE_BYTES = 256 * 2**20
+# Names of an example's parts -> of a batch's.
+_BATCHED = {"images_nhwc": "images_bnhwc", "latents_nhwc": "latents_bnhwc", "example_index": "example_index_b"}
 _ENDLESS = 2**48  # number of examples: more than any run takes
 
 
@@ -67,13 +69,22 @@ def _open_folder(config: ConfigDict, split: str) -> RecordSource:
     return folder.load(config.path, split, config.images_per_set)
 
 
+def _open_precomputed(config: ConfigDict, split: str) -> RecordSource:
+    return precomputed.PrecomputedRecords(config.path, split, config.image_size)
+
+
 # data.name -> opens a split of it.
-SOURCES: dict[str, Callable[[ConfigDict, str], RecordSource]] = {"emoji": _open_emoji, "folder": _open_folder}
+SOURCES: dict[str, Callable[[ConfigDict, str], RecordSource]] = {
+    "emoji": _open_emoji,
+    "folder": _open_folder,
+    "precomputed": _open_precomputed,
+}
 
 
 class SetExamples:
     """Example i, for any i: {"images_nhwc": uint8 [N, S, S, 3], "example_index": int}.
 
+    Of precomputed latents, {"latents_nhwc": float32 [N, h, w, c]} in the place of the images.
     With one image a set (N = 1) an epoch goes through all images, otherwise through all sets.
     """
 
@@ -82,8 +93,8 @@ class SetExamples:
         if wanted < 1:
             raise UserError(f"data.images_per_set={wanted}: must be at least 1")
         kinds, counts = np.asarray(source.kinds), np.asarray(source.num_images)
-        # Kinds are the emoji data set's: a folder has but one.
-        of_kind = np.isin(kinds, list(config.kinds)) if config.name == "emoji" else np.ones(len(kinds), bool)
+        # Kinds to choose from are the emoji data set's, as images or as latents: a folder has but its own.
+        of_kind = np.isin(kinds, [*config.kinds, folder.KIND])
         if not of_kind.any():
             known = sorted(set(kinds.tolist()))
             raise UserError(f"data.kinds={tuple(config.kinds)}: {source.name} has {known}")
@@ -96,6 +107,7 @@ class SetExamples:
         self._epoch_length = int(self._ends[-1]) if wanted == 1 else len(self._usable)
         self._source, self._seed = source, seed
         self._images_per_set, self._image_size = wanted, config.image_size
+        self._precomputed = config.name == "precomputed"
         self._augment = None
         if augment and config.augment.enabled:
             self._augment = augmentation.SetAugmentation.from_config(config.augment)
@@ -111,6 +123,9 @@ class SetExamples:
     def __getitem__(self, index: int) -> dict:
         index = int(index)
         record, chosen = self.choose(index)
+        if self._precomputed:
+            latents = self._source[record].latents[chosen].astype(np.float32)
+            return {"latents_nhwc": latents, "example_index": np.int64(index)}
         images = np.stack([self._load_image(record, image) for image in chosen])
         if self._augment is None:
             images = on_white(images)
@@ -162,7 +177,8 @@ def make_dataset(
     data_config: the `data` part of the configuration. split: "train", "validation" or "test".
     batch_size: sets a batch, B, all hosts together; host p of P has the p-th B / P of them.
     augment: False composites on white and does nothing else.
-    Elements: {"images_bnhwc": uint8 [B / P, N, S, S, 3], "example_index_b": int64 [B / P]}.
+    Elements: {"images_bnhwc": uint8 [B / P, N, S, S, 3], "example_index_b": int64 [B / P]}; of precomputed latents
+    "latents_bnhwc": float32 [B / P, N, h, w, c] in the place of the images.
     Raises UserError if the data cannot be used as the configuration asks.
     """
     if batch_size < 1 or batch_size % process_count:
@@ -181,7 +197,7 @@ def make_dataset(
         grain.MapDataset.range(_ENDLESS // process_count // share * share)
         .map(lambda local_index: examples[global_index(int(local_index))])
         .batch(share, drop_remainder=True)
-        .map(lambda batch: {"images_bnhwc": batch["images_nhwc"], "example_index_b": batch["example_index"]})
+        .map(lambda batch: {_BATCHED[name]: value for name, value in batch.items()})
     )
 
 

@@ -12,7 +12,7 @@ from m2m_jax.models.unet import UNet, denoise_sets
 def squared_error(
     unet: UNet,
     schedule: NoiseSchedule,
-    clean_bmhwc: jax.Array | None,
+    context: jax.Array | None,
     target_bnhwc: jax.Array,
     noise_bnhwc: jax.Array,
     timestep_bn: jax.Array,
@@ -24,7 +24,7 @@ def squared_error(
     """Mean squared error of the prediction for each noised image, [b, n]. Nothing random happens here.
 
     Args:
-      clean_bmhwc: context latents, one for each position of `layout.clean`.
+      context: the clean images of `layout.clean`; see `denoise_sets`.
       target_bnhwc: the latents to be denoised, one for each position of `layout.noised`.
       noise_bnhwc, timestep_bn: what they are noised with.
       clean_timestep, keep_context_b: see `denoise_sets`.
@@ -32,9 +32,9 @@ def squared_error(
     noised_bnhwc = schedule.add_noise(target_bnhwc, noise_bnhwc, timestep_bn)
     output_bnhwc = denoise_sets(
         unet,
-        clean_bmhwc,
+        context,
         noised_bnhwc,
-        timestep_bn,
+        schedule.network_timestep(timestep_bn),
         layout,
         clean_timestep=clean_timestep,
         keep_context_b=keep_context_b,
@@ -44,7 +44,14 @@ def squared_error(
 
 
 def set_loss(
-    unet: UNet, schedule: NoiseSchedule, latents_bnhwc: jax.Array, *, seed: int, step: jax.Array, config
+    unet: UNet,
+    schedule: NoiseSchedule,
+    latents_bnhwc: jax.Array,
+    context: jax.Array | None,
+    *,
+    seed: int,
+    step: jax.Array,
+    config,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of one training batch, and its parts for the log.
 
@@ -53,11 +60,12 @@ def set_loss(
 
     Args:
       latents_bnhwc: scaled latents of whole sets.
+      context: the first n - 1 images of each set, as `denoise_sets` takes them.
       seed, step: all randomness depends on these two alone.
       config: `config.diffusion`.
     """
     b, n = latents_bnhwc.shape[:2]
-    layout = SetLayout.training(n, unet.config.clean_sees)
+    layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
     noise_bnhwc = jax.random.normal(stream_key(seed, step, Stream.NOISE), latents_bnhwc.shape)
     timestep_key = stream_key(seed, step, Stream.TIMESTEP)
     timestep_bn = jax.random.randint(timestep_key, (b, n), 0, schedule.num_train_timesteps)
@@ -67,7 +75,7 @@ def set_loss(
     error_bn = squared_error(
         unet,
         schedule,
-        latents_bnhwc[:, : n - 1],
+        context,
         latents_bnhwc,
         noise_bnhwc,
         timestep_bn,

@@ -1,49 +1,28 @@
-"""Steppers: from noise to an image by a fixed number of network evaluations. Deterministic, without clipping.
+"""Steppers: from noise to an image by a fixed number of network evaluations. They never clip."""
 
-In terms of the predicted clean image, one step from (alpha, sigma) to (alpha', sigma') of each of them is
-
-    next = keep * x + clean_weight * clean + previous_weight * previous_clean
-
-with weights that depend on the schedule alone. So a stepper is a choice of timesteps and a table of weights,
-made in float64 on the host, and all share one scan. In this form pure noise (alpha = 0, zero terminal SNR)
-and the clean image (sigma' = 0) are levels like any other: no weight divides by alpha, and no logarithm of
-the SNR reaches the device.
-"""
-
-import abc
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2m_jax.diffusion import step_tables
 from m2m_jax.diffusion.schedule import NoiseSchedule
+from m2m_jax.diffusion.step_tables import TERMS, StepTable
 
 
-class StepTable(NamedTuple):
-    """What each of S steps does; all [S].
+@dataclasses.dataclass(frozen=True)
+class Stepper:
+    """A table of steps, and the scan that walks it.
 
     Attributes:
-      timestep: int32, where the network is evaluated.
-      keep: float32, weight of the current image.
-      clean_weight: float32, weight of the clean image predicted at this step.
-      previous_weight: float32, weight of the one predicted at the step before; 0 at the first step.
+      table: (schedule, number of steps) -> the steps; UserError where the schedule is none for this stepper.
     """
 
-    timestep: np.ndarray
-    keep: np.ndarray
-    clean_weight: np.ndarray
-    previous_weight: np.ndarray
-
-
-class Stepper(abc.ABC):
-    """A table of steps, and the scan that walks it."""
-
-    @abc.abstractmethod
-    def table(self, schedule: NoiseSchedule, num_steps: int) -> StepTable:
-        """The steps for a schedule, all [num_steps]."""
+    table: Callable[[NoiseSchedule, int], StepTable]
 
     def sample(
         self,
@@ -51,96 +30,60 @@ class Stepper(abc.ABC):
         num_steps: int,
         denoise: Callable[[jax.Array, jax.Array], jax.Array],
         noise: jax.Array,
+        fresh_noise: Callable[[jax.Array], jax.Array],
     ) -> jax.Array:
         """Walks from noise to a clean image.
 
         Args:
           schedule: noise levels, and what the output of `denoise` means.
-          num_steps: evaluations of `denoise`; static.
-          denoise: (image, timestep int32 scalar) -> network output of the same shape, guidance included.
+          num_steps: evaluations of `denoise` (of heun 2 * num_steps - 1); static.
+          denoise: (image, float32 scalar that the network is told) -> network output of the same shape, guidance
+            included.
           noise: standard normal, of any shape.
+          fresh_noise: (number of the evaluation, int32 scalar) -> standard normal, like `noise` and independent of
+            it. Deterministic steppers never call it.
 
         Returns:
           The image, with the shape and dtype of `noise`.
         """
+        table = self.table(schedule, num_steps)
+        # What no row gives a weight is left out when this is traced: most steppers keep nothing and draw nothing.
+        used = {term for i, term in enumerate(TERMS) if table.x[:, i].any() or table.kept[:, i].any()}
 
-        def update(carry: tuple[jax.Array, jax.Array], step: StepTable):
-            x, previous_clean = carry
-            clean = schedule.to_clean(denoise(x, step.timestep), x, step.timestep)
-            keep, clean_weight, previous_weight = (weight.astype(x.dtype) for weight in step[1:])
-            x = keep * x + clean_weight * clean + previous_weight * previous_clean
-            return (x, clean), None
+        def weigh(weights: jax.Array, terms: dict[str, jax.Array]) -> jax.Array:
+            products = (weights[i].astype(noise.dtype) * terms[term] for i, term in enumerate(TERMS) if term in terms)
+            return functools.reduce(operator.add, products)
 
-        # The first step gives the previous prediction no weight: any finite value serves to start the carry.
-        steps = jax.tree.map(jnp.asarray, self.table(schedule, num_steps))
-        (x, _), _ = jax.lax.scan(update, (noise, jnp.zeros_like(noise)), steps)
-        return x
+        def update(carry: dict[str, jax.Array], row: tuple[jax.Array, StepTable]):
+            number, step = row
+            x = carry["x"]
+            level = (step.alpha.astype(x.dtype), step.sigma.astype(x.dtype))
+            terms = carry | {"clean": schedule.clean_at(denoise(x, step.timestep), x, *level)}
+            if "noise" in used:
+                terms["noise"] = fresh_noise(number)
+            terms = {term: terms[term] for term in TERMS if term in used}
+            after = {
+                "x": weigh(step.x, terms),
+                "kept": weigh(step.kept, terms) if "kept" in used else None,
+                "previous": terms.get("clean"),
+                "before_previous": carry.get("previous"),
+            }
+            return {term: after[term] for term in carry}, None
 
-
-@dataclasses.dataclass(frozen=True)
-class DDIM(Stepper):
-    """DDIM with eta = 0: Song et al. 2021, arXiv:2010.02502, eq. 12. Values: diffusers' `DDIMScheduler`.
-
-    One difference: diffusers steps down by num_train_timesteps // num_steps whatever the grid, so under
-    "linspace", and under "trailing" where that division leaves a remainder, it lands beside the timestep at
-    which the network is evaluated next. Here a step ends where the next begins.
-    """
-
-    def table(self, schedule: NoiseSchedule, num_steps: int) -> StepTable:
-        """alpha' * clean + sigma' * noise, with noise = (x - alpha * clean) / sigma; [num_steps]."""
-        timestep = schedule.inference_timesteps(num_steps)
-        keep, gain = _first_order(*_levels(schedule, timestep))
-        return _step_table(timestep, keep, gain, np.zeros(num_steps))
-
-
-@dataclasses.dataclass(frozen=True)
-class DPMSolverPlusPlus2M(Stepper):
-    """DPM-Solver++(2M): Lu et al. 2022, arXiv:2211.01095, Algorithm 2.
-
-    Values: diffusers' `DPMSolverMultistepScheduler` with its defaults (solver_order 2, midpoint,
-    lower_order_final, final sigma zero).
-
-    The first step knows no previous prediction and the last ends at log SNR = infinity: both are of first
-    order. With fewer than 15 steps diffusers' lower_order_final says the same of the last step, so it needs
-    no case here. Under zero terminal SNR the second step too is of first order, as the limit says: the first
-    starts at log SNR = -infinity, and the slope of the prediction over an infinite interval is 0. (diffusers
-    puts alphas_cumprod = 2**-24 there instead, and so differs in the fourth digit.)
-    """
-
-    def table(self, schedule: NoiseSchedule, num_steps: int) -> StepTable:
-        """First order, plus gain * (clean - previous_clean) / (2 r) with r = h_previous / h; [num_steps]."""
-        timestep = schedule.inference_timesteps(num_steps, drop_zero=True)
-        alpha, sigma = _levels(schedule, timestep)
-        keep, gain = _first_order(alpha, sigma)
-        with np.errstate(divide="ignore"):
-            half_log_snr = np.log(alpha) - np.log(sigma)  # lambda: -inf at pure noise, +inf at the end
-        h = np.diff(half_log_snr)
-        extrapolation = np.zeros(num_steps)  # 1 / (2 r)
-        if num_steps > 2:
-            extrapolation[1:-1] = h[1:-1] / (2 * h[:-2])  # finite / inf = 0 under zero terminal SNR
-        return _step_table(timestep, keep, gain * (1 + extrapolation), -gain * extrapolation)
+        # Clean images of before the first row weigh 0, and so does what it finds kept: any finite value will do.
+        carry = {term: jnp.zeros_like(noise) for term in ("kept", "previous", "before_previous") if term in used}
+        carry["x"] = table.start.astype(noise.dtype) * noise
+        rows = (np.arange(len(table.timestep), dtype=np.int32), table._replace(start=None))
+        return jax.lax.scan(update, carry, jax.tree.map(jnp.asarray, rows))[0]["x"]
 
 
-STEPPERS: dict[str, Stepper] = {"ddim": DDIM(), "dpmpp_2m": DPMSolverPlusPlus2M()}
-
-
-def _levels(schedule: NoiseSchedule, timestep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """alpha and sigma at the timesteps and, last, of the clean image: two float64 [S + 1]."""
-    alphas_cumprod = np.append(schedule.alphas_cumprod[timestep], 1.0)
-    return np.sqrt(alphas_cumprod), np.sqrt(1.0 - alphas_cumprod)
-
-
-def _first_order(alpha: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of x and of the clean image in a DDIM step, each [S], for levels [S + 1].
-
-    `gain` is DPM-Solver++'s alpha' * (1 - exp(-h)), with exp(-h) = alpha * sigma' / (sigma * alpha') written
-    out, so that neither end of the schedule needs a logarithm.
-    """
-    keep = sigma[1:] / sigma[:-1]
-    gain = alpha[1:] - keep * alpha[:-1]
-    return keep, gain
-
-
-def _step_table(timestep, keep, clean_weight, previous_weight) -> StepTable:
-    """Rounds float64 weights, all [S], once."""
-    return StepTable(timestep, *(np.asarray(w, np.float32) for w in (keep, clean_weight, previous_weight)))
+STEPPERS: dict[str, Stepper] = {
+    "ddpm": Stepper(step_tables.ddpm),
+    "ddim": Stepper(step_tables.ddim),
+    "euler": Stepper(step_tables.euler),
+    "euler_ancestral": Stepper(step_tables.euler_ancestral),
+    "dpmpp_2m": Stepper(step_tables.dpmpp_2m),
+    "dpmpp_2m_sde": Stepper(step_tables.dpmpp_2m_sde),
+    "unipc": Stepper(step_tables.unipc),
+    "heun": Stepper(step_tables.heun),
+}

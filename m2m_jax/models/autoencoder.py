@@ -157,3 +157,13 @@ class AutoencoderKL(nnx.Module):
         flat_bhwc = latents.reshape(-1, *latents.shape[-3:]) / self.config.scaling_factor
         images = self.decoder(self.post_quant_conv(flat_bhwc))
         return images.reshape(*latents.shape[:-3], *images.shape[1:])
+
+
+def pixels_to_float(images_uint8: jax.Array) -> jax.Array:
+    """uint8 [0, 255] to float32 [-1, 1]."""
+    return images_uint8.astype(jnp.float32) / 127.5 - 1.0
+
+
+def pixels_to_uint8(images: jax.Array) -> jax.Array:
+    """float32 [-1, 1], clipped, to uint8 [0, 255]."""
+    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

@@ -1,6 +1,7 @@
 """Folders of diffusers: what the fields of a U-Net's and an autoencoder's `config.json` mean here."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from m2m_jax.errors import UserError
 from m2m_jax.models import folder as folders
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.parameters import Params
-from m2m_jax.models.unet import UNetConfig
+from m2m_jax.models.unet import BLOCK_TYPES, UNetConfig
 
 DIFFUSERS = folders.Format(
     library="diffusers",
@@ -22,28 +23,57 @@ UNET_FIELDS = {"num_attention_heads": "attention_head_dim"}
 # Fields of diffusers' U-Net that have one value here; another would be another network.
 UNET_FIXED = {
     "act_fn": "silu",
+    "addition_embed_type": None,
+    "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
-    "addition_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
     "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
+    "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "num_class_embeds": None,
     "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
 }
 
 
 def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
-    """The architecture that a U-Net folder describes; `overrides` replace fields that a folder does not hold."""
+    """The architecture that a U-Net folder describes, of this project or of diffusers; `overrides` replace fields."""
     values = _read_config(folder, "UNet2DConditionModel")
     levels = len(values.get("block_out_channels", UNetConfig.block_out_channels))
     heads = values.get("attention_head_dim", 8)  # diffusers' default; the number of heads, despite the name
     values["attention_head_dim"] = heads if isinstance(heads, list) else [heads] * levels
     values.setdefault("use_linear_projection", False)
+    if "attn2" not in values:  # a field of ours: what diffusers itself saves attends to text
+        values["attn2"] = "text"
+        values.setdefault("cross_attention_dim", 1280)
     folders.require_fixed(folder, values, UNET_FIXED)
-    if not isinstance(values.get("transformer_layers_per_block", 1), int):
-        raise UserError(f"{folder}/config.json has transformer_layers_per_block by level; one number is implemented")
+    for name in ("transformer_layers_per_block", "layers_per_block", "cross_attention_dim"):
+        if isinstance(values.get(name), list):
+            raise UserError(f"{folder}/config.json has {name} by level; one number is implemented")
+    down, up = values.get("down_block_types", ()), values.get("up_block_types")
+    if not set(down) <= set(BLOCK_TYPES) or up not in (None, _mirrored(down)):
+        raise UserError(
+            f"{folder}/config.json has down_block_types={down} and up_block_types={up}; implemented are "
+            f"{' and '.join(BLOCK_TYPES)} with a way up that mirrors the way down"
+        )
     return folders.config_from(UNetConfig, values, UNET_FIELDS, **overrides)
 
 
@@ -57,8 +87,8 @@ def save_unet(folder: str | Path, config: UNetConfig, params: Params, dtype=np.f
     values = {UNET_FIELDS.get(k, k): v for k, v in dataclasses.asdict(config).items()}
     for runtime_choice in ("dtype", "attention_backend"):
         del values[runtime_choice]
-    up = [kind.replace("Down", "Up") for kind in reversed(config.down_block_types)]
-    values = {"_class_name": "UNet2DConditionModel", **values, "up_block_types": up}
+    up_block_types = _mirrored(config.down_block_types)
+    values = {"_class_name": "UNet2DConditionModel", **values, "up_block_types": up_block_types}
     folders.save_folder(folder, values, params, dtype, DIFFUSERS)
 
 
@@ -76,6 +106,11 @@ def save_autoencoder(folder: str | Path, config: AutoencoderConfig, params: Para
 def load_params(folder: str | Path) -> Params:
     """All parameters of a diffusers folder; see `folder.load_params`."""
     return folders.load_params(folder, DIFFUSERS)
+
+
+def _mirrored(down_block_types: Sequence[str]) -> list[str]:
+    """The block types of the way up."""
+    return [kind.replace("Down", "Up") for kind in reversed(down_block_types)]
 
 
 def _read_config(folder: str | Path, class_name: str) -> dict:

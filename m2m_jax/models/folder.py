@@ -102,7 +102,7 @@ def load_params(folder: str | Path, form: Format) -> Params:
         try:
             with safe_open(file, framework="np") as tensors:
                 for torch_name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    name, value = _from_torch(torch_name, tensors.get_tensor(torch_name), form)
+                    name, value = from_torch(torch_name, tensors.get_tensor(torch_name), form)
                     params[name] = value
         except SafetensorError as error:
             raise UserError(f"{file} is damaged: {error}") from error
@@ -135,7 +135,10 @@ def save_folder(folder: str | Path, values: dict[str, Any], params: Params, dtyp
     tensors = dict(_to_torch(name, np.asarray(x).astype(dtype), form) for name, x in params.items())
     # Written aside and renamed: a folder that can be opened is whole.
     partial = folder / f"{form.weights}.partial"
+    partial.touch()
+    mode = partial.stat().st_mode
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(mode)  # safetensors lets nobody else read it
     partial.rename(folder / form.weights)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
@@ -151,7 +154,8 @@ def _to_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndarr
     return name, np.ascontiguousarray(value)
 
 
-def _from_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndarray]:
+def from_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndarray]:
+    """A parameter of a torch model under this project's name, in its layout, float32."""
     stem, _, leaf = name.rpartition(".")
     if leaf == "weight" and stem.endswith("_embedding"):
         name = f"{stem}.embedding"

@@ -1,7 +1,13 @@
-"""How M2M starts from a pretrained single-image U-Net."""
+"""How M2M starts from a pretrained U-Net, and which of its parameters train."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from m2m_jax.errors import UserError
+from m2m_jax.models.folder import differences
 from m2m_jax.models.parameters import Params
+from m2m_jax.models.unet import UNetConfig
 
 
 def is_set_attention(name: str) -> bool:
@@ -9,35 +15,71 @@ def is_set_attention(name: str) -> bool:
     return ".attn2." in name or (".norm2." in name and ".transformer_blocks." in name)
 
 
-def from_pretrained(params: Params, pretrained: Params, folder: str) -> Params:
-    """Takes over every parameter of a single-image U-Net and starts the set attention beside it.
+def is_attention(name: str) -> bool:
+    """Parameters of a transformer block's attentions, with the norms before them."""
+    return is_set_attention(name) or ".attn1." in name or (".norm1." in name and ".transformer_blocks." in name)
 
-    The queries, keys, values and norm of attn2 start as copies of attn1's in the same block, which already match like
-    with like, and its output projection starts at zero: at step 0 the network is the pretrained one, whatever the
-    context, and the context fades in. Not the paper's choice, which is not known.
+
+# `config.train.parameters`: which parameters train, by name.
+TRAINED: dict[str, Callable[[str], bool]] = {
+    "all": lambda name: True,
+    "attention": is_attention,
+    "set_attention": is_set_attention,
+}
+
+
+def from_pretrained(
+    params: Params, config: UNetConfig, pretrained: Params, pretrained_config: UNetConfig, folder: str
+) -> Params:
+    """The parameters at step 0 of a U-Net that starts from another one.
+
+    What of a single-image U-Net is taken over: everything but the attention to text, where it has one. What is new:
+    attn2 and the norm before it, in every transformer block. Queries and norm start as copies of attn1's in the same
+    block, and so do keys and values of M2M-Self: they already match like with like. Keys and values of an image
+    encoder's tokens (M2M-DINO) start at random, as they are in `params`. The output projection starts at zero, and
+    its bias as the text attention's: at step 0 the network is, whatever the context, the pretrained one with all text
+    tokens zero, and the context fades in. Not the paper's choice, which is not known.
+
+    Args:
+      params: freshly drawn ones of the network of `config`.
+      pretrained: of the network of `pretrained_config`. An M2M network is taken over as it is.
+      folder: where that was read, for messages.
 
     Raises:
-      UserError: anything else is missing, left over, or of another shape.
+      UserError: the architectures differ in more than attn2, or a parameter is missing, left over or of another shape.
     """
-    new = {name for name in params if is_set_attention(name)}
-    problems = [f"missing {name}" for name in params.keys() - pretrained.keys() - new]
-    problems += [f"unexpected {name}" for name in pretrained.keys() - params.keys()]
-    shared = params.keys() & pretrained.keys()
-    problems += [
-        f"{name} is {pretrained[name].shape} there and {params[name].shape} here"
-        for name in shared
-        if pretrained[name].shape != params[name].shape
+    problems = [
+        f"{name} is {theirs} there and {ours} here"
+        for name, ours, theirs in _compared(config, pretrained_config)
+        if ours != theirs
     ]
+    new, text_bias = set(), {}
+    if pretrained_config.attn2 != "image_set":
+        new = {name for name in params if is_set_attention(name)}
+        text_bias = {name: x for name, x in pretrained.items() if name.endswith(".attn2.to_out.bias")}
+        pretrained = {name: x for name, x in pretrained.items() if not is_set_attention(name)}
+    taken = {name: x for name, x in params.items() if name not in new}
+    problems += differences(taken, pretrained)
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(
-            f"init.path={folder} does not fit config.model: {'; '.join(sorted(problems)[:8])}{more}; "
+            f"init.path={folder} does not fit config.model: {'; '.join(problems[:8])}{more}; "
             "set config.model to that folder's config.json, or init.path= to train from scratch"
         )
-    started = {name: pretrained[name] for name in shared}
-    for name in new - shared:
+    started = {name: pretrained[name] for name in taken}
+    for name in new:
+        twin = name.replace(".attn2.", ".attn1.").replace(".norm2.", ".norm1.")
         if ".attn2.to_out." in name:
-            started[name] = params[name] * 0
+            started[name] = text_bias.get(name, params[name] * 0)
+        elif ".order." in name or (config.attends_to_encoded and (".to_k." in name or ".to_v." in name)):
+            started[name] = params[name]
         else:
-            started[name] = started[name.replace(".attn2.", ".attn1.").replace(".norm2.", ".norm1.")]
+            started[name] = started[twin]
     return started
+
+
+def _compared(config: UNetConfig, other: UNetConfig) -> list[tuple[str, Any, Any]]:
+    """(field, value, value of the other) of what must be equal for parameters to mean the same in both."""
+    free = {"attn2", "cross_attention_dim", "order_embedding", "clean_sees", "attention_backend", "dtype"}
+    names = [field.name for field in dataclasses.fields(config) if field.name not in free]
+    return [(name, getattr(config, name), getattr(other, name)) for name in names]

@@ -1,7 +1,8 @@
-"""The transformer block of Stable Diffusion's U-Net, with Image-Set Attention in the place of text cross-attention."""
+"""The transformer block of Stable Diffusion's U-Net, with attention to text or, in its place, Image-Set Attention."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ from flax import nnx
 
 from m2m_jax.attention.backends import BACKENDS, attend
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.models.layers import zeros
+from m2m_jax.models.layers import timestep_features, zeros
+
+ORDER_CHANNELS = 64  # of the sinusoidal features of an image's position in its set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,20 +21,24 @@ class ImageSets:
 
     Attributes:
       layout: the images of every set; row `b * layout.num_images + i` of the flat batch is image i of set b.
+      tokens_bmsc: tokens of the clean images by an image encoder, where the layout says `encoded` (M2M-DINO).
       keep_context_b: bool [b]; the noised images of a set marked False see no context (dropout for guidance).
     """
 
     layout: SetLayout
+    tokens_bmsc: jax.Array | None = None
     keep_context_b: jax.Array | None = None
 
 
 class Attention(nnx.Module):
-    """Projections that both attentions share: to_q, to_k, to_v without bias, to_out with one."""
+    """Projections that all attentions share: to_q, to_k, to_v without bias, to_out with one."""
 
-    def __init__(self, channels: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
-        project = functools.partial(nnx.Linear, channels, channels, use_bias=False, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, num_heads: int, *, key_channels: int | None = None, dtype, rngs: nnx.Rngs):
+        """key_channels: width of what is attended to, where it is another than `channels`."""
+        key_channels = key_channels or channels
+        project = functools.partial(nnx.Linear, out_features=channels, use_bias=False, dtype=dtype, rngs=rngs)
         self.num_heads = num_heads
-        self.to_q, self.to_k, self.to_v = project(), project(), project()
+        self.to_q, self.to_k, self.to_v = project(channels), project(key_channels), project(key_channels)
         self.to_out = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def heads(self, x: jax.Array) -> jax.Array:
@@ -47,27 +54,57 @@ class SelfAttention(Attention):
         return self.to_out(attend(q_bthd, k_bthd, v_bthd).reshape(x_btc.shape))
 
 
-class ImageSetAttention(Attention):
-    """attn2 of M2M-Self: tokens attend to the clean images of their set, under `SetLayout`'s mask.
+class CrossAttention(Attention):
+    """attn2 of Stable Diffusion: the tokens of an image attend to those of its text."""
 
-    Queries come from all images, keys and values from the features of the clean ones at this layer.
+    def __call__(self, x_btc: jax.Array, text_bsc: jax.Array) -> jax.Array:
+        q_btc, k_bsc, v_bsc = self.to_q(x_btc), self.to_k(text_bsc), self.to_v(text_bsc)
+        out_bthd = attend(*(self.heads(x) for x in (q_btc, k_bsc, v_bsc)))
+        return self.to_out(out_bthd.reshape(x_btc.shape))
+
+
+class ImageSetAttention(Attention):
+    """attn2 of M2M: tokens attend to the clean images of their set, under `SetLayout`'s mask.
+
+    Queries come from all images of the stack. Keys and values come from the features of the clean ones at this layer
+    (M2M-Self) or from the tokens that an image encoder made of them (M2M-DINO). With `order_embedding` they are told
+    the image's position in its set: its sinusoidal features through a projection that starts at zero. Not the
+    paper's choice, which is not known.
     """
 
-    def __init__(self, channels: int, num_heads: int, *, backend: str, dtype, rngs: nnx.Rngs):
-        super().__init__(channels, num_heads, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        key_channels: int | None,
+        order_embedding: bool,
+        backend: str,
+        dtype,
+        rngs,
+    ):
+        super().__init__(channels, num_heads, key_channels=key_channels, dtype=dtype, rngs=rngs)
         self.backend = backend
+        if order_embedding:
+            project = functools.partial(nnx.Linear, use_bias=False, kernel_init=zeros, dtype=dtype, rngs=rngs)
+            self.order = project(ORDER_CHANNELS, key_channels or channels)
 
     def __call__(self, x_btc: jax.Array, sets: ImageSets) -> jax.Array:
         layout = sets.layout
-        num_clean = len(layout.clean)
-        if not num_clean:
+        if not layout.clean:
             return self.to_out(jnp.zeros_like(x_btc))
         x_bqtc = x_btc.reshape(-1, layout.num_images, *x_btc.shape[1:])
+        source_bksc = x_bqtc[:, : len(layout.clean)]
+        if layout.encoded:
+            source_bksc = sets.tokens_bmsc.astype(x_btc.dtype)
+        if hasattr(self, "order"):
+            order_kc = self.order(timestep_features(jnp.asarray(layout.clean), ORDER_CHANNELS).astype(x_btc.dtype))
+            source_bksc = source_bksc + order_kc[None, :, None, :]
         q_bqthd = self.heads(self.to_q(x_bqtc))
-        k_bkthd, v_bkthd = (self.heads(project(x_bqtc[:, :num_clean])) for project in (self.to_k, self.to_v))
-        out_bqthd = BACKENDS[self.backend](q_bqthd, k_bkthd, v_bkthd, layout)
+        k_bkshd, v_bkshd = (self.heads(project(source_bksc)) for project in (self.to_k, self.to_v))
+        out_bqthd = BACKENDS[self.backend](q_bqthd, k_bkshd, v_bkshd, layout)
         if sets.keep_context_b is not None:
-            is_clean_q = jnp.arange(layout.num_images) < num_clean
+            is_clean_q = jnp.arange(layout.num_images) < len(layout.stacked_clean)
             keep_bq = is_clean_q[None, :] | sets.keep_context_b[:, None]
             out_bqthd = jnp.where(keep_bq[:, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
         return self.to_out(out_bqthd.reshape(x_btc.shape))
@@ -86,23 +123,25 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Pre-norm attn1, attn2 (where the model has one) and feed-forward, each added to its input."""
+    """Pre-norm attn1, attn2 (where the model has one) and feed-forward, each added to its input.
 
-    def __init__(self, channels: int, num_heads: int, *, attn2: str, backend: str, dtype, rngs: nnx.Rngs):
+    make_attn2: (channels, num_heads, dtype=, rngs=) -> the second attention; None: there is none.
+    """
+
+    def __init__(self, channels: int, num_heads: int, *, make_attn2: Callable | None, dtype, rngs: nnx.Rngs):
         norm = functools.partial(nnx.LayerNorm, channels, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.norm1 = norm()
         self.attn1 = SelfAttention(channels, num_heads, dtype=dtype, rngs=rngs)
-        self.has_attn2 = attn2 == "image_set"
-        if self.has_attn2:
+        if make_attn2 is not None:
             self.norm2 = norm()
-            self.attn2 = ImageSetAttention(channels, num_heads, backend=backend, dtype=dtype, rngs=rngs)
+            self.attn2 = make_attn2(channels, num_heads, dtype=dtype, rngs=rngs)
         self.norm3 = norm()
         self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_btc: jax.Array, sets: ImageSets | None) -> jax.Array:
+    def __call__(self, x_btc: jax.Array, condition: ImageSets | jax.Array | None) -> jax.Array:
         x_btc = x_btc + self.attn1(self.norm1(x_btc))
-        if self.has_attn2:
-            x_btc = x_btc + self.attn2(self.norm2(x_btc), sets)
+        if hasattr(self, "attn2"):
+            x_btc = x_btc + self.attn2(self.norm2(x_btc), condition)
         return x_btc + self.ff(self.norm3(x_btc))
 
 
@@ -117,8 +156,7 @@ class SpatialTransformer(nnx.Module):
         num_layers: int,
         norm_num_groups: int,
         use_linear_projection: bool,
-        attn2: str,
-        backend: str,
+        make_attn2: Callable | None,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -129,15 +167,15 @@ class SpatialTransformer(nnx.Module):
         self.proj_in = project(dtype=dtype, rngs=rngs)
         self.transformer_blocks = nnx.List(
             [
-                TransformerBlock(channels, num_heads, attn2=attn2, backend=backend, dtype=dtype, rngs=rngs)
+                TransformerBlock(channels, num_heads, make_attn2=make_attn2, dtype=dtype, rngs=rngs)
                 for _ in range(num_layers)
             ]
         )
         self.proj_out = project(kernel_init=zeros, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_bhwc: jax.Array, sets: ImageSets | None) -> jax.Array:
+    def __call__(self, x_bhwc: jax.Array, condition: ImageSets | jax.Array | None) -> jax.Array:
         h = self.proj_in(self.norm(x_bhwc))
         h_btc = h.reshape(h.shape[0], -1, h.shape[-1])
         for block in self.transformer_blocks:
-            h_btc = block(h_btc, sets)
+            h_btc = block(h_btc, condition)
         return x_bhwc + self.proj_out(h_btc.reshape(x_bhwc.shape))

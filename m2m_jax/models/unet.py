@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m2m_jax.attention.layout import SetLayout
+from m2m_jax.errors import UserError
 from m2m_jax.models.layers import (
     Conv3x3,
     Downsample,
@@ -17,7 +18,10 @@ from m2m_jax.models.layers import (
     timestep_features,
     zeros,
 )
-from m2m_jax.models.transformer import ImageSets, SpatialTransformer
+from m2m_jax.models.transformer import CrossAttention, ImageSetAttention, ImageSets, SpatialTransformer
+
+ATTN2 = ("image_set", "text", "none")
+BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")  # with transformer blocks, without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,10 @@ class UNetConfig:
       down_block_types: per level, outermost first; "CrossAttnDownBlock2D" has transformer blocks. The way up
         mirrors it.
       num_attention_heads: per level (what diffusers' config.json calls attention_head_dim).
-      attn2: "image_set" (M2M) or "none" (a single-image model).
+      attn2: "image_set" (M2M), "text" (Stable Diffusion) or "none" (a single-image model without text).
+      cross_attention_dim: width of the tokens that attn2 attends to: those of the text or of an image encoder
+        (M2M-DINO). None: attn2 attends to this network's own features (M2M-Self), or there is none.
+      order_embedding: whether Image-Set Attention is told the positions of the images in their set.
       clean_sees, attention_backend: see `SetLayout` and `attention.backends`.
       dtype: what is computed in; parameters are float32.
     """
@@ -44,9 +51,22 @@ class UNetConfig:
     norm_eps: float = 1e-5
     use_linear_projection: bool = True
     attn2: str = "image_set"
+    cross_attention_dim: int | None = None
+    order_embedding: bool = False
     clean_sees: str = "preceding"
     attention_backend: str = "prefix"
     dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.attn2 not in ATTN2:
+            raise UserError(f"attn2 must be one of {', '.join(ATTN2)}, not {self.attn2!r}")
+        if self.attn2 == "text" and not self.cross_attention_dim:
+            raise UserError("attn2='text' needs cross_attention_dim, the width of the text's tokens")
+
+    @property
+    def attends_to_encoded(self) -> bool:
+        """M2M-DINO: the clean images enter as tokens of an image encoder and not as images of the stack."""
+        return self.attn2 == "image_set" and self.cross_attention_dim is not None
 
 
 class UNetLevel(nnx.Module):
@@ -58,10 +78,11 @@ class UNetLevel(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Predicts the schedule's target for noised latents, in the context of the clean latents of their sets.
+    """Predicts the schedule's target for noised latents, in the context of the clean images of their sets, or of text.
 
-    The three conditioning channels stay apart: image sets enter attn2, token sequences would enter a
-    cross-attention of their own, and what is global (here the timestep) enters the residual blocks as one embedding.
+    The three conditioning channels stay apart: image sets and token sequences enter attentions of their own (of which
+    Stable Diffusion and M2M have one or the other, both under the name attn2), and what is global (here the
+    timestep) enters the residual blocks as one embedding.
     """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
@@ -85,8 +106,7 @@ class UNet(nnx.Module):
                 num_layers=c.transformer_layers_per_block,
                 norm_num_groups=c.norm_num_groups,
                 use_linear_projection=c.use_linear_projection,
-                attn2=c.attn2,
-                backend=c.attention_backend,
+                make_attn2=_attn2(c),
                 dtype=dtype,
                 rngs=rngs,
             )
@@ -125,13 +145,16 @@ class UNet(nnx.Module):
         self.conv_norm_out = nnx.GroupNorm(previous, c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
         self.conv_out = Conv3x3(previous, c.out_channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_bhwc: jax.Array, timestep_b: jax.Array, sets: ImageSets | None = None) -> jax.Array:
+    def __call__(
+        self, x_bhwc: jax.Array, timestep_b: jax.Array, condition: ImageSets | jax.Array | None = None
+    ) -> jax.Array:
         """One pass over a flat batch of latents.
 
         Args:
           x_bhwc: latents, [b, h, w, in_channels].
-          timestep_b: integers [b].
-          sets: how the rows form sets; needed where attn2 is "image_set".
+          timestep_b: numbers [b].
+          condition: what attn2 attends to. "image_set": how the rows form sets; "text": tokens [b, s,
+            cross_attention_dim]; "none": None.
 
         Returns:
           [b, h, w, out_channels], float32.
@@ -146,30 +169,44 @@ class UNet(nnx.Module):
             for i, resnet in enumerate(block.resnets):
                 h = resnet(h, embedding_bc)
                 if len(block.attentions):
-                    h = block.attentions[i](h, sets)
+                    h = block.attentions[i](h, condition)
                 skips.append(h)
             if hasattr(block, "downsamplers"):
                 h = block.downsamplers[0](h)
                 skips.append(h)
 
         h = self.mid_block.resnets[0](h, embedding_bc)
-        h = self.mid_block.attentions[0](h, sets)
+        h = self.mid_block.attentions[0](h, condition)
         h = self.mid_block.resnets[1](h, embedding_bc)
 
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
                 h = resnet(jnp.concatenate([h, skips.pop()], axis=-1), embedding_bc)
                 if len(block.attentions):
-                    h = block.attentions[i](h, sets)
+                    h = block.attentions[i](h, condition)
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h, size=skips[-1].shape[1:3])
 
         return self.conv_out(jax.nn.silu(self.conv_norm_out(h))).astype(jnp.float32)
 
 
+def _attn2(c: UNetConfig):
+    """What makes the second attention of a transformer block; see `TransformerBlock`."""
+    if c.attn2 == "none":
+        return None
+    if c.attn2 == "text":
+        return functools.partial(CrossAttention, key_channels=c.cross_attention_dim)
+    return functools.partial(
+        ImageSetAttention,
+        key_channels=c.cross_attention_dim,
+        order_embedding=c.order_embedding,
+        backend=c.attention_backend,
+    )
+
+
 def denoise_sets(
     unet: UNet,
-    clean_bmhwc: jax.Array | None,
+    context: jax.Array | None,
     noised_bnhwc: jax.Array,
     timestep_bn: jax.Array,
     layout: SetLayout,
@@ -177,26 +214,27 @@ def denoise_sets(
     clean_timestep: int,
     keep_context_b: jax.Array | None = None,
 ) -> jax.Array:
-    """The M2M forward pass: clean and noised images of all sets in one call of the U-Net.
+    """The M2M forward pass: all images of all sets in one call of the U-Net.
 
     Args:
-      clean_bmhwc: latents of the clean images, m = len(layout.clean); None if there are none.
+      context: the clean images, m = len(layout.clean): latents [b, m, h, w, c], which stand in the stack before the
+        noised ones (M2M-Self), or, where `layout.encoded`, tokens [b, m, s, c] (M2M-DINO). None if m is 0.
       noised_bnhwc: latents of the noised images, n = len(layout.noised).
       timestep_bn: timesteps of the noised images, independent of one another.
-      clean_timestep: what the U-Net is told about the clean images, one value always: it makes their keys and
-        values independent of the image being made.
+      clean_timestep: what the U-Net is told about the clean images of the stack, one value always: it makes their
+        keys and values independent of the image being made.
       keep_context_b: see `ImageSets`.
 
     Returns:
       Predictions for the noised images, [b, n, h, w, c].
     """
-    b, n = noised_bnhwc.shape[:2]
-    m = len(layout.clean)
+    b = noised_bnhwc.shape[0]
+    m = len(layout.stacked_clean)
     stack_bqhwc, timestep_bq = noised_bnhwc, timestep_bn
     if m:
-        stack_bqhwc = jnp.concatenate([clean_bmhwc, noised_bnhwc], axis=1)
+        stack_bqhwc = jnp.concatenate([context, noised_bnhwc], axis=1)
         clean_timestep_bm = jnp.full((b, m), clean_timestep, timestep_bn.dtype)
         timestep_bq = jnp.concatenate([clean_timestep_bm, timestep_bn], axis=1)
-    flat_bhwc = jax.lax.collapse(stack_bqhwc, 0, 2)
-    out_bhwc = unet(flat_bhwc, timestep_bq.reshape(-1), ImageSets(layout, keep_context_b))
-    return out_bhwc.reshape(b, m + n, *out_bhwc.shape[1:])[:, m:]
+    sets = ImageSets(layout, context if layout.encoded else None, keep_context_b)
+    out_bhwc = unet(jax.lax.collapse(stack_bqhwc, 0, 2), timestep_bq.reshape(-1), sets)
+    return out_bhwc.reshape(b, layout.num_images, *out_bhwc.shape[1:])[:, m:]

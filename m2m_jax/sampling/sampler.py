@@ -18,7 +18,8 @@ from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.steppers import STEPPERS
 from m2m_jax.errors import UserError
 from m2m_jax.images import read_image
-from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from m2m_jax.models.folder import config_from
+from m2m_jax.models.frozen import FrozenModels, FrozenParams
 from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
@@ -53,26 +54,26 @@ class Sampler:
     """Model, schedule and settings. Call it, or `sample_sets` for many sets at once.
 
     Attributes:
-      unet: its static structure, with `unet_params` (the EMA).
-      autoencoder: likewise.
+      unet_params: of the network of `unet_config` (the EMA).
+      models: the frozen models, whose parameters are `frozen`.
       clean_timestep: what the U-Net is told about context images, as in training.
       image_size: pixels along each side.
       step: training step of the parameters.
     """
 
-    unet: nnx.GraphDef
+    unet_config: UNetConfig
     unet_params: Params
-    autoencoder: nnx.GraphDef
-    autoencoder_params: Params
+    models: FrozenModels
+    frozen: FrozenParams
     schedule: NoiseSchedule
     settings: SamplingSettings
-    clean_sees: str
     clean_timestep: int
     image_size: int
     step: int = 0
 
     def __post_init__(self):
-        self.schedule.inference_timesteps(self.settings.steps)  # refuses more steps than there are noise levels
+        # Refuses a stepper that is none for this schedule, and more steps than there are noise levels.
+        STEPPERS[self.settings.stepper].table(self.schedule, self.settings.steps)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, step: int | None = None, **settings) -> "Sampler":
@@ -92,20 +93,13 @@ class Sampler:
         if saved.metadata["config"]["task"] != "set_diffusion":
             raise UserError(f"{path} holds a run of task {saved.metadata['config']['task']!r}, which samples no sets")
         config = saved.metadata["config"]
-        autoencoder_config = AutoencoderConfig(**_tuples(saved.metadata["autoencoder"]))
-        unet_config = UNetConfig(
-            in_channels=autoencoder_config.latent_channels,
-            out_channels=autoencoder_config.latent_channels,
-            **_tuples(config["model"]),
-        )
         return cls(
-            unet=abstract(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))[0],
+            unet_config=config_from(UNetConfig, saved.metadata["unet"], {}),
             unet_params=saved.ema_params,
-            autoencoder=abstract(lambda: AutoencoderKL(autoencoder_config, rngs=nnx.Rngs(0)))[0],
-            autoencoder_params=saved.autoencoder_params,
+            models=FrozenModels.from_metadata(saved.metadata["frozen"]),
+            frozen=saved.frozen,
             schedule=NoiseSchedule.from_config(config["schedule"]),
             settings=SamplingSettings(**(config["sample"] | settings)),
-            clean_sees=unet_config.clean_sees,
             clean_timestep=config["diffusion"]["clean_timestep"],
             image_size=config["data"]["image_size"],
             step=saved.step,
@@ -149,89 +143,79 @@ class Sampler:
             if not 0 <= seed <= MAX_SEED:
                 raise UserError(f"a seed must be between 0 and {MAX_SEED}, not {seed}")
         keys_b = jax.vmap(jax.random.key)(jnp.asarray(seed_b, jnp.uint32))
-        context_bmhwc = self.encode(context_bmhwc)
-        finished_bhwc = []
-        for _ in range(num_images):
-            latents_bhwc = _next_image(self._static, self.unet_params, context_bmhwc, keys_b)
-            context_bmhwc = jnp.concatenate([context_bmhwc, latents_bhwc[:, None]], axis=1)
-            finished_bhwc.append(latents_bhwc)
-        return self.decode(jnp.stack(finished_bhwc, axis=1))
-
-    def encode(self, images_bnhwc: np.ndarray) -> jax.Array:
-        """uint8 images to scaled latents."""
-        return _encode(self.autoencoder, self.autoencoder_params, images_bnhwc)
-
-    def decode(self, latents_bnhwc: jax.Array) -> np.ndarray:
-        """Scaled latents to uint8 images."""
-        return np.asarray(_decode(self.autoencoder, self.autoencoder_params, latents_bnhwc))
+        position = context_bmhwc.shape[1]
+        context = _context(self.models, self.frozen, context_bmhwc) if position else None
+        finished_bnhwc = []
+        for i in range(num_images):
+            latents_b1hwc = _next_image(self._static, position + i, self.unet_params, context, keys_b)[:, None]
+            finished_bnhwc.append(_decode(self.models, self.frozen, latents_b1hwc))
+            if i + 1 < num_images:
+                new = latents_b1hwc
+                if self.unet_config.attends_to_encoded:
+                    new = _context(self.models, self.frozen, finished_bnhwc[-1])
+                context = new if context is None else jnp.concatenate([context, new], axis=1)
+        return np.concatenate(finished_bnhwc, axis=1)
 
     @property
     def _static(self) -> "_Static":
-        return _Static(self.unet, self.schedule, self.settings, self.clean_sees, self.clean_timestep)
-
-
-def pixels_to_float(images_uint8: jax.Array) -> jax.Array:
-    """uint8 [0, 255] to float32 [-1, 1]."""
-    return images_uint8.astype(jnp.float32) / 127.5 - 1.0
-
-
-def pixels_to_uint8(images: jax.Array) -> jax.Array:
-    """float32 [-1, 1], clipped, to uint8 [0, 255]."""
-    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+        shape = self.models.latent_shape(self.image_size)
+        return _Static(self.unet_config, shape, self.schedule, self.settings, self.clean_timestep)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
     """What `_next_image` is compiled for."""
 
-    unet: nnx.GraphDef
+    unet_config: UNetConfig
+    latent_shape: tuple[int, int, int]
     schedule: NoiseSchedule
     settings: SamplingSettings
-    clean_sees: str
     clean_timestep: int
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _next_image(static: _Static, params: Params, context_bmhwc: jax.Array, keys_b: jax.Array) -> jax.Array:
-    """Latents of one further image of each set. Its noise depends on the set's key and its position alone."""
-    b, m, *image = context_bmhwc.shape
-    unet = merge(static.unet, params)
-    noise_bhwc = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, m), image))(keys_b)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _next_image(
+    static: _Static, num_context: int, params: Params, context: jax.Array | None, keys_b: jax.Array
+) -> jax.Array:
+    """Latents of one further image of each set. Its noise depends on the set's key, its position and the step alone."""
+    b, m, image = len(keys_b), num_context, static.latent_shape
+    graphdef, _ = abstract(lambda: UNet(static.unet_config, rngs=nnx.Rngs(0)))
+    unet = merge(graphdef, params)
+    clean_sees, encoded = static.unet_config.clean_sees, static.unet_config.attends_to_encoded
+    keys_b = jax.vmap(lambda key: jax.random.fold_in(key, m))(keys_b)
+    noise_bhwc = jax.vmap(lambda key: jax.random.normal(key, image))(keys_b)
+
+    def fresh_noise(number):
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1 + number), image))(keys_b)
 
     def predict(noised_bhwc, timestep, layout):
         timestep_b1 = jnp.full((b, 1), timestep)
-        context = context_bmhwc if layout.clean else None
         output_b1hwc = denoise_sets(
-            unet, context, noised_bhwc[:, None], timestep_b1, layout, clean_timestep=static.clean_timestep
+            unet,
+            context if layout.clean else None,
+            noised_bhwc[:, None],
+            timestep_b1,
+            layout,
+            clean_timestep=static.clean_timestep,
         )
         return output_b1hwc[:, 0]
 
     def denoise(noised_bhwc, timestep):
-        conditional = predict(noised_bhwc, timestep, SetLayout.sampling(m, static.clean_sees))
+        conditional = predict(noised_bhwc, timestep, SetLayout.sampling(m, clean_sees, encoded))
         if static.settings.guidance_scale == 1.0 or m == 0:
             return conditional
-        unconditional = predict(noised_bhwc, timestep, SetLayout((), (m,), static.clean_sees))
+        unconditional = predict(noised_bhwc, timestep, SetLayout((), (m,), clean_sees, encoded))
         return guide(unconditional, conditional, static.settings.guidance_scale)
 
     stepper = STEPPERS[static.settings.stepper]
-    return stepper.sample(static.schedule, static.settings.steps, denoise, noise_bhwc)
+    return stepper.sample(static.schedule, static.settings.steps, denoise, noise_bhwc, fresh_noise)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef: nnx.GraphDef, params: Params, images_bnhwc: jax.Array) -> jax.Array:
-    b, n, h, w, _ = images_bnhwc.shape
-    autoencoder = merge(graphdef, params)
-    if n == 0:
-        factor = autoencoder.config.downsampling
-        return jnp.zeros((b, 0, h // factor, w // factor, autoencoder.config.latent_channels))
-    return autoencoder.encode(pixels_to_float(images_bnhwc))
+def _context(models: FrozenModels, frozen: FrozenParams, images_bmhwc: jax.Array) -> jax.Array:
+    return models.context(frozen, images_bmhwc)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(graphdef: nnx.GraphDef, params: Params, latents_bnhwc: jax.Array) -> jax.Array:
-    return pixels_to_uint8(merge(graphdef, params).decode(latents_bnhwc))
-
-
-def _tuples(values: dict) -> dict:
-    """JSON has lists where the configs have tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+def _decode(models: FrozenModels, frozen: FrozenParams, latents_bnhwc: jax.Array) -> jax.Array:
+    return models.decode(frozen, latents_bnhwc)

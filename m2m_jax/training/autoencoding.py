@@ -12,10 +12,10 @@ from PIL import Image
 
 from m2m_jax.configuration import to_json
 from m2m_jax.keys import Stream, stream_key
-from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
+from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.parameters import Params, abstract, merge, split
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
-from m2m_jax.sampling.sampler import pixels_to_float, pixels_to_uint8
 
 
 class Autoencoding:
@@ -36,7 +36,7 @@ class Autoencoding:
             scaling_factor=1.0,
         )
         self.graphdef, self.shapes = abstract(self._build)
-        self.frozen: Params = {}
+        self.frozen: FrozenParams = {}
 
     def _build(self, key: jax.Array | int = 0) -> AutoencoderKL:
         return AutoencoderKL(self.autoencoder_config, rngs=nnx.Rngs(key))
@@ -51,7 +51,7 @@ class Autoencoding:
         """All start alike."""
         return False
 
-    def loss(self, params: Params, frozen: Params, batch: dict, step: jax.Array) -> tuple[jax.Array, dict]:
+    def loss(self, params: Params, frozen: FrozenParams, batch: dict, step: jax.Array) -> tuple[jax.Array, dict]:
         """Scalar loss and scalars for the log. The decoder sees samples of the posterior."""
         model = merge(self.graphdef, params)
         images = pixels_to_float(batch["images_bnhwc"])
@@ -63,7 +63,9 @@ class Autoencoding:
         loss = absolute + squared + self.config.autoencoder.kl_weight * kl
         return loss, {"loss": loss, "absolute_error": absolute, "kl": kl}
 
-    def evaluate(self, params: Params, frozen: Params, batch: dict, batch_index: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, params: Params, frozen: FrozenParams, batch: dict, batch_index: jax.Array
+    ) -> dict[str, jax.Array]:
         """Scalars of one held-out batch. PSNR is of the batch's mean squared error, in dB, peak 2."""
         model = merge(self.graphdef, params)
         images = pixels_to_float(batch["images_bnhwc"])

@@ -4,6 +4,7 @@ WORKDIR/checkpoints/STEP/ holds
     train_state   what resuming needs: step, parameters, optimizer state
     ema           what sampling needs: the averaged parameters, float32
     autoencoder   the frozen first stage, so that a checkpoint samples on its own (absent where there is none)
+    image_encoder what encodes the context in M2M-DINO, likewise
     about         JSON: what the caller wants to be told later (its config), and which of the above there are
 
 Every item is one flat dict {dotted name: array}. So a checkpoint knows nothing of Optax's or Flax's classes, the
@@ -20,11 +21,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from m2m_jax.errors import UserError
+from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, FrozenParams
 from m2m_jax.models.parameters import Params
 from m2m_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
-_ARRAYS = ("train_state", "ema", "autoencoder")
+_FROZEN = (AUTOENCODER, IMAGE_ENCODER)
+_ARRAYS = ("train_state", "ema", *_FROZEN)
 _ABOUT = "about"
 
 
@@ -33,7 +36,7 @@ class SavedModel(NamedTuple):
 
     metadata: dict[str, Any]
     ema_params: Params
-    autoencoder_params: Params
+    frozen: FrozenParams
     step: int
 
 
@@ -53,21 +56,19 @@ class Checkpointer:
         """The step of the newest whole checkpoint; None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, *, autoencoder_params: Params, metadata: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, *, frozen: FrozenParams, metadata: Mapping[str, Any]) -> None:
         """Begins to save; returns once the arrays are copied, so the caller may donate them.
 
         Args:
             step: `state.step`, known to the caller without waiting for the device.
             state: the state after `step` updates.
-            autoencoder_params: flat; empty where no first stage is frozen.
+            frozen: parameters of the frozen models, by their names.
             metadata: can be written as JSON.
         """
         # A run that ends, or is resumed, on a checkpoint's step would write the same state again.
         if step in self._manager.all_steps():
             return
-        arrays = {"train_state": _flatten(_resumed(state)), "ema": state.ema_params}
-        if autoencoder_params:
-            arrays["autoencoder"] = autoencoder_params
+        arrays = {"train_state": _flatten(_resumed(state)), "ema": state.ema_params, **frozen}
         about = {"metadata": dict(metadata), "items": list(arrays)}
         items = {name: ocp.args.StandardSave(dict(tree)) for name, tree in arrays.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, **{_ABOUT: ocp.args.JsonSave(about)}))
@@ -105,7 +106,7 @@ class Checkpointer:
 
 
 def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
-    """The averaged parameters and the first stage, on the first local device; nothing else is read.
+    """The averaged parameters and the frozen models, on the first local device; nothing else is read.
 
     Args:
         path: WORKDIR or WORKDIR/checkpoints.
@@ -125,13 +126,13 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
         step = _choose_step(manager, folder, step)
         about = _about(manager, folder, step)
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        restored: dict[str, Params] = {"autoencoder": {}}
-        for name in ("ema", "autoencoder"):
-            if name in about["items"]:
+        restored: dict[str, Params] = {}
+        for name in about["items"]:
+            if name != "train_state":
                 saved = _saved_leaves(manager, folder, step, name)
                 target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in saved.items()}
                 restored[name] = _restore(manager, folder, step, name, target)
-    return SavedModel(about["metadata"], restored["ema"], restored["autoencoder"], step)
+    return SavedModel(about["metadata"], restored.pop("ema"), restored, step)
 
 
 def _handlers() -> dict[str, Any]:

@@ -11,12 +11,20 @@ from m2m_jax.models.unet import UNet
 
 
 def context_losses(
-    unet: UNet, schedule: NoiseSchedule, latents_bnhwc: jax.Array, *, seed: int, batch_index: jax.Array, config
+    unet: UNet,
+    schedule: NoiseSchedule,
+    latents_bnhwc: jax.Array,
+    context: jax.Array | None,
+    *,
+    seed: int,
+    batch_index: jax.Array,
+    config,
 ) -> dict[str, jax.Array]:
     """Losses of the last image of each set, with the same noise and timestep under every context.
 
     Args:
       latents_bnhwc: scaled latents of held-out sets.
+      context: the first n - 1 images of each set, as `denoise_sets` takes them.
       seed, batch_index: noise and timesteps depend on these two alone, so every evaluation sees the same.
       config: `config.diffusion`.
 
@@ -33,15 +41,14 @@ def context_losses(
     timestep_b = (fraction_b * schedule.num_train_timesteps).astype(jnp.int32)
     noise_bhwc = jax.random.normal(noise_key, (b, *image))
 
-    def losses(clean_bmhwc):
+    def losses(context):
         # The same noised image at positions 0 .. n - 1 of one stack: position k sees k context images.
         repeated = (jnp.repeat(x[:, None], n, axis=1) for x in (latents_bnhwc[:, -1], noise_bhwc, timestep_b))
-        layout = SetLayout.training(n, unet.config.clean_sees)
-        error_bn = squared_error(unet, schedule, clean_bmhwc, *repeated, layout, clean_timestep=config.clean_timestep)
+        layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
+        error_bn = squared_error(unet, schedule, context, *repeated, layout, clean_timestep=config.clean_timestep)
         return error_bn.mean(axis=0)
 
-    clean_bmhwc = latents_bnhwc[:, : n - 1]
-    own_n = losses(clean_bmhwc)
-    other_n = losses(jnp.roll(clean_bmhwc, 1, axis=0))
+    own_n = losses(context)
+    other_n = losses(jnp.roll(context, 1, axis=0))
     by_size = {f"loss_by_context_size/{k}": own_n[k] for k in range(n)}
     return {"loss_own_context": own_n[-1], "loss_other_context": other_n[-1], **by_size}

@@ -10,34 +10,42 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.configuration import to_json
+from m2m_jax.data import precomputed
 from m2m_jax.diffusion.objective import set_loss
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
 from m2m_jax.keys import Stream, stream_key
-from m2m_jax.models.autoencoder import AutoencoderKL
-from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
-from m2m_jax.models.folder import require_same
+from m2m_jax.models.diffusers_folder import load_params, load_unet_config
+from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import from_pretrained, is_set_attention
 from m2m_jax.models.parameters import Params, abstract, merge, split
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
-from m2m_jax.sampling.sampler import Sampler, SamplingSettings, pixels_to_float
+from m2m_jax.sampling.sampler import Sampler, SamplingSettings
 from m2m_jax.training.evaluation import context_losses
 
 
 class SetDiffusion:
-    """Loss, evaluation and sample grid of a U-Net over sets, in the latent space of a frozen autoencoder."""
+    """Loss, evaluation and sample grid of a U-Net over sets, in the latent space of a frozen autoencoder.
+
+    M2M-DINO where `config.image_encoder` names one, else M2M-Self.
+    """
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        folder = config.autoencoder.path
-        self.autoencoder_config = load_autoencoder_config(folder)
-        self.autoencoder, shapes = abstract(lambda: AutoencoderKL(self.autoencoder_config, rngs=nnx.Rngs(0)))
-        self.frozen: Params = load_params(folder)
-        require_same(folder, shapes, self.frozen)
+        self.models, self.frozen = FrozenModels.load(config)
+        if config.data.name == "precomputed":
+            precomputed.require_autoencoder(
+                config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER]
+            )
         self.schedule = NoiseSchedule.from_config(config.schedule)
-        channels = self.autoencoder_config.latent_channels
-        self.unet_config = UNetConfig(in_channels=channels, out_channels=channels, **config.model)
+        channels, encoder = self.models.autoencoder.latent_channels, self.models.image_encoder
+        self.unet_config = UNetConfig(
+            in_channels=channels,
+            out_channels=channels,
+            cross_attention_dim=encoder.hidden_size if encoder else None,
+            **config.model,
+        )
         self.unet, self.shapes = abstract(self._build)
         if config.data.images_per_set > 1 and config.model.attn2 == "none":
             raise UserError("model.attn2='none' sees one image at a time: set data.images_per_set=1")
@@ -50,34 +58,37 @@ class SetDiffusion:
         """Parameters at step 0: from `config.init.path`, or from scratch where that is empty."""
         key = stream_key(self.config.seed, 0, Stream.PARAMS)
         params = jax.jit(lambda key: split(self._build(key))[1])(key)
-        if self.config.init.path:
-            params = from_pretrained(params, load_params(self.config.init.path), self.config.init.path)
+        folder = self.config.init.path
+        if folder:
+            pretrained, its_config = load_params(folder), load_unet_config(folder)
+            params = from_pretrained(params, self.unet_config, pretrained, its_config, folder)
         return params
 
     is_new_parameter = staticmethod(is_set_attention)
 
-    def loss(self, params: Params, frozen: Params, batch: dict, step: jax.Array) -> tuple[jax.Array, dict]:
+    def loss(self, params: Params, frozen: FrozenParams, batch: dict, step: jax.Array) -> tuple[jax.Array, dict]:
         """Scalar loss and scalars for the log."""
         config = self.config
-        latents_bnhwc = self._encode(frozen, batch)
-        return set_loss(
-            merge(self.unet, params), self.schedule, latents_bnhwc, seed=config.seed, step=step, config=config.diffusion
-        )
+        unet, inputs = merge(self.unet, params), self._latents_and_context(frozen, batch)
+        return set_loss(unet, self.schedule, *inputs, seed=config.seed, step=step, config=config.diffusion)
 
-    def evaluate(self, params: Params, frozen: Params, batch: dict, batch_index: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(
+        self, params: Params, frozen: FrozenParams, batch: dict, batch_index: jax.Array
+    ) -> dict[str, jax.Array]:
         """Scalars of one held-out batch."""
+        config = self.config
+        unet, inputs = merge(self.unet, params), self._latents_and_context(frozen, batch)
         return context_losses(
-            merge(self.unet, params),
-            self.schedule,
-            self._encode(frozen, batch),
-            seed=self.config.seed,
-            batch_index=batch_index,
-            config=self.config.diffusion,
+            unet, self.schedule, *inputs, seed=config.seed, batch_index=batch_index, config=config.diffusion
         )
 
     def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
         """Held-out sets: their context, and as many images again generated from it (for single images: a grid)."""
-        images_bnhwc = np.asarray(batch["images_bnhwc"])
+        if "latents_bnhwc" in batch:
+            # The sampler will encode them again: near enough to look at.
+            images_bnhwc = np.asarray(jax.jit(self.models.decode)(self.frozen, batch["latents_bnhwc"]))
+        else:
+            images_bnhwc = np.asarray(batch["images_bnhwc"])
         b, n = images_bnhwc.shape[:2]
         sampler = self.sampler(params, step)
         num_context, num_new = n - 1, max(n - 1, 1)
@@ -91,13 +102,12 @@ class SetDiffusion:
     def sampler(self, params: Params, step: int) -> Sampler:
         """The sampler of these parameters, with the config's settings."""
         return Sampler(
-            unet=self.unet,
+            unet_config=self.unet_config,
             unet_params=params,
-            autoencoder=self.autoencoder,
-            autoencoder_params=self.frozen,
+            models=self.models,
+            frozen=self.frozen,
             schedule=self.schedule,
             settings=SamplingSettings(**self.config.sample),
-            clean_sees=self.unet_config.clean_sees,
             clean_timestep=self.config.diffusion.clean_timestep,
             image_size=self.config.data.image_size,
             step=step,
@@ -106,7 +116,15 @@ class SetDiffusion:
     @property
     def metadata(self) -> dict:
         """What a checkpoint must say so that it can be sampled from alone."""
-        return {"config": to_json(self.config), "autoencoder": dataclasses.asdict(self.autoencoder_config)}
+        unet = dataclasses.asdict(self.unet_config)
+        return {"config": to_json(self.config), "unet": unet, "frozen": self.models.metadata}
 
-    def _encode(self, frozen: Params, batch: dict) -> jax.Array:
-        return merge(self.autoencoder, frozen).encode(pixels_to_float(batch["images_bnhwc"]))
+    def _latents_and_context(self, frozen: FrozenParams, batch: dict) -> tuple[jax.Array, jax.Array]:
+        """Latents of all images of each set, and what the U-Net is given of all but the last."""
+        if "latents_bnhwc" in batch:  # precomputed, which M2M-DINO refuses
+            return batch["latents_bnhwc"], batch["latents_bnhwc"][:, :-1]
+        images_bnhwc = batch["images_bnhwc"]
+        latents_bnhwc = self.models.encode(frozen, images_bnhwc)
+        if self.unet_config.attends_to_encoded:
+            return latents_bnhwc, self.models.context(frozen, images_bnhwc[:, :-1])
+        return latents_bnhwc, latents_bnhwc[:, :-1]

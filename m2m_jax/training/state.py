@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -24,12 +25,17 @@ class TrainState:
     ema_params: Params
 
     @classmethod
-    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-        """The state before the first step; the EMA begins at the parameters."""
+    def create(
+        cls, params: Params, optimizer: optax.GradientTransformation, trains: Callable[[str], bool] = lambda name: True
+    ) -> TrainState:
+        """The state before the first step; the EMA begins at the parameters.
+
+        trains: of a dotted name: whether that parameter trains. The optimizer holds nothing of the others.
+        """
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(params),
+            opt_state=optimizer.init({name: value for name, value in params.items() if trains(name)}),
             # Copies: a donated state must not hold one buffer twice.
             ema_params={name: jnp.array(value, jnp.float32, copy=True) for name, value in params.items()},
         )
@@ -37,9 +43,10 @@ class TrainState:
     def apply_gradients(
         self, gradients: Params, optimizer: optax.GradientTransformation, ema_decay: float
     ) -> TrainState:
-        """One update of parameters, optimizer and EMA. `gradients`: as `params`. Traceable."""
-        updates, opt_state = optimizer.update(gradients, self.opt_state, self.params)
-        params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), self.params, updates)
+        """One update of parameters, optimizer and EMA. `gradients`: of those that train. Traceable."""
+        trained = {name: self.params[name] for name in gradients}
+        updates, opt_state = optimizer.update(gradients, self.opt_state, trained)
+        params = self.params | jax.tree.map(lambda p, u: p + u.astype(p.dtype), trained, updates)
         # The average of a young run follows its parameters closely, or it would remember the initial ones for long.
         step = self.step.astype(jnp.float32)
         decay = jnp.minimum(jnp.float32(ema_decay), (1.0 + step) / (10.0 + step))

@@ -1,0 +1,240 @@
+"""Latents on disk in the place of images: what `m2m_jax.data.precompute` writes and `data.name=precomputed` reads.
+
+    DIR/precomputed-train.json                     how the split was made, and each record's kind and number of images
+    DIR/train-00000-of-00012.array_record  ...     its records, as in `records.py`, in the order of the split
+
+A shard is an array_record file of serialized TFDS examples. It is written aside and renamed when it is whole, so a
+split is complete where all its shards exist. Each split has a manifest of its own: those who write different splits,
+or different shards of one, never change the same file.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from ml_collections import ConfigDict
+from tensorflow_datasets.proto import tf_example_pb2
+
+from m2m_jax.data import records
+from m2m_jax.errors import UserError
+from m2m_jax.models.autoencoder import AutoencoderConfig
+from m2m_jax.models.parameters import Params
+
+VERSION = 1
+_NAMED_SHARDS = 3  # in messages
+_FEATURES = records.features()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `precomputed-SPLIT.json` says.
+
+    version: of this layout, `VERSION`.
+    image_size: pixels a side of what was encoded.
+    autoencoder: `describe_autoencoder` of the one that encoded.
+    latent_shape, latent_dtype: [h, w, c] of one image; "float16" or "float32".
+    has_images: whether the records hold the encoded images, too.
+    records_per_shard: in every shard but the last.
+    kinds, num_images: of each record, in order.
+    made_from, command: the data set, and what completes the split; for people.
+    """
+
+    version: int
+    image_size: int
+    autoencoder: dict
+    latent_shape: list[int]
+    latent_dtype: str
+    has_images: bool
+    records_per_shard: int
+    kinds: list[str]
+    num_images: list[int]
+    made_from: str
+    command: str
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.kinds) // self.records_per_shard)
+
+    def shard_records(self, shard: int) -> range:
+        """The records of one shard."""
+        first = shard * self.records_per_shard
+        return range(first, min(first + self.records_per_shard, len(self.kinds)))
+
+
+class PrecomputedRecords:
+    """A split of latents: a `pipeline.RecordSource`.
+
+    Raises UserError where the split is missing, incomplete, or of another image size (pixels a side).
+    """
+
+    def __init__(self, directory: str, split: str, image_size: int):
+        manifest = read_manifest(directory, split)
+        if manifest.image_size != image_size:
+            raise UserError(
+                f"data.path={directory!r} holds latents of images of {manifest.image_size} px: "
+                f"set --config.data.image_size={manifest.image_size}, not {image_size}"
+            )
+        paths = [shard_path(directory, split, i, manifest.num_shards) for i in range(manifest.num_shards)]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"data.path={directory!r}: {_some(missing)} of {len(paths)} shards of {split} "
+                f"{'is' if len(missing) == 1 else 'are'} missing; complete it with: {manifest.command}"
+            )
+        self.name = f"{directory} ({split})"
+        self.kinds, self.num_images = manifest.kinds, manifest.num_images
+        self._latent_shape = tuple(manifest.latent_shape)
+        try:
+            self._examples = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+            whole = len(self._examples) == len(self.kinds)
+        except RuntimeError:
+            whole = False
+        if not whole:
+            counts = [len(manifest.shard_records(i)) for i in range(manifest.num_shards)]
+            damaged = [p.name for p, count in zip(paths, counts, strict=True) if count_records(p) != count]
+            raise UserError(
+                f"data.path={directory!r}: {_some(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged; "
+                f"make it again with: {manifest.command}"
+            )
+
+    def __getitem__(self, index: int) -> records.ImageSetRecord:
+        try:
+            example = _FEATURES.deserialize_example_np(self._examples[index])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self.name}, record {index}: damaged ({error}); remove its shard, make it again"
+            ) from error
+        record = records.decode_record(example, source=self.name, index=index)
+        expected = (self.num_images[index], *self._latent_shape)
+        if record.latents is None or record.latents.shape != expected:
+            raise UserError(f"{self.name}, record {index}, set {record.set_id!r}: its latents are not {expected}")
+        return record
+
+
+def read_manifest(directory: str | Path, split: str) -> Manifest:
+    """The manifest of a split. Raises UserError where there is none that can be read."""
+    path = manifest_path(directory, split)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["version"] != VERSION:
+            raise UserError(f"{path} is of version {values['version']}, not {VERSION}: precompute the latents again")
+        return Manifest(**values)
+    except (FileNotFoundError, NotADirectoryError):
+        found = sorted(p.name for p in Path(directory).glob(manifest_path("", "*").name))
+        remedy = f"it has {', '.join(found)}" if found else "make them with python -m m2m_jax.data.precompute"
+        raise UserError(
+            f"data.path={str(directory)!r} holds no precomputed latents of split {split!r}: {remedy}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({error}): precompute the latents again") from error
+
+
+def write_manifest(directory: Path, split: str, manifest: Manifest) -> None:
+    """Writes the manifest, whole or not at all.
+
+    One that is there already stays as it is. UserError where it says that the shards beside it are others.
+    """
+    path = manifest_path(directory, split)
+    if path.exists():
+        there = read_manifest(directory, split)
+        for field in dataclasses.fields(Manifest):
+            if field.name in ("made_from", "command"):
+                continue
+            old, new = getattr(there, field.name), getattr(manifest, field.name)
+            if old != new:
+                values = "" if isinstance(old, list | dict) else f" ({old}, now {new})"
+                raise UserError(
+                    f"{path} is of other latents: {field.name} differs{values}; name another --output, or remove that"
+                )
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(dataclasses.asdict(manifest)) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"--output={directory} cannot be written: {error.strerror}") from error
+
+
+def write_shard(path: Path, image_sets: Iterable[records.ImageSetRecord]) -> None:
+    """Writes one shard, whole or not at all; the same records make the same bytes."""
+    leftovers = f".{path.name}.*.partial"  # of runs that were killed
+    aside = path.with_name(leftovers.replace("*", str(os.getpid())))
+    writer = ArrayRecordWriter(str(aside), "group_size:1")
+    try:
+        for record in image_sets:
+            writer.write(_serialize(record))
+        writer.close()
+        aside.replace(path)
+    except FileNotFoundError:  # taken for a leftover by the other
+        raise UserError(f"{path} is written by two processes: give each a --process_index of its own") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    for leftover in path.parent.glob(leftovers):
+        leftover.unlink(missing_ok=True)
+
+
+def count_records(path: Path) -> int:
+    """Records of a shard; 0 for what is missing, cut off or no array_record file."""
+    if not path.is_file():
+        return 0
+    with contextlib.suppress(RuntimeError):
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()  # raises where the file is cut off
+        return count
+    return 0
+
+
+def manifest_path(directory: str | Path, split: str) -> Path:
+    return Path(directory) / f"precomputed-{split}.json"
+
+
+def shard_path(directory: str | Path, split: str, shard: int, num_shards: int) -> Path:
+    return Path(directory) / f"{split}-{shard:05d}-of-{num_shards:05d}.array_record"
+
+
+def describe_autoencoder(config: AutoencoderConfig, params: Params) -> dict:
+    """{"config": its architecture and scaling factor, "sha256": of all its weights}; what JSON holds."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        value = np.ascontiguousarray(params[name], "<f4")
+        digest.update(f"{name} {value.shape}\n".encode())
+        digest.update(value)
+    return {"config": json.loads(json.dumps(dataclasses.asdict(config))), "sha256": digest.hexdigest()}
+
+
+def require_autoencoder(data: ConfigDict, folder: str, config: AutoencoderConfig, params: Params) -> None:
+    """Raises UserError unless the latents that `config.data` names were made by the autoencoder in `folder`."""
+    used = describe_autoencoder(config, params)
+    for split in (data.train_split, data.eval_split):
+        made_with = read_manifest(data.path, split).autoencoder
+        if made_with != used:
+            hashes = " and ".join(str(one.get("sha256"))[:12] for one in (made_with, used))
+            raise UserError(
+                f"config.autoencoder.path={folder} is not the autoencoder of the latents in {data.path} ({split}): "
+                f"weights {hashes}; name that one, or precompute the latents again"
+            )
+
+
+def _serialize(record: records.ImageSetRecord) -> bytes:
+    serialized = _FEATURES.serialize_example(records.encode_record(record))
+    # The fields of a TFDS example are in an order of each process's own; this one is the same everywhere.
+    return tf_example_pb2.Example.FromString(serialized).SerializeToString(deterministic=True)
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _NAMED_SHARDS} more" if len(names) > _NAMED_SHARDS else ""
+    return ", ".join(names[:_NAMED_SHARDS]) + more

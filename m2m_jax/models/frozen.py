@@ -1,0 +1,113 @@
+"""The frozen models beside the U-Net: the autoencoder and, for M2M-DINO, the image encoder.
+
+They decide what the clean images of a set are to the U-Net: latents that stand in its stack, or tokens that it attends
+to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from m2m_jax.errors import UserError
+from m2m_jax.models import diffusers_folder, transformers_folder
+from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
+from m2m_jax.models.dinov2 import DINOv2, DINOv2Config, preprocess
+from m2m_jax.models.folder import config_from, require_same
+from m2m_jax.models.parameters import Params, abstract, merge
+
+# The keys of their parameters: {AUTOENCODER: {name: array}, IMAGE_ENCODER: ...}.
+AUTOENCODER, IMAGE_ENCODER = "autoencoder", "image_encoder"
+FrozenParams = dict[str, Params]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModels:
+    """What the frozen models are; static and hashable, apart from their parameters, which every method is given.
+
+    Attributes:
+      image_encoder: None in M2M-Self.
+      image_encoder_size: pixels along each side of the images as the encoder sees them.
+    """
+
+    autoencoder: AutoencoderConfig
+    image_encoder: DINOv2Config | None = None
+    image_encoder_size: int = 0
+
+    @classmethod
+    def load(cls, config: ConfigDict) -> tuple[FrozenModels, FrozenParams]:
+        """Those of a run, from the folders that `config.autoencoder` and `config.image_encoder` name.
+
+        Raises:
+          UserError: a folder holds another model, or not all of it, or none.
+        """
+        folder = config.autoencoder.path
+        autoencoder = diffusers_folder.load_autoencoder_config(folder)
+        params = {AUTOENCODER: diffusers_folder.load_params(folder)}
+        if not config.image_encoder.path:
+            models = cls(autoencoder)
+        else:
+            folder, size = config.image_encoder.path, config.image_encoder.image_size
+            encoder = transformers_folder.load_dinov2_config(
+                folder, layer=config.image_encoder.layer, dtype=config.model.dtype
+            )
+            if size % encoder.patch_size:
+                raise UserError(
+                    f"config.image_encoder.image_size is {size}; it must be a multiple of the patches of {folder}, "
+                    f"{encoder.patch_size} pixels"
+                )
+            models = cls(autoencoder, encoder, size)
+            params[IMAGE_ENCODER] = transformers_folder.load_params(folder)
+            require_same(folder, models._encoder_and_shapes[1], params[IMAGE_ENCODER])
+        require_same(config.autoencoder.path, models._autoencoder_and_shapes[1], params[AUTOENCODER])
+        return models, params
+
+    @classmethod
+    def from_metadata(cls, values: dict[str, Any]) -> FrozenModels:
+        """Those of a checkpoint, from what `metadata` gave."""
+        encoder = values["image_encoder"]
+        return cls(
+            config_from(AutoencoderConfig, values["autoencoder"], {}),
+            config_from(DINOv2Config, encoder, {}) if encoder else None,
+            values["image_encoder_size"],
+        )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return dataclasses.asdict(self)
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of an image of so many pixels a side."""
+        side = image_size // self.autoencoder.downsampling
+        return side, side, self.autoencoder.latent_channels
+
+    def encode(self, params: FrozenParams, images_bnhwc: jax.Array) -> jax.Array:
+        """uint8 images to scaled latents."""
+        return merge(self._autoencoder_and_shapes[0], params[AUTOENCODER]).encode(pixels_to_float(images_bnhwc))
+
+    def decode(self, params: FrozenParams, latents_bnhwc: jax.Array) -> jax.Array:
+        """Scaled latents to uint8 images."""
+        return pixels_to_uint8(merge(self._autoencoder_and_shapes[0], params[AUTOENCODER]).decode(latents_bnhwc))
+
+    def context(self, params: FrozenParams, images_bmhwc: jax.Array) -> jax.Array:
+        """uint8 images to what the U-Net is given of them: latents, or tokens [b, m, s, c] of the image encoder."""
+        if self.image_encoder is None:
+            return self.encode(params, images_bmhwc)
+        encoder = merge(self._encoder_and_shapes[0], params[IMAGE_ENCODER])
+        flat_bhwc = jax.lax.collapse(pixels_to_float(images_bmhwc), 0, 2)
+        tokens_bsc = encoder(preprocess(flat_bhwc, self.image_encoder_size))
+        return tokens_bsc.reshape(*images_bmhwc.shape[:2], *tokens_bsc.shape[1:])
+
+    @functools.cached_property
+    def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+        return abstract(lambda: AutoencoderKL(self.autoencoder, rngs=nnx.Rngs(0)))
+
+    @functools.cached_property
+    def _encoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+        return abstract(lambda: DINOv2(self.image_encoder, rngs=nnx.Rngs(0)))

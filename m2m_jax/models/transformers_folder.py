@@ -1,0 +1,97 @@
+"""Folders of transformers: what the fields of a CLIP text encoder's and a DINOv2's `config.json` mean here."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m2m_jax.errors import UserError
+from m2m_jax.models import folder as folders
+from m2m_jax.models.clip_text import CLIPTextConfig
+from m2m_jax.models.dinov2 import DINOv2Config
+from m2m_jax.models.parameters import Params
+
+TRANSFORMERS = folders.Format(
+    library="transformers",
+    weights="model.safetensors",
+    renamed=(
+        (".attention.q_proj.", ".attention.attention.query."),
+        (".attention.k_proj.", ".attention.attention.key."),
+        (".attention.v_proj.", ".attention.attention.value."),
+        (".attention.out_proj.", ".attention.output.dense."),
+    ),
+)
+
+# All versions of transformers read CLIP's text encoder with this before every name; 5.x writes it without.
+CLIP_PREFIX = "text_model."
+# What CLIP folders may hold and the states of the text do not depend on: positions counted from 0, which old versions
+# stored, and the projection to the space shared with images.
+CLIP_UNUSED = (f"{CLIP_PREFIX}embeddings.position_ids", "embeddings.position_ids", "text_projection.kernel")
+
+# What transformers takes fields for that config.json lacks, where we would take another.
+CLIP_DEFAULTS = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 49407,
+}
+REGISTERS_DEFAULTS = {"patch_size": 16, "num_register_tokens": 4}
+# Fields of DINOv2 that have one value here; another would be another network.
+DINOV2_FIXED = {"hidden_act": "gelu", "num_channels": 3, "qkv_bias": True}
+CLIP_TEXT, DINOV2, DINOV2_WITH_REGISTERS = "clip_text_model", "dinov2", "dinov2_with_registers"  # values of model_type
+
+
+def load_clip_text_config(folder: str | Path, **overrides) -> CLIPTextConfig:
+    """The architecture that a text encoder's folder describes; `overrides` replace fields."""
+    values = _read_config(folder, CLIP_TEXT)
+    return folders.config_from(CLIPTextConfig, CLIP_DEFAULTS | values, {}, **overrides)
+
+
+def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
+    """The architecture that a DINOv2 folder describes, with or without registers; `overrides` replace fields."""
+    values = _read_config(folder, DINOV2, DINOV2_WITH_REGISTERS)
+    folders.require_fixed(folder, values, DINOV2_FIXED)
+    if values["model_type"] == DINOV2:
+        values["num_register_tokens"] = 0
+    else:
+        values = REGISTERS_DEFAULTS | values | {"use_mask_token": True}
+        if values["num_register_tokens"] < 1:
+            # Not the model without registers: it would interpolate position embeddings in another way.
+            raise UserError(f"{folder}/config.json is a {DINOV2_WITH_REGISTERS} without a register: not implemented")
+    values.pop("dtype", None)  # there that of the weights, here that of the computation
+    return folders.config_from(DINOv2Config, values, {}, **overrides)
+
+
+def save_clip_text(folder: str | Path, config: CLIPTextConfig, params: Params, dtype=np.float32) -> None:
+    """Writes a text encoder's folder, which all versions of transformers read."""
+    values = {"architectures": ["CLIPTextModel"], "model_type": CLIP_TEXT, **dataclasses.asdict(config)}
+    params = {f"{CLIP_PREFIX}{name}": x for name, x in params.items()}
+    folders.save_folder(folder, values, params, dtype, TRANSFORMERS)
+
+
+def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params, dtype=np.float32) -> None:
+    """Writes a DINOv2 folder."""
+    architecture, model_type, not_there = "Dinov2Model", DINOV2, "num_register_tokens"
+    if config.num_register_tokens:
+        architecture, model_type, not_there = "Dinov2WithRegistersModel", DINOV2_WITH_REGISTERS, "use_mask_token"
+    values = {"architectures": [architecture], "model_type": model_type, **DINOV2_FIXED, **dataclasses.asdict(config)}
+    for name in ("layer", "dtype", not_there):
+        del values[name]
+    folders.save_folder(folder, values, params, dtype, TRANSFORMERS)
+
+
+def load_params(folder: str | Path) -> Params:
+    """All parameters of a transformers folder but CLIP_UNUSED; see `folder.load_params`."""
+    params = folders.load_params(folder, TRANSFORMERS)
+    return {name.removeprefix(CLIP_PREFIX): x for name, x in params.items() if name not in CLIP_UNUSED}
+
+
+def _read_config(folder: str | Path, *model_types: str) -> dict[str, Any]:
+    values = folders.read_config(folder, "transformers")
+    if values.get("model_type") not in model_types:
+        found, wanted = values.get("model_type", "no model_type"), " or ".join(model_types)
+        raise UserError(f"{folder}/config.json describes a {found}, not a {wanted}")
+    return values
