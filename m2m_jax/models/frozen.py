@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from m2m_jax.errors import UserError
 from m2m_jax.models import diffusers_folder, transformers_folder
@@ -20,6 +19,9 @@ from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config, preprocess
 from m2m_jax.models.folder import config_from, require_same
 from m2m_jax.models.parameters import Params, abstract, merge
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict  # sampling does without
 
 # The keys of their parameters: {AUTOENCODER: {name: array}, IMAGE_ENCODER: ...}.
 AUTOENCODER, IMAGE_ENCODER = "autoencoder", "image_encoder"
