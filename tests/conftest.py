@@ -10,8 +10,23 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"m2m_jax-{getpass.getuser()}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def diffusers():
+    """The reference of the parity tests, which skip where it is missing."""
+    pytest.importorskip("torch", reason="parity with diffusers runs on torch, a test-only dependency")
+    return pytest.importorskip("diffusers", reason="the reference of the parity tests, a test-only dependency")
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """Likewise."""
+    pytest.importorskip("torch", reason="parity with transformers runs on torch, a test-only dependency")
+    return pytest.importorskip("transformers", reason="the reference of the parity tests, a test-only dependency")

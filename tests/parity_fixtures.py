@@ -94,10 +94,15 @@ def to_torch(x_bhwc):
     return torch.from_numpy(np.ascontiguousarray(x_bhwc.transpose(0, 3, 1, 2)))
 
 
+def relative_error(ours, theirs) -> float:
+    """The largest difference, in units of the largest magnitude there."""
+    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+
+
 def require_equal(ours, theirs) -> None:
     """All within 1e-5 of the largest magnitude there; a failure names the first layer that differs."""
     assert list(theirs) and ours.keys() == theirs.keys()
     for name, x in ours.items():
         assert x.shape == theirs[name].shape, f"{name}: {x.shape}; torch: {theirs[name].shape}"
-        error = np.abs(x - theirs[name]).max() / np.abs(theirs[name]).max()
+        error = relative_error(x, theirs[name])
         assert error <= 1e-5, f"{name} is the first to differ: relative error {error:.1e}"

@@ -51,12 +51,6 @@ ENCODERS = {
 RECORDED = (nnx.LayerNorm, clip_text.Embeddings, clip_text.Attention, clip_text.MLP, clip_text.Layer)
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("torch", reason="parity with transformers runs on torch, a test-only dependency")
-    return pytest.importorskip("transformers", reason="the reference of the parity tests, a test-only dependency")
-
-
 def texts(config, length: int) -> np.ndarray:
     """[4, length] ids: the end of text (41 or the highest id) once, twice, nowhere, at the start."""
     ids_bs = np.random.default_rng(1).integers(3, 40, (4, length), np.int32)

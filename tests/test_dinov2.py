@@ -54,12 +54,6 @@ RECORDED = (
 )
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    pytest.importorskip("torch", reason="parity with transformers runs on torch, a test-only dependency")
-    return pytest.importorskip("transformers", reason="the reference of the parity tests, a test-only dependency")
-
-
 def reference(transformers, config, folder):
     """transformers' model at the weights of `folder`, all of which it must know and none miss."""
     kind = transformers.Dinov2WithRegistersModel if config.num_register_tokens else transformers.Dinov2Model

@@ -116,12 +116,6 @@ AUTOENCODERS = {
 # --- Parity ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def diffusers():
-    pytest.importorskip("torch", reason="parity with diffusers runs on torch, a test-only dependency")
-    return pytest.importorskip("diffusers", reason="the reference of the parity tests, a test-only dependency")
-
-
 RECORDED = (
     nnx.Conv,
     layers.TimestepEmbedding,

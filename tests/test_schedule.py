@@ -18,12 +18,6 @@ OF_BETAS = [name for name in PREDICTION_TYPES if name != "flow"]
 FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
-@pytest.fixture
-def diffusers():
-    pytest.importorskip("torch", reason="parity with diffusers runs on torch, a test-only dependency")
-    return pytest.importorskip("diffusers", reason="the reference of the parity tests, a test-only dependency")
-
-
 def images(seed: int, shape=(2, 3, 4, 4, 2), dtype=np.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 

@@ -49,12 +49,6 @@ SCHEDULES = [
 ]
 
 
-@pytest.fixture
-def diffusers():
-    pytest.importorskip("torch", reason="parity with diffusers runs on torch, a test-only dependency")
-    return pytest.importorskip("diffusers", reason="the reference of the parity tests, test-only")
-
-
 def make_schedule(beta_schedule="scaled_linear", **fields) -> NoiseSchedule:
     return NoiseSchedule(beta_schedule=beta_schedule, **BETAS.get(beta_schedule, {}), **fields)
 
