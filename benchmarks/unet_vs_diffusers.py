@@ -28,7 +28,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from m2m_jax.models.diffusers_folder import UNET_FIELDS
 from m2m_jax.models.parameters import abstract, count, merge, split
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.training import runtime
+from m2m_jax import runtime
 
 ATTENDS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 # (config, images, latent pixels a side, text tokens).

@@ -16,13 +16,14 @@ import jax
 import numpy as np
 from absl import flags
 
+from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data.pipeline import batches, make_dataset
 from m2m_jax.errors import UserError, run_program
 from m2m_jax.images import write_png
 from m2m_jax.models.initialization import TRAINED
 from m2m_jax.models.parameters import count
-from m2m_jax.training import runtime, sharding
+from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.checkpoint import FOLDER, Checkpointer
 from m2m_jax.training.metrics import MetricWriter

@@ -6,17 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from model_fixtures import random_params
 
 from m2m_jax.configuration import CHOICES
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.step_tables import TERMS
 from m2m_jax.diffusion.steppers import STEPPERS
 from m2m_jax.errors import UserError
-from m2m_jax.models.parameters import abstract
-from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.sampling.sampler import SamplingSettings, _next_image, _Static
 
 NOISE = np.random.default_rng(0).standard_normal((2, 3, 4, 4, 2)).astype(np.float32)
 FRESH = np.random.default_rng(1).standard_normal((100, *NOISE.shape)).astype(np.float32)  # of each evaluation
@@ -390,24 +385,3 @@ def test_heun_refuses_schedules_that_are_no_straight_line():
         STEPPERS["heun"].table(make_schedule(), 10)
     with pytest.raises(UserError, match="sampling steps"):
         STEPPERS["heun"].table(rectified_flow(num_train_timesteps=10), 11)
-
-
-def test_the_noise_of_an_image_is_that_of_its_key_whatever_the_batch():
-    config = UNetConfig(
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        layers_per_block=1,
-        num_attention_heads=(1,),
-        norm_num_groups=4,
-    )
-    params = random_params(abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))[1])
-    schedule = make_schedule(prediction_type="v_prediction")
-    static = _Static(config, (4, 4, 4), schedule, SamplingSettings(3, "ddpm"), 0)
-
-    def latents(*seeds):
-        return np.asarray(_next_image(static, 0, params, None, jax.vmap(jax.random.key)(jnp.asarray(seeds))))
-
-    together = latents(3, 4, 3)
-    np.testing.assert_allclose(together[1:2], latents(4), rtol=0, atol=1e-4)
-    np.testing.assert_allclose(together[0], together[2], rtol=0, atol=1e-4)
-    assert np.abs(together[0] - together[1]).max() > 0.1

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m2m_jax.attention.backends import BACKENDS, attend
+from m2m_jax.attention.cached import attend_to_kept
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.models.layers import timestep_features, zeros
 
@@ -28,6 +29,25 @@ class ImageSets:
     layout: SetLayout
     tokens_bmsc: jax.Array | None = None
     keep_context_b: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptImages:
+    """The conditioning channel of Image-Set Attention when sampling: one image a row, and the finished ones of its set.
+
+    Attributes:
+      k_bmshd, v_bmshd: keys and values of the finished images, by attention; see `context_cache.ContextCache`. Empty
+        where there are none yet.
+      count_b: int32, how many of them each row sees. Rows beyond the b-th see none (guidance).
+      position_b: int32; given where the rows are clean images, whose keys and values are appended to `new`, one pair
+        an attention: they see the finished images and themselves, or themselves alone.
+    """
+
+    k_bmshd: tuple[jax.Array, ...]
+    v_bmshd: tuple[jax.Array, ...]
+    count_b: jax.Array
+    position_b: jax.Array | None = None
+    new: list[tuple[jax.Array, jax.Array]] | None = None
 
 
 class Attention(nnx.Module):
@@ -79,35 +99,60 @@ class ImageSetAttention(Attention):
         *,
         key_channels: int | None,
         order_embedding: bool,
+        clean_sees: str,
         backend: str,
         dtype,
-        rngs,
+        rngs: nnx.Rngs,
     ):
         super().__init__(channels, num_heads, key_channels=key_channels, dtype=dtype, rngs=rngs)
+        self.clean_sees = clean_sees
         self.backend = backend
+        self.layer = 0  # its number among those of the network, which `UNet` gives
         if order_embedding:
             project = functools.partial(nnx.Linear, use_bias=False, kernel_init=zeros, dtype=dtype, rngs=rngs)
             self.order = project(ORDER_CHANNELS, key_channels or channels)
 
-    def __call__(self, x_btc: jax.Array, sets: ImageSets) -> jax.Array:
+    def keys_and_values(self, source_bksc: jax.Array, position_bk: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[b, k, s, h, d] of clean images: their features at this layer, or tokens of the image encoder."""
+        source_bksc = source_bksc.astype(self.to_k.dtype)
+        if hasattr(self, "order"):
+            features_kc = timestep_features(position_bk.reshape(-1), ORDER_CHANNELS).astype(source_bksc.dtype)
+            source_bksc = source_bksc + self.order(features_kc).reshape(*position_bk.shape, 1, -1)
+        return self.heads(self.to_k(source_bksc)), self.heads(self.to_v(source_bksc))
+
+    def __call__(self, x_btc: jax.Array, sets: ImageSets | KeptImages) -> jax.Array:
+        if isinstance(sets, KeptImages):
+            return self._to_kept(x_btc, sets)
         layout = sets.layout
         if not layout.clean:
             return self.to_out(jnp.zeros_like(x_btc))
         x_bqtc = x_btc.reshape(-1, layout.num_images, *x_btc.shape[1:])
-        source_bksc = x_bqtc[:, : len(layout.clean)]
-        if layout.encoded:
-            source_bksc = sets.tokens_bmsc.astype(x_btc.dtype)
-        if hasattr(self, "order"):
-            order_kc = self.order(timestep_features(jnp.asarray(layout.clean), ORDER_CHANNELS).astype(x_btc.dtype))
-            source_bksc = source_bksc + order_kc[None, :, None, :]
+        source_bksc = sets.tokens_bmsc if layout.encoded else x_bqtc[:, : len(layout.clean)]
         q_bqthd = self.heads(self.to_q(x_bqtc))
-        k_bkshd, v_bkshd = (self.heads(project(source_bksc)) for project in (self.to_k, self.to_v))
+        position_bk = jnp.broadcast_to(jnp.asarray(layout.clean)[None], source_bksc.shape[:2])
+        k_bkshd, v_bkshd = self.keys_and_values(source_bksc, position_bk)
         out_bqthd = BACKENDS[self.backend](q_bqthd, k_bkshd, v_bkshd, layout)
         if sets.keep_context_b is not None:
             is_clean_q = jnp.arange(layout.num_images) < len(layout.stacked_clean)
             keep_bq = is_clean_q[None, :] | sets.keep_context_b[:, None]
             out_bqthd = jnp.where(keep_bq[:, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
         return self.to_out(out_bqthd.reshape(x_btc.shape))
+
+    def _to_kept(self, x_btc: jax.Array, sets: KeptImages) -> jax.Array:
+        q_bthd = self.heads(self.to_q(x_btc))
+        if sets.position_b is None:
+            b = len(sets.count_b)
+            out_bthd = attend_to_kept(q_bthd[:b], sets.k_bmshd[self.layer], sets.v_bmshd[self.layer], sets.count_b)
+            out_bthd = jnp.concatenate([out_bthd, jnp.zeros_like(q_bthd[b:])])
+        else:
+            own = tuple(x_b1shd[:, 0] for x_b1shd in self.keys_and_values(x_btc[:, None], sets.position_b[:, None]))
+            sets.new.append(own)
+            if self.clean_sees == "itself" or not sets.k_bmshd:
+                out_bthd = attend(q_bthd, *own)
+            else:
+                kept = (sets.k_bmshd[self.layer], sets.v_bmshd[self.layer], sets.count_b)
+                out_bthd = attend_to_kept(q_bthd, *kept, own)
+        return self.to_out(out_bthd.reshape(x_btc.shape))
 
 
 class FeedForward(nnx.Module):

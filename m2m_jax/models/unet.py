@@ -18,7 +18,7 @@ from m2m_jax.models.layers import (
     timestep_features,
     zeros,
 )
-from m2m_jax.models.transformer import CrossAttention, ImageSetAttention, ImageSets, SpatialTransformer
+from m2m_jax.models.transformer import CrossAttention, ImageSetAttention, ImageSets, KeptImages, SpatialTransformer
 
 ATTN2 = ("image_set", "text", "none")
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")  # with transformer blocks, without
@@ -144,17 +144,27 @@ class UNet(nnx.Module):
 
         self.conv_norm_out = nnx.GroupNorm(previous, c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
         self.conv_out = Conv3x3(previous, c.out_channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        for i, attn2 in enumerate(self.set_attentions()):
+            attn2.layer = i
+
+    def set_attentions(self) -> list[ImageSetAttention]:
+        """The Image-Set Attentions in the order in which a pass meets them."""
+        if self.config.attn2 != "image_set":
+            return []
+        levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        transformers = [transformer for level in levels for transformer in level.attentions]
+        return [block.attn2 for transformer in transformers for block in transformer.transformer_blocks]
 
     def __call__(
-        self, x_bhwc: jax.Array, timestep_b: jax.Array, condition: ImageSets | jax.Array | None = None
+        self, x_bhwc: jax.Array, timestep_b: jax.Array, condition: ImageSets | KeptImages | jax.Array | None = None
     ) -> jax.Array:
         """One pass over a flat batch of latents.
 
         Args:
           x_bhwc: latents, [b, h, w, in_channels].
           timestep_b: numbers [b].
-          condition: what attn2 attends to. "image_set": how the rows form sets; "text": tokens [b, s,
-            cross_attention_dim]; "none": None.
+          condition: what attn2 attends to. "image_set": how the rows form sets, or the finished images of each row's;
+            "text": tokens [b, s, cross_attention_dim]; "none": None.
 
         Returns:
           [b, h, w, out_channels], float32.
@@ -200,6 +210,7 @@ def _attn2(c: UNetConfig):
         ImageSetAttention,
         key_channels=c.cross_attention_dim,
         order_embedding=c.order_embedding,
+        clean_sees=c.clean_sees,
         backend=c.attention_backend,
     )
 

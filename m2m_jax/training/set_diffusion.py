@@ -92,6 +92,8 @@ class SetDiffusion:
         b, n = images_bnhwc.shape[:2]
         sampler = self.sampler(params, step)
         num_context, num_new = n - 1, max(n - 1, 1)
+        settings = dataclasses.replace(sampler.settings, cache_size=max(num_context + num_new - 1, 1))
+        sampler = dataclasses.replace(sampler, settings=settings)
         generated_bnhwc = sampler.sample_sets(images_bnhwc[:, :num_context], num_new, np.arange(b))
         if n == 1:
             grid_rnhwc = generated_bnhwc.reshape(-1, math.gcd(b, 8), *generated_bnhwc.shape[2:])
