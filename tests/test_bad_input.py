@@ -148,7 +148,7 @@ def test_train_from_an_unusable_start(tmp_path, folder, autoencoder):
     assert "none" in _refused(tmp_path, "train", *arguments, f"--config.init.path={tmp_path / 'none'}")
     # The folder of another model.
     line = _refused(tmp_path, "train", *arguments, f"--config.init.path={autoencoder}")
-    assert "does not fit config.model: missing conv_in.bias" in line
+    assert "describes a AutoencoderKL, not a UNet2DConditionModel" in line
 
 
 def test_train_with_settings_that_only_evaluation_uses(tmp_path, folder, autoencoder):
@@ -191,13 +191,13 @@ def picture(tmp_path_factory):
         ("--seed=-1", "--seed must be between 0 and 4294967295, not -1"),
         ("--seed=4294967296", "--seed must be between 0 and 4294967295, not 4294967296"),
         ("--num_context=-1", "--num_context must not be negative, not -1"),
-        ("--stepper=euler", "stepper must be one of"),
+        ("--stepper=rk4", "stepper must be one of"),
         ("--steps=0", "sampling needs at least one step, not 0"),
         ("--guidance_scale=-1", "guidance_scale must be a number of at least 0, not -1.0"),
         ("--guidance_scale=nan", "guidance_scale must be a number of at least 0, not nan"),
         ("--steppes=3", "steppes"),
         ("--context=none.png", "none.png: no such file"),
-        ("--context=.", "is a folder"),
+        ("--context=.", "there is no image at ."),
         ("--sets=none", "--sets=none is not a folder"),
         ("--sets=.", "--sets=. holds no folder of images"),
     ],

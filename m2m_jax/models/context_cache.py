@@ -36,8 +36,8 @@ class ContextCache:
 
     @property
     def size(self) -> int:
-        """How many images of a set fit in."""
-        return self.k_bmshd[0].shape[1]
+        """How many images of a set fit in; 0 where the network has no Image-Set Attention to read them."""
+        return self.k_bmshd[0].shape[1] if self.k_bmshd else 0
 
 
 def empty_cache(unet: UNet, image: jax.ShapeDtypeStruct, size: int, dtype) -> ContextCache:
@@ -52,9 +52,7 @@ def empty_cache(unet: UNet, image: jax.ShapeDtypeStruct, size: int, dtype) -> Co
     # Shapes do not depend on what is kept: any will do to find them.
     nothing = ContextCache((), (), count_b, count_b)
     shapes = jax.eval_shape(lambda image: _keys_and_values(unet, nothing, image, 0), image)
-    k_bmshd, v_bmshd = (
-        tuple(jnp.zeros((b, size, *x.shape[1:]), dtype) for x in arrays) for arrays in zip(*shapes, strict=True)
-    )
+    k_bmshd, v_bmshd = (tuple(jnp.zeros((b, size, *pair[i].shape[1:]), dtype) for pair in shapes) for i in (0, 1))
     return ContextCache(k_bmshd, v_bmshd, count_b, count_b)
 
 
@@ -86,7 +84,7 @@ def append_image(
         rows_b = jnp.arange(len(index_b))
         return kept_bmshd.at[rows_b, index_b].set(new_bshd.astype(kept_bmshd.dtype), mode="drop")
 
-    new_k, new_v = zip(*keys_and_values, strict=True)
+    new_k, new_v = ([pair[i] for pair in keys_and_values] for i in (0, 1))
     one_b = append_b.astype(jnp.int32)
     return ContextCache(
         tuple(map(write, cache.k_bmshd, new_k)),
