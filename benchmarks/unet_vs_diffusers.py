@@ -25,10 +25,10 @@ from absl import app, flags
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from m2m_jax import runtime
 from m2m_jax.models.diffusers_folder import UNET_FIELDS
 from m2m_jax.models.parameters import abstract, count, merge, split
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax import runtime
 
 ATTENDS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 # (config, images, latent pixels a side, text tokens).
