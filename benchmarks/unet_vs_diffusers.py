@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from m2m_jax import runtime
-from m2m_jax.models.diffusers_folder import UNET_FIELDS
+from m2m_jax.models.diffusers_folder import unet_values
 from m2m_jax.models.parameters import abstract, count, merge, split
 from m2m_jax.models.unet import UNet, UNetConfig
 
@@ -99,9 +99,7 @@ def jax_calls(config: UNetConfig, inputs: dict[str, np.ndarray]) -> tuple[Call, 
 def torch_calls(config: UNetConfig, inputs: dict[str, np.ndarray], compiled: bool) -> tuple[Call, Call]:
     """(forward, training step)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = {UNET_FIELDS.get(k, k): v for k, v in vars(config).items() if k not in ("attn2", "dtype")}
-    up = [kind.replace("Down", "Up") for kind in reversed(config.down_block_types)]
-    model = diffusers.UNet2DConditionModel.from_config({**values, "up_block_types": up})
+    model = diffusers.UNet2DConditionModel.from_config(unet_values(config))
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     x, target = (torch.from_numpy(inputs[k].transpose(0, 3, 1, 2).copy()).to(device) for k in ("x", "target"))

@@ -1,6 +1,7 @@
 """Comparing models of torch libraries with ours, layer by layer, at random weights."""
 
 import functools
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from flax import nnx
 from model_fixtures import quick_jit
 
+from m2m_jax.models.folder import require_same
 from m2m_jax.models.parameters import abstract, merge
 
 # Parts of the names of parameters whose output enters softmax, silu or gelu, or follows a norm.
@@ -106,3 +108,17 @@ def require_equal(ours, theirs) -> None:
         assert x.shape == theirs[name].shape, f"{name}: {x.shape}; torch: {theirs[name].shape}"
         error = relative_error(x, theirs[name])
         assert error <= 1e-5, f"{name} is the first to differ: relative error {error:.1e}"
+
+
+def assert_same_params(found, expected) -> None:
+    """Float32, with the same names and values, to the last bit."""
+    require_same("the folder", expected, found)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(found[name], x, err_msg=name)
+        assert found[name].dtype == np.float32
+
+
+def change_config(folder, **fields) -> None:
+    """Replaces fields of the `config.json` of a model folder."""
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | fields))

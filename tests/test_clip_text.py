@@ -1,13 +1,12 @@
 """CLIP's text encoder against transformers at random weights, through the folders that both read, and those folders."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from parity_fixtures import random_model, record, require_equal, torch_record
+from parity_fixtures import assert_same_params, change_config, random_model, record, require_equal, torch_record
 from safetensors.numpy import load_file, save_file
 
 from m2m_jax.errors import UserError
@@ -136,22 +135,10 @@ def test_longer_text_than_there_are_positions_is_refused():
 # --- Folders --------------------------------------------------------------------------------------------------------
 
 
-def assert_same_params(found, expected) -> None:
-    require_same("the folder", expected, found)
-    for name, x in expected.items():
-        np.testing.assert_array_equal(found[name], x, err_msg=name)
-        assert found[name].dtype == np.float32
-
-
 @pytest.fixture
 def folder(tmp_path):
     save_clip_text(tmp_path, TINY, random_model(CLIPTextEncoder, TINY)[1])
     return tmp_path
-
-
-def change_config(folder, **fields) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | fields))
 
 
 @pytest.mark.parametrize("case", ENCODERS)

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_fixtures import quick_jit
-from parity_fixtures import random_model, record, require_equal, to_torch, torch_record
+from parity_fixtures import (
+    assert_same_params,
+    change_config,
+    random_model,
+    record,
+    require_equal,
+    to_torch,
+    torch_record,
+)
 from PIL import Image
 from run_fixtures import run
 from safetensors.numpy import load_file, save_file
@@ -200,22 +208,10 @@ def test_preprocess_is_the_bicubic_of_pil_normalised(size):
 # --- Folders --------------------------------------------------------------------------------------------------------
 
 
-def assert_same_params(found, expected) -> None:
-    require_same("the folder", expected, found)
-    for name, x in expected.items():
-        np.testing.assert_array_equal(found[name], x, err_msg=name)
-        assert found[name].dtype == np.float32
-
-
 @pytest.fixture(params=[TINY, REGISTERS], ids=["plain", "registers"])
 def folder(request, tmp_path):
     save_dinov2(tmp_path, request.param, random_model(DINOv2, request.param)[1])
     return tmp_path
-
-
-def change_config(folder, **fields) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | fields))
 
 
 @pytest.mark.parametrize("case", ENCODERS)

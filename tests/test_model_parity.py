@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_fixtures import quick_jit
-from parity_fixtures import random_model, record, require_equal, to_numpy, to_torch, torch_record
+from parity_fixtures import (
+    assert_same_params,
+    change_config,
+    random_model,
+    record,
+    require_equal,
+    to_numpy,
+    to_torch,
+    torch_record,
+)
 from safetensors.numpy import load_file, save_file
 
 from m2m_jax.attention.layout import SetLayout
@@ -230,13 +239,6 @@ def test_folders_of_diffusers_are_read(diffusers, tmp_path):
 # --- Folders --------------------------------------------------------------------------------------------------------
 
 
-def assert_same_params(found, expected) -> None:
-    require_same("the folder", expected, found)
-    for name, x in expected.items():
-        np.testing.assert_array_equal(found[name], x, err_msg=name)
-        assert found[name].dtype == np.float32
-
-
 @pytest.fixture
 def unet_folder(tmp_path):
     config, *_ = UNETS["conv projection, two layers, odd size"]
@@ -274,8 +276,7 @@ def test_weights_of_half_the_size_are_read_as_float32(dtype, tmp_path):
 
 
 def test_one_number_of_heads_counts_for_every_level(unet_folder):
-    config = json.loads((unet_folder / "config.json").read_text())
-    (unet_folder / "config.json").write_text(json.dumps(config | {"attention_head_dim": 4}))
+    change_config(unet_folder, attention_head_dim=4)
     assert load_unet_config(unet_folder).num_attention_heads == (4, 4)
 
 

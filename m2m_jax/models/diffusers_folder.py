@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,14 +83,18 @@ def load_autoencoder_config(folder: str | Path) -> AutoencoderConfig:
     return folders.config_from(AutoencoderConfig, _read_config(folder, "AutoencoderKL"), {})
 
 
-def save_unet(folder: str | Path, config: UNetConfig, params: Params, dtype=np.float32) -> None:
-    """Writes a U-Net folder."""
+def unet_values(config: UNetConfig) -> dict[str, Any]:
+    """The `config.json` of a U-Net folder: diffusers' fields, and those of ours that it ignores."""
     values = {UNET_FIELDS.get(k, k): v for k, v in dataclasses.asdict(config).items()}
     for runtime_choice in ("dtype", "attention_backend"):
         del values[runtime_choice]
     up_block_types = _mirrored(config.down_block_types)
-    values = {"_class_name": "UNet2DConditionModel", **values, "up_block_types": up_block_types}
-    folders.save_folder(folder, values, params, dtype, DIFFUSERS)
+    return {"_class_name": "UNet2DConditionModel", **values, "up_block_types": up_block_types}
+
+
+def save_unet(folder: str | Path, config: UNetConfig, params: Params, dtype=np.float32) -> None:
+    """Writes a U-Net folder."""
+    folders.save_folder(folder, unet_values(config), params, dtype, DIFFUSERS)
 
 
 def save_autoencoder(folder: str | Path, config: AutoencoderConfig, params: Params, dtype=np.float32) -> None:

@@ -233,8 +233,13 @@ class _Static:
     clean_timestep: int
 
     def unet(self, params: Params) -> UNet:
-        graphdef, _ = abstract(lambda: UNet(self.unet_config, rngs=nnx.Rngs(0)))
-        return merge(graphdef, params)
+        return merge(_graphdef(self.unet_config), params)
+
+
+@functools.cache
+def _graphdef(config: UNetConfig) -> nnx.GraphDef:
+    """Kept, because each of the functions below asks for it when it is traced, and at full size it takes seconds."""
+    return abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
