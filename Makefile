@@ -25,7 +25,14 @@ DEMO_RUN := runs/demo
 DEMO_SETS := $(DEMO_RUN)/test_sets
 DEMO_SAMPLES := $(DEMO_RUN)/test_samples
 
-.PHONY: help demo test test-full lint format parity bench clean
+# The sampler binary: the part of m2m_jax that a bundle needs, as one file.
+SAMPLER ?= dist/m2m-sample.pyz
+SAMPLER_PYTHON ?= $(PYTHON)
+BUILD ?= build
+SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py errors.py images.py runtime.py $(addprefix sampling/, \
+  bundle.py bundle_program.py contact_sheet.py html_page.py job.py set_sampler.py))
+
+.PHONY: help demo test test-full lint format parity bench sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
@@ -33,6 +40,7 @@ help:
 	@echo 'make test-full  lint, then every test'
 	@echo 'make parity     only the comparisons with PyTorch and diffusers (Python 3.11)'
 	@echo 'make bench      the U-Net here and in diffusers, side by side: seconds a forward pass and a training step (likewise)'
+	@echo 'make sampler    dist/m2m-sample.pyz, which samples from an exported bundle without model code'
 	@echo 'make lint       ruff check and ruff format --check'
 	@echo 'make format     let ruff mend what it can'
 	@echo 'make clean      remove both environments, the demo run and the caches (data/ and other runs stay)'
@@ -69,8 +77,15 @@ bench:
 	@$(MAKE) --no-print-directory lint PARITY=1
 	$(TEST) benchmarks.unet_vs_diffusers
 
+sampler:
+	rm -rf $(BUILD)/sampler && mkdir -p $(BUILD)/sampler $(dir $(SAMPLER))
+	tar cf - $(SAMPLER_FILES) | tar xf - -C $(BUILD)/sampler
+	$(SAMPLER_PYTHON) -m zipapp $(BUILD)/sampler --main=m2m_jax.sampling.bundle_program:main --compress \
+	  --python='/usr/bin/env python3' --output=$(SAMPLER)
+	@echo '$(SAMPLER) --bundle BUNDLE --context a.png,b.png --output out   (bundles: python -m m2m_jax.export)'
+
 clean:
-	rm -rf .venv .venv-test $(DEMO_RUN) .pytest_cache .ruff_cache .hypothesis build m2m_jax.egg-info
+	rm -rf .venv .venv-test $(DEMO_RUN) .pytest_cache .ruff_cache .hypothesis build dist m2m_jax.egg-info
 	find m2m_jax configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,<environment>,<pip arguments>,<what to expect>). An environment of another Python version is

@@ -99,6 +99,7 @@ def jax_calls(config: UNetConfig, inputs: dict[str, np.ndarray]) -> tuple[Call, 
 def torch_calls(config: UNetConfig, inputs: dict[str, np.ndarray], compiled: bool) -> tuple[Call, Call]:
     """(forward, training step)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    diffusers.utils.logging.set_verbosity_error()  # our fields of the config are not theirs
     model = diffusers.UNet2DConditionModel.from_config(unet_values(config))
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -106,7 +107,7 @@ def torch_calls(config: UNetConfig, inputs: dict[str, np.ndarray], compiled: boo
     x = x.to(memory_format=torch.channels_last)
     timestep, text = (torch.from_numpy(inputs[k]).to(device) for k in ("timestep", "text"))
     autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=DTYPE.value == "bfloat16")
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model, dynamic=False) if compiled else model
 
     def finish():
         if device == "cuda":

@@ -18,12 +18,12 @@ from flax import nnx
 from m2m_jax.configuration import from_json
 from m2m_jax.data.pipeline import batches, make_dataset
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.errors import run_program
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float
 from m2m_jax.models.diffusers_folder import save_autoencoder, save_unet
 from m2m_jax.models.folder import config_from
 from m2m_jax.models.parameters import Params, abstract, count, merge
 from m2m_jax.models.unet import UNetConfig
+from m2m_jax.program import run_program
 from m2m_jax.training.checkpoint import load_for_sampling
 
 SCALING_BATCHES = 50

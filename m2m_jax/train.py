@@ -19,10 +19,11 @@ from absl import flags
 from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data.pipeline import batches, make_dataset
-from m2m_jax.errors import UserError, run_program
+from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
 from m2m_jax.models.initialization import TRAINED
 from m2m_jax.models.parameters import count
+from m2m_jax.program import run_program
 from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.checkpoint import FOLDER, Checkpointer

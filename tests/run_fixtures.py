@@ -63,8 +63,11 @@ def run(module: str, *arguments: object) -> Result:
     except SystemExit as end:
         code = end.code or 0
     finally:
-        # The next program defines its flags, some under the same names. (Those of imported packages stay.)
+        # The next program defines its flags, some under the same names. Those of imported modules stay, unset.
         own = {flag.name for flag in flags.FLAGS.flags_by_module_dict().get(module, ())}
+        for name, defined in flags.FLAGS.flags_by_module_dict().items():
+            for flag in defined if name.startswith("m2m_jax.") else ():
+                flag.unparse()
         for name in [name for name in flags.FLAGS if name in own or name.partition(".")[0] == "config"]:
             delattr(flags.FLAGS, name)
     return Result(code, out.getvalue(), err.getvalue())

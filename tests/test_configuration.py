@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 EMOJI = str(ROOT / "configs" / "emoji.py")
 
 PROGRAM = """
-from m2m_jax import configuration, errors
+from m2m_jax import configuration, program
 CONFIG = configuration.define_config_flag()
 def main(argv):
     configuration.validate(CONFIG.value)
     print(CONFIG.value.train.steps)
-errors.run_program(main, configuration.check_arguments)
+program.run_program(main, configuration.check_arguments)
 """
 
 

@@ -16,7 +16,8 @@ from run_fixtures import ROOT, run, train_tiny
 
 import m2m_jax
 from m2m_jax.errors import UserError
-from m2m_jax.sampling.sampler import SamplingSettings, _append, _next_image
+from m2m_jax.sampling.programs import COMPILED
+from m2m_jax.sampling.settings import SamplingSettings
 
 SIZE = 32
 
@@ -216,11 +217,14 @@ def test_images_stream_as_they_are_finished(sampler):
 
 
 def test_nothing_is_compiled_as_a_set_grows(sampler):
+    sampler = dataclasses.replace(sampler, settings=dataclasses.replace(sampler.settings, cache_size=7))
+    start = [program._cache_size() for program in COMPILED.values()]
     sampler(CONTEXT[0][:1], num_images=2)
-    before = _next_image._cache_size(), _append._cache_size()
+    before = [program._cache_size() for program in COMPILED.values()]
     sampler(CONTEXT[0], num_images=3)
     sampler([], num_images=1)
-    assert (_next_image._cache_size(), _append._cache_size()) == before
+    assert [now - then for now, then in zip(before, start, strict=True)] == len(COMPILED) * [1]
+    assert [program._cache_size() for program in COMPILED.values()] == before
 
 
 def test_a_set_that_outgrows_the_cache_is_refused_or_slides(sampler):

@@ -10,7 +10,7 @@ import pytest
 from m2m_jax.configuration import CHOICES
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.step_tables import TERMS
-from m2m_jax.diffusion.steppers import STEPPERS
+from m2m_jax.diffusion.steppers import STEPPERS, advance, begin
 from m2m_jax.errors import UserError
 
 NOISE = np.random.default_rng(0).standard_normal((2, 3, 4, 4, 2)).astype(np.float32)
@@ -70,13 +70,18 @@ def network(x, timestep, math=np):
     return math.tanh(0.7 * x + 0.3) * (0.5 + 0.0005 * timestep)
 
 
+def sample(stepper: str, schedule: NoiseSchedule, num_steps: int, denoise, noise, fresh_noise):
+    """The whole walk."""
+    table = STEPPERS[stepper](schedule, num_steps)
+    return advance(schedule, table, denoise, begin(table, noise), fresh_noise, 0, len(table.timestep))["x"]
+
+
 def ours(stepper: str, schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
     def denoise(x, timestep):
         return network(x, timestep, jnp)
 
     fresh = jnp.asarray(FRESH)
-    sample = STEPPERS[stepper].sample
-    return np.asarray(sample(schedule, num_steps, denoise, jnp.asarray(NOISE), lambda number: fresh[number]))
+    return np.asarray(sample(stepper, schedule, num_steps, denoise, jnp.asarray(NOISE), lambda number: fresh[number]))
 
 
 def theirs(scheduler) -> np.ndarray:
@@ -192,7 +197,7 @@ def test_trajectories_of_a_rectified_flow_are_those_of_diffusers(diffusers, step
     scheduler = getattr(diffusers, name)(shift=shift)
     scheduler.set_timesteps(num_steps)
     schedule = rectified_flow(shift=shift)
-    assert len(STEPPERS[stepper].table(schedule, num_steps).timestep) == len(scheduler.timesteps)
+    assert len(STEPPERS[stepper](schedule, num_steps).timestep) == len(scheduler.timesteps)
     # Two steps take Heun's from sigma = 1 to 1e-3, where its last slope is a difference divided by 1e-3.
     assert_close(ours(stepper, schedule, num_steps), theirs(scheduler), 1e-4 if num_steps == 2 else 1e-5)
 
@@ -239,7 +244,7 @@ def test_dpmpp_from_pure_noise_is_the_limit(num_steps):
 @pytest.mark.parametrize("stepper", WITH_BETAS)
 def test_weights_from_pure_noise_are_finite_and_end_at_the_clean_image(stepper):
     for schedule in (from_pure_noise(), rectified_flow()):
-        table = STEPPERS[stepper].table(schedule, 20)
+        table = STEPPERS[stepper](schedule, 20)
         assert all(np.all(np.isfinite(column)) for column in table)
         np.testing.assert_array_equal(table.x[-1], [term == "clean" for term in TERMS])
         alpha, _ = schedule.levels
@@ -249,7 +254,7 @@ def test_weights_from_pure_noise_are_finite_and_end_at_the_clean_image(stepper):
 
 @pytest.mark.parametrize("stepper", ["dpmpp_2m", "dpmpp_2m_sde"])
 def test_second_step_from_pure_noise_is_of_first_order(stepper):
-    previous = STEPPERS[stepper].table(from_pure_noise(), 20).x[:, TERMS.index("previous")]
+    previous = STEPPERS[stepper](from_pure_noise(), 20).x[:, TERMS.index("previous")]
     np.testing.assert_array_equal(previous == 0.0, [True, True] + 17 * [False] + [True])
 
 
@@ -279,7 +284,7 @@ def gaussian_error(stepper: str, prediction_type: str, num_steps: int) -> float:
     mean, deviation = 0.3, 0.5
     schedule = from_pure_noise(prediction_type=prediction_type)
     denoise = gaussian_network(schedule, mean, deviation)
-    out = STEPPERS[stepper].sample(schedule, num_steps, denoise, jnp.asarray(NOISE), None)
+    out = sample(stepper, schedule, num_steps, denoise, jnp.asarray(NOISE), None)
     return float(np.abs(out - (mean + deviation * NOISE)).max())
 
 
@@ -299,9 +304,7 @@ def noise_coefficients(stepper: str, num_steps: int, deviation: float) -> np.nda
     """How much of the initial noise, and of each fresh one, an image of mean 0 ends with: all of it is linear."""
     schedule, basis = rectified_flow(), jnp.eye(2 * num_steps + 1)
     denoise = gaussian_network(schedule, 0.0, deviation)
-    return np.asarray(
-        STEPPERS[stepper].sample(schedule, num_steps, denoise, basis[0], lambda number: basis[1 + number])
-    )
+    return np.asarray(sample(stepper, schedule, num_steps, denoise, basis[0], lambda number: basis[1 + number]))
 
 
 @pytest.mark.parametrize(
@@ -334,10 +337,28 @@ def test_order_of_convergence_to_the_deviation_of_gaussian_images(stepper, order
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 @pytest.mark.parametrize("stepper", STEPPERS)
 def test_any_shape_compiled(stepper, shape):
-    schedule, step = some_schedule(stepper), STEPPERS[stepper].sample
+    schedule = some_schedule(stepper)
     noise = jnp.full(shape, 0.5)
-    sample = jax.jit(lambda x: step(schedule, 5, lambda x, t: jnp.tanh(x), x, lambda number: -x))
-    assert sample(noise).shape == shape and np.all(np.isfinite(sample(noise)))
+    out = jax.jit(lambda x: sample(stepper, schedule, 5, lambda x, t: jnp.tanh(x), x, lambda number: -x))(noise)
+    assert out.shape == shape and np.all(np.isfinite(out))
+
+
+@pytest.mark.parametrize("stepper", STEPPERS)
+def test_a_walk_in_parts_is_the_walk(stepper):
+    schedule = some_schedule(stepper)
+    table = STEPPERS[stepper](schedule, 6)
+
+    @jax.jit
+    def part(carry, first, end):
+        return advance(schedule, table, lambda x, t: network(x, t, jnp), carry, lambda n: fresh[n], first, end)
+
+    fresh, begun, rows = jnp.asarray(FRESH), begin(table, jnp.asarray(NOISE)), len(table.timestep)
+    whole, parts = part(begun, 0, rows), part(begun, 0, 2)
+    for first in range(2, rows):
+        parts = part(parts, first, first + 1)
+    assert part._cache_size() == 1
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    np.testing.assert_array_equal(whole["x"], whole["previous"])  # ends at the clean image it predicted last
 
 
 @pytest.mark.parametrize("stepper", STEPPERS)
@@ -352,7 +373,7 @@ def test_the_network_is_traced_once_and_noise_only_where_it_is_used(stepper):
         noises.append((number.dtype, number.shape))
         return jnp.zeros(2)
 
-    STEPPERS[stepper].sample(some_schedule(stepper), 10, denoise, jnp.zeros(2), fresh_noise)
+    sample(stepper, some_schedule(stepper), 10, denoise, jnp.zeros(2), fresh_noise)
     assert networks == [(jnp.float32, ())]
     assert noises == ([(jnp.int32, ())] if stepper in STOCHASTIC else [])
 
@@ -362,15 +383,14 @@ def test_the_network_sees_the_timesteps_of_the_table(stepper):
     """The last step returns the last prediction, here the timestep of the last evaluation."""
     schedule = make_schedule(prediction_type="sample", timestep_spacing="trailing")
     zeros = jnp.zeros(2)
-    told = STEPPERS[stepper].sample(schedule, 10, lambda x, t: t * jnp.ones_like(x), zeros, lambda number: zeros)
+    told = sample(stepper, schedule, 10, lambda x, t: t * jnp.ones_like(x), zeros, lambda number: zeros)
     np.testing.assert_array_equal(told, [99.0, 99.0])
 
 
 @pytest.mark.parametrize("stepper", STEPPERS)
 def test_bfloat16_network_keeps_a_float32_image(stepper):
-    sample = STEPPERS[stepper].sample
     noise = jnp.asarray(NOISE)
-    out = sample(some_schedule(stepper), 5, lambda x, t: x.astype(jnp.bfloat16), noise, lambda number: noise)
+    out = sample(stepper, some_schedule(stepper), 5, lambda x, t: x.astype(jnp.bfloat16), noise, lambda number: noise)
     assert out.dtype == jnp.float32
 
 
@@ -382,6 +402,6 @@ def test_refuses_more_steps_than_timesteps(stepper):
 
 def test_heun_refuses_schedules_that_are_no_straight_line():
     with pytest.raises(UserError, match=r'"heun" follows .*"rectified_flow", not "scaled_linear": use .*"unipc"'):
-        STEPPERS["heun"].table(make_schedule(), 10)
+        STEPPERS["heun"](make_schedule(), 10)
     with pytest.raises(UserError, match="sampling steps"):
-        STEPPERS["heun"].table(rectified_flow(num_train_timesteps=10), 11)
+        STEPPERS["heun"](rectified_flow(num_train_timesteps=10), 11)

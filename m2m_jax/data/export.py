@@ -12,8 +12,9 @@ from absl import flags
 
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data.pipeline import make_dataset
-from m2m_jax.errors import UserError, run_program
+from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
+from m2m_jax.program import run_program
 
 CONFIG = define_config_flag()
 SPLIT = flags.DEFINE_string("split", "test", "Which split of the data set.")

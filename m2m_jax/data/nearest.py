@@ -15,8 +15,9 @@ from PIL import Image
 
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data.pipeline import SOURCES
-from m2m_jax.errors import UserError, run_program
+from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white, read_image, write_png
+from m2m_jax.program import run_program
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated, nearest
 
 CONFIG = define_config_flag()

@@ -34,9 +34,10 @@ from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data import precomputed, records
 from m2m_jax.data.pipeline import SOURCES, RecordSource
-from m2m_jax.errors import UserError, run_program
+from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
+from m2m_jax.program import run_program
 
 CONFIG = define_config_flag()
 SPLIT = flags.DEFINE_string("split", "train", "Which split of the data set.")

@@ -81,7 +81,7 @@ def append_image(
     index_b = jnp.where(append_b, cache.count_b, cache.size)
 
     def write(kept_bmshd, new_bshd):
-        rows_b = jnp.arange(len(index_b))
+        rows_b = jnp.arange(index_b.shape[0])
         return kept_bmshd.at[rows_b, index_b].set(new_bshd.astype(kept_bmshd.dtype), mode="drop")
 
     new_k, new_v = ([pair[i] for pair in keys_and_values] for i in (0, 1))
@@ -104,10 +104,10 @@ def denoise_next(
     Args:
       timestep: a scalar, what the network is told.
     """
-    b = len(noised_bhwc)
+    b = noised_bhwc.shape[0]
     rows_bhwc = jnp.concatenate([noised_bhwc, noised_bhwc]) if guided else noised_bhwc
     kept = KeptImages(cache.k_bmshd, cache.v_bmshd, cache.count_b)
-    out_bhwc = unet(rows_bhwc, jnp.full(len(rows_bhwc), timestep), kept)
+    out_bhwc = unet(rows_bhwc, jnp.full(rows_bhwc.shape[0], timestep), kept)
     return out_bhwc[:b], out_bhwc[b:] if guided else None
 
 
@@ -121,5 +121,5 @@ def _keys_and_values(
         return [(k_b1shd[:, 0], v_b1shd[:, 0]) for k_b1shd, v_b1shd in pairs]
     new: list[tuple[jax.Array, jax.Array]] = []
     kept = KeptImages(cache.k_bmshd, cache.v_bmshd, cache.count_b, position_b, new)
-    unet(image, jnp.full(len(image), clean_timestep, jnp.float32), kept)
+    unet(image, jnp.full(image.shape[0], clean_timestep, jnp.float32), kept)
     return new

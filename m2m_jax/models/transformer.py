@@ -141,7 +141,7 @@ class ImageSetAttention(Attention):
     def _to_kept(self, x_btc: jax.Array, sets: KeptImages) -> jax.Array:
         q_bthd = self.heads(self.to_q(x_btc))
         if sets.position_b is None:
-            b = len(sets.count_b)
+            b = sets.count_b.shape[0]
             out_bthd = attend_to_kept(q_bthd[:b], sets.k_bmshd[self.layer], sets.v_bmshd[self.layer], sets.count_b)
             out_bthd = jnp.concatenate([out_bthd, jnp.zeros_like(q_bthd[b:])])
         else:

@@ -21,7 +21,8 @@ from m2m_jax.models.initialization import from_pretrained, is_set_attention
 from m2m_jax.models.parameters import Params, abstract, merge, split
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
-from m2m_jax.sampling.sampler import Sampler, SamplingSettings
+from m2m_jax.sampling.sampler import Sampler
+from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.training.evaluation import context_losses
 
 

@@ -1,0 +1,47 @@
+"""How every `python -m m2m_jax...` starts, and how it ends on bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from m2m_jax.errors import UserError, refuse
+
+
+def run_program(
+    main: Callable[[Sequence[str]], object],
+    check_arguments: Callable[[Sequence[str]], None] | None = None,
+) -> None:
+    """Runs `main(argv)` with parsed absl flags; bad input ends in one line on stderr and exit code 2.
+
+    `check_arguments(argv)` may refuse the raw command line with a UserError before absl reads it.
+    Every other exception keeps its traceback: it is a fault of ours, and the traceback is the report.
+    """
+
+    def guarded(argv: Sequence[str]) -> object:
+        try:
+            return main(argv)
+        except UserError as error:
+            refuse(error)
+
+    def parse_flags(argv: Sequence[str]) -> list[str]:
+        return _parse_flags(argv, check_arguments)
+
+    app.run(guarded, flags_parser=parse_flags)
+
+
+def _parse_flags(argv: Sequence[str], check_arguments: Callable[[Sequence[str]], None] | None) -> list[str]:
+    try:
+        # Who asks for help has nothing to be checked.
+        if check_arguments and not any(a.lstrip("-").startswith("help") for a in argv[1:]):
+            check_arguments(argv)
+        rest = flags.FLAGS(argv)
+        # Below absl's default, or Orbax reports every file it touches between our own lines.
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING
+    except (UserError, flags.Error) as error:
+        refuse(error)
+    if len(rest) > 1:
+        refuse(UserError(f"unexpected argument {rest[1]!r}: every option starts with --"))
+    return rest

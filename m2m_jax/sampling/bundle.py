@@ -1,0 +1,135 @@
+"""A bundle: a sampler as files that need no model code, no Flax and no Orbax to run.
+
+BUNDLE/ holds
+    manifest.json          format, sizes, settings, schedule, and the size and hash of every other file
+    params.safetensors     the EMA and the frozen models, float32: "unet/conv_in.kernel", ...
+    NAME.exported          each program of `sampling/programs.py`, as `jax.export` writes StableHLO
+
+`m2m_jax.export` writes it. Reading needs jax, flatbuffers and numpy alone, and runs no code but XLA's.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+from m2m_jax.errors import UserError
+from m2m_jax.sampling.set_sampler import SetSampler
+
+FORMAT = 1
+PLATFORMS = ("cpu", "cuda", "tpu")
+MANIFEST, PARAMS = "manifest.json", "params.safetensors"
+PROGRAMS = ("empty_cache", "encode", "append", "begin", "denoise", "decode")
+SEPARATOR = "/"  # between a model and the name of its parameter
+
+
+def program_file(name: str) -> str:
+    return f"{name}.exported"
+
+
+class Bundle(SetSampler):
+    """The sampler of a bundle, on JAX's first device. Its settings were chosen when it was exported."""
+
+    def __init__(self, folder: str | Path):
+        """Reads and checks all of it.
+
+        Raises:
+          UserError: no bundle, one of a newer format or for other platforms, or a file that is not the one exported.
+        """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        platform = jax.default_backend()
+        platform = {"gpu": "cuda"}.get(platform, platform)
+        if platform not in manifest["platforms"]:
+            raise UserError(
+                f"{folder} was exported for {', '.join(manifest['platforms'])}; this machine has {platform}"
+            )
+        for name in (PARAMS, *map(program_file, PROGRAMS)):
+            _check_file(folder, name, manifest["files"])
+        self._about = {"bundle": str(folder), **manifest["about"]}
+        self.image_size = manifest["image_size"]
+        self.num_steps = manifest["num_steps"]
+        self.cache_size = manifest["cache_size"]
+        self.slide = manifest["slide"]
+        self.encodes_generated = manifest["encodes_generated"]
+        params = jax.device_put(_read_params(folder / PARAMS))
+        self.programs = {name: functools.partial(_load(folder, name, manifest), params) for name in PROGRAMS}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return self._about
+
+
+def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
+    """manifest.json for what stands in `folder`."""
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT, "jax": jax.__version__, **fields, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} is no bundle: {MANIFEST} is missing; write one with m2m_jax.export") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): export the bundle again") from error
+    if version != FORMAT:
+        raise UserError(
+            f"{folder} is of bundle format {version}, and this program reads format {FORMAT}: get its match"
+        )
+    return manifest
+
+
+def _check_file(folder: Path, name: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    path, expected = folder / name, files[name]
+    if not path.is_file():
+        raise UserError(f"{path} is missing: copy the bundle again")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise UserError(f"{path} has {size} bytes, not {expected['bytes']}: copy the bundle again")
+    if _digest(path) != expected["sha256"]:
+        raise UserError(f"{path} is not the file that was exported (its SHA-256 differs): copy the bundle again")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load(folder: Path, name: str, manifest: Mapping[str, Any]) -> Callable:
+    try:
+        exported = jax.export.deserialize(bytearray((folder / program_file(name)).read_bytes()))
+    except ValueError as error:
+        raise UserError(
+            f"{folder / program_file(name)} was exported by jax {manifest['jax']} and this is {jax.__version__}, which "
+            f"can't read it: install jax {manifest['jax']} or newer"
+        ) from error
+    # The cache is large and handed on: its memory is used again.
+    return jax.jit(exported.call, donate_argnums=1 if name == "append" else ())
+
+
+def _read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """{model: {name: float32 array}}, mapped into memory. The format is 8 bytes of header length, a JSON header with
+    dtype, shape and place of each tensor, and the data (its own library is one more thing to install)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    data, params = np.memmap(path, np.uint8, "r", offset=8 + length), {}
+    for key, tensor in header.items():
+        if key == "__metadata__":
+            continue
+        model, name = key.split(SEPARATOR, 1)
+        start, end = tensor["data_offsets"]
+        params.setdefault(model, {})[name] = data[start:end].view(np.float32).reshape(tensor["shape"])
+    return params

@@ -1,0 +1,178 @@
+"""Context images in, further images of the same set out, one after another: the loop around the programs of a model.
+
+Where the programs come from is a subclass's: `sampler.Sampler` compiles them from a Flax model, `bundle.Bundle` reads
+them from files. Needs jax, numpy and Pillow alone.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from m2m_jax.errors import UserError
+from m2m_jax.images import read_image
+
+MAX_SEED = 2**32 - 1
+ContextImage = np.ndarray | Image.Image | str | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a sampler is after an evaluation of the network.
+
+    Attributes:
+      image, num_images: the one being made, counted from 0, and how many there will be.
+      step, num_steps: evaluations done for it, and how many it takes.
+      preview: the images as the network now predicts them, uint8 [b, size, size, 3]; decoded when called.
+    """
+
+    image: int
+    num_images: int
+    step: int
+    num_steps: int
+    preview: Callable[[], np.ndarray]
+
+
+OnStep = Callable[[Progress], object]
+
+
+class SetSampler(abc.ABC):
+    """Call it, `stream` from it, or `sample_sets` for many sets at once.
+
+    An image of a set depends on the set's context and seed and on its position, and not on the other sets of a batch.
+
+    Attributes:
+      image_size: pixels along each side.
+      num_steps: evaluations of the network, an image.
+      cache_size: context images of a set that are kept.
+      slide: whether a set that outgrows the cache forgets its oldest image.
+      encodes_generated: whether a generated image is encoded again to become context (M2M-DINO), or its latents are.
+      programs: those of `sampling/programs.py`, with parameters bound.
+      num_devices: that share the sets of a batch.
+    """
+
+    image_size: int
+    num_steps: int
+    cache_size: int
+    slide: bool
+    encodes_generated: bool
+    programs: Mapping[str, Callable]
+    num_devices: int = 1
+
+    def place(self, tree: Any) -> Any:
+        """Arrays with a leading axis of sets, where the programs want them."""
+        return tree
+
+    @property
+    @abc.abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What is to be known of the images: checkpoint, settings."""
+
+    def __call__(
+        self, context_images: Sequence[ContextImage], num_images: int, seed: int = 0, on_step: OnStep | None = None
+    ) -> np.ndarray:
+        """Generates images that belong with the context images, each in the context of all before it.
+
+        Args:
+          context_images: any number, also none: file names, PIL images or uint8 arrays [h, w, 3].
+          num_images: how many to generate.
+          seed: the same seed gives the same images.
+          on_step: called after every evaluation of the network.
+
+        Returns:
+          uint8 [num_images, image_size, image_size, 3].
+
+        Raises:
+          UserError: `num_images` is not positive, an image can't be read, or the set outgrows the cache.
+        """
+        return np.stack(list(self.stream(context_images, num_images, seed, on_step)))
+
+    def stream(
+        self, context_images: Sequence[ContextImage], num_images: int, seed: int = 0, on_step: OnStep | None = None
+    ) -> Iterator[np.ndarray]:
+        """What `__call__` returns, image by image as they are finished: uint8 [image_size, image_size, 3] each."""
+        for images_1hwc in self.stream_sets([self.read(context_images)], num_images, np.array([seed]), on_step):
+            yield images_1hwc[0]
+
+    def read(self, images: Sequence[ContextImage]) -> np.ndarray:
+        """The images that `__call__` takes as it sees them: uint8 [m, image_size, image_size, 3], on white."""
+        pixels = [read_image(image, self.image_size) for image in images]
+        return np.asarray(pixels, np.uint8).reshape(len(pixels), self.image_size, self.image_size, 3)
+
+    def sample_sets(
+        self, contexts: Sequence[np.ndarray], num_images: int, seed_b: np.ndarray, on_step: OnStep | None = None
+    ) -> np.ndarray:
+        """`__call__` for b sets at once, each with a seed of its own.
+
+        Args:
+          contexts: of each set, uint8 [m, image_size, image_size, 3]; m may differ.
+
+        Returns:
+          uint8 [b, num_images, image_size, image_size, 3].
+        """
+        return np.stack(list(self.stream_sets(contexts, num_images, seed_b, on_step)), axis=1)
+
+    def stream_sets(
+        self, contexts: Sequence[np.ndarray], num_images: int, seed_b: np.ndarray, on_step: OnStep | None = None
+    ) -> Iterator[np.ndarray]:
+        """What `sample_sets` returns, image by image: uint8 [b, image_size, image_size, 3] each."""
+        lengths_b = self._check(contexts, num_images, seed_b)
+        missing = -len(contexts) % self.num_devices
+        # Devices get equally many sets: what is missing is sampled without context and thrown away.
+        padded, lengths_b = [*contexts, *[()] * missing], np.append(lengths_b, np.zeros(missing, int))
+        seed_b = self.place(np.append(np.asarray(seed_b, np.uint32), np.zeros(missing, np.uint32)))
+        everyone = self.place(np.ones(len(padded), bool))
+        run = self.programs
+        cache = run["empty_cache"](seed_b)
+        blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        for i in range(lengths_b.max()):
+            images_bhwc = np.stack([context[i] if i < len(context) else blank for context in padded])
+            cache = run["append"](cache, run["encode"](self.place(images_bhwc)), self.place(i < lengths_b))
+        for i in range(num_images):
+            latents_bhwc = self._next_image(cache, seed_b, i, num_images, len(contexts), on_step)
+            images_bhwc = run["decode"](latents_bhwc)
+            yield np.asarray(images_bhwc)[: len(contexts)]
+            if i + 1 < num_images:
+                image = run["encode"](images_bhwc) if self.encodes_generated else latents_bhwc
+                cache = run["append"](cache, image, everyone)
+
+    def _next_image(
+        self, cache: Any, seed_b: jax.Array, image: int, num_images: int, num_sets: int, on_step: OnStep | None
+    ) -> jax.Array:
+        """Latents. Unwatched, all steps are one call; the same program makes them one by one."""
+        carry = self.programs["begin"](cache, seed_b)
+        stride = 1 if on_step else self.num_steps
+        for first in range(0, self.num_steps, stride):
+            carry = self.programs["denoise"](cache, seed_b, carry, np.int32(first), np.int32(first + stride))
+            if on_step:
+                clean_bhwc = carry["previous"]
+
+                def preview(clean_bhwc=clean_bhwc):
+                    return np.asarray(self.programs["decode"](clean_bhwc))[:num_sets]
+
+                jax.block_until_ready(clean_bhwc)  # who watches wants to know when it is done, not when it is queued
+                on_step(Progress(image, num_images, first + 1, self.num_steps, preview))
+        return carry["x"]
+
+    def _check(self, contexts: Sequence[np.ndarray], num_images: int, seed_b: np.ndarray) -> np.ndarray:
+        """How many context images each set has."""
+        if num_images < 1:
+            raise UserError(f"num_images must be at least 1, not {num_images}")
+        for seed in np.asarray(seed_b).tolist():
+            if not 0 <= seed <= MAX_SEED:
+                raise UserError(f"a seed must be between 0 and {MAX_SEED}, not {seed}")
+        lengths_b = np.array([len(context) for context in contexts])
+        longest = int(lengths_b.max()) + num_images - 1  # the last image is context to none
+        if longest > self.cache_size and not self.slide:
+            raise UserError(
+                f"{lengths_b.max()} context images and {num_images} to generate need a cache of {longest}, and "
+                f"cache_size is {self.cache_size}: raise it, or set slide to forget the oldest images"
+            )
+        return lengths_b
