@@ -32,7 +32,7 @@ BUILD ?= build
 SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py errors.py images.py runtime.py $(addprefix sampling/, \
   bundle.py bundle_program.py contact_sheet.py html_page.py job.py set_sampler.py))
 
-.PHONY: help demo test test-full lint format parity bench sampler clean
+.PHONY: help demo test test-full lint format parity bench bench-context sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
@@ -40,6 +40,7 @@ help:
 	@echo 'make test-full  lint, then every test'
 	@echo 'make parity     only the comparisons with PyTorch and diffusers (Python 3.11)'
 	@echo 'make bench      the U-Net here and in diffusers, side by side: seconds a forward pass and a training step (likewise)'
+	@echo 'make bench-context  seconds an image with 0 to 24 context images, cached and uncached'
 	@echo 'make sampler    dist/m2m-sample.pyz, which samples from an exported bundle without model code'
 	@echo 'make lint       ruff check and ruff format --check'
 	@echo 'make format     let ruff mend what it can'
@@ -76,6 +77,9 @@ parity:
 bench:
 	@$(MAKE) --no-print-directory lint PARITY=1
 	$(TEST) benchmarks.unet_vs_diffusers
+
+bench-context: $(DEMO_ENV)
+	$(RUN) benchmarks.context_cost --output=docs/context_cost_cpu.json
 
 sampler:
 	rm -rf $(BUILD)/sampler && mkdir -p $(BUILD)/sampler $(dir $(SAMPLER))

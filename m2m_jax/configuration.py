@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attn2": ("image_set", "none"),
     "model.clean_sees": ("preceding", "itself"),
     "model.attention_backend": ("prefix", "dense"),
+    "model.remat": ("none", "dots", "blocks"),
     "model.dtype": ("float32", "bfloat16"),
     "schedule.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "rectified_flow"),
     "schedule.prediction_type": ("epsilon", "v_prediction", "sample", "flow"),
@@ -87,6 +88,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "optimizer.new_parameter_rate": (0.0, math.inf),
     "train.steps": (1, math.inf),
     "train.log_every": (1, math.inf),
+    "train.accumulation": (1, math.inf),
     "train.ema_decay": (0.0, 0.999999),
     "eval.every": (1, math.inf),
     "eval.batches": (1, math.inf),
@@ -150,6 +152,7 @@ def default_config() -> ConfigDict:
     config.model.order_embedding = False  # whether attn2 is told the positions of the images in their set
     config.model.clean_sees = "preceding"  # clean images see preceding: those up to itself | itself: only that
     config.model.attention_backend = "prefix"  # prefix: no work on forbidden blocks | dense: the reference
+    config.model.remat = "none"  # computed again in the backward pass: none | dots: all but matmuls | blocks: all
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters are always float32
 
     # M2M-DINO: preceding images enter as tokens of this frozen encoder. With an empty path M2M-Self: as latents.
@@ -192,6 +195,7 @@ def default_config() -> ConfigDict:
     config.train.parameters = "all"  # which train: all | attention | set_attention
     config.train.steps = 10_000
     config.train.log_every = 20
+    config.train.accumulation = 1  # parts of a batch that are computed one after another, to save memory
     config.train.ema_decay = 0.999  # reached by and by: min(ema_decay, (1 + step) / (10 + step))
 
     config.eval = ConfigDict()
@@ -211,8 +215,11 @@ def default_config() -> ConfigDict:
     config.checkpoint.keep = 2  # the newest so many stay on disk
 
     config.mesh = ConfigDict()  # devices along each axis; -1: all that are left
-    config.mesh.data = -1
-    config.mesh.fsdp = 1
+    config.mesh.slice = 1  # TPU slices, which only the data-centre network connects: copies of the parameters
+    config.mesh.data = -1  # copies of the parameters
+    config.mesh.fsdp = 1  # shares of every kernel, gathered when it is used
+    config.mesh.tensor = 1  # shares of heads and channels
+    config.mesh.context = 1  # shares of the rows of every image
 
     return config.lock()
 
@@ -266,7 +273,7 @@ def validate(config: ConfigDict) -> None:
             f"config.diffusion.clean_timestep is {config.diffusion.clean_timestep}; it must be less than "
             f"config.schedule.num_train_timesteps = {config.schedule.num_train_timesteps}"
         )
-    for axis in ("data", "fsdp"):
+    for axis in config.mesh:
         if config.mesh[axis] < 1 and config.mesh[axis] != -1:
             raise UserError(
                 f"config.mesh.{axis} is {config.mesh[axis]}; it must be positive, or -1 for all that are left"

@@ -16,6 +16,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from m2m_jax.errors import UserError
@@ -43,8 +44,9 @@ def main(argv):
             aside.rename(output)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output={output} cannot be written: {reason}") from error
     size = sum(file.stat().st_size for file in output.iterdir())
     print(f"{output}: step {sampler.step}, {size / 1e6:.1f} MB, for {', '.join(PLATFORMS)}")
 

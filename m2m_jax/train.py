@@ -47,7 +47,7 @@ def main(argv):
 
     # Mesh
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size")
+    sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size", parts=config.train.accumulation)
     sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
 
     # Data
@@ -88,10 +88,10 @@ def main(argv):
     writer.message(f"{config.task}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
 
     # Steps
-    batch_sharding = sharding.batch_sharding(mesh)
-
-    train_step = make_train_step(task, optimizer, shardings, mesh, config.train.ema_decay, trains)
-    eval_step = jax.jit(task.evaluate, in_shardings=(None, None, batch_sharding, None))
+    train_step = make_train_step(
+        task, optimizer, shardings, mesh, config.train.ema_decay, trains, config.train.accumulation
+    )
+    eval_step = jax.jit(task.evaluate)
 
     def evaluate(step):
         held_out = [eval_data[i] for i in range(config.eval.batches)]

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -248,6 +249,29 @@ def test_sample_never_replaces_what_it_did_not_write(tmp_path, tiny_run, folder)
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "out"):
         assert "--output=" in _refused(tmp_path, "sample", checkpoint, f"--output={output}")
+
+
+def test_sample_more_than_the_cache_holds(tmp_path, tiny_run, folder):
+    arguments = (f"--checkpoint={tiny_run.workdir}", f"--context={folder / 'set00'}", f"--output={tmp_path / 'out'}")
+    line = _refused(tmp_path, "sample", *arguments, "--num_images=2", "--cache_size=4")
+    assert "4 context images and 2 to generate need a cache of 5, and cache_size is 4" in line
+
+
+def test_sample_and_export_to_a_full_disk(tmp_path, tiny_run, folder):
+    """As good as full: no file may grow beyond a few kilobytes. What stood there stays, and nothing half-written."""
+    checkpoint, output = f"--checkpoint={tiny_run.workdir}", tmp_path / "out"
+    arguments = ("sample", checkpoint, f"--context={folder / 'set00'}", "--num_images=1", f"--output={output}")
+    assert run(*arguments).code == 0
+    before, limits = _tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
+        results = [run(*arguments, "--seed=1"), run("export", checkpoint, f"--output={tmp_path / 'bundle'}")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for result, name in zip(results, ("out", "bundle"), strict=True):
+        assert result.code == 2 and f"{name}" in result.err and "cannot be written: File too large" in result.err
+        assert result.err.count("error: ") == 1
+    assert _tree(tmp_path) == before
 
 
 def _missing(workdir):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from m2m_jax.configuration import default_config
 from m2m_jax.errors import UserError
@@ -40,7 +39,9 @@ def _target(state, mesh):
 
 
 def _mesh(data, fsdp):
-    return sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp}))
+    config = default_config().mesh
+    config.update({"data": data, "fsdp": fsdp})
+    return sharding.make_mesh(config)
 
 
 def _assert_bit_equal(a, b):

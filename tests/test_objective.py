@@ -10,7 +10,7 @@ from model_fixtures import quick_jit, random_params
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
-from m2m_jax.diffusion.objective import set_loss, squared_error
+from m2m_jax.diffusion.objective import draw, set_loss, squared_error
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.parameters import abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig
@@ -46,7 +46,8 @@ def loss_and_gradients(context_dropout: float):
     def run(params, latents, seed, step):
         def loss(params):
             unet, context = merge(graphdef, params), latents[:, :-1]
-            return set_loss(unet, SCHEDULE, latents, context, seed=seed, step=step, config=config)
+            draws = draw(SCHEDULE, latents.shape, seed=seed, step=step, config=config)
+            return set_loss(unet, SCHEDULE, latents, context, draws, config=config)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -152,7 +153,8 @@ def test_what_the_network_is_given_in_training():
     spy, config, b = Spy(), default_config().diffusion, 64
     config.context_dropout, config.clean_timestep = 0.25, 3
     latents = jnp.asarray(np.random.default_rng(4).standard_normal((b, NUM_IMAGES, 1, 1, 4)), jnp.float32)
-    set_loss(spy, SCHEDULE, latents, latents[:, :-1], seed=0, step=0, config=config)
+    draws = draw(SCHEDULE, latents.shape, seed=0, step=0, config=config)
+    set_loss(spy, SCHEDULE, latents, latents[:, :-1], draws, config=config)
     assert spy.sets.layout == SetLayout.training(NUM_IMAGES)
 
     stack_bqhwc = spy.x_bhwc.reshape(b, -1, 1, 1, 4)

@@ -59,6 +59,12 @@ def _metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_an_autoencoder_samples_no_sets(vae, tmp_path):
+    result = run("sample", f"--checkpoint={vae[0]}", f"--output={tmp_path / 'out'}")
+    assert result.code == 2 and "holds a run of task 'autoencoder', which samples no sets" in result.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_autoencoder_trains(vae):
     trained, evaluated = [[x for x in _metrics(vae[0]) if name in x] for name in ("train/loss", "eval/psnr_db")]
     assert [x["step"] for x in trained] == [2, 4]

@@ -1,6 +1,7 @@
 """The sampler as a program and from Python."""
 
 import dataclasses
+import io
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ from run_fixtures import ROOT, run, train_tiny
 
 import m2m_jax
 from m2m_jax.errors import UserError
+from m2m_jax.sampling.job import step_line
 from m2m_jax.sampling.programs import COMPILED
 from m2m_jax.sampling.settings import SamplingSettings
 
@@ -156,6 +158,13 @@ def test_without_context(checkpoint, tmp_path):
     assert (tmp_path / "out" / "contact_sheet.png").exists()
 
 
+def test_without_a_contact_sheet(checkpoint, tmp_path):
+    arguments = (f"--checkpoint={checkpoint}", "--num_images=1", "--nocontact_sheet")
+    printed = _sample(tmp_path / "out", *arguments)
+    assert printed.splitlines()[-1] == str(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"000.png", "sample.json"}
+
+
 def test_sets(checkpoint, sets, sampled, context_files, tmp_path):
     arguments = ("--num_context=2", "--num_images=3", "--seed=5", "--stepper=dpmpp_2m")
     _sample(tmp_path / "out", f"--checkpoint={checkpoint}", f"--sets={sets}", *arguments)
@@ -214,6 +223,31 @@ def test_images_stream_as_they_are_finished(sampler):
     stream = sampler.stream(CONTEXT[0], num_images=2, seed=3)
     first = next(stream)
     np.testing.assert_array_equal([first, *stream], sampler(CONTEXT[0], num_images=2, seed=3))
+
+
+def test_who_watches_sees_every_step_and_gets_the_same_images(sampler):
+    seen = []
+
+    def on_step(progress):
+        preview = progress.preview()
+        assert (preview.shape, preview.dtype) == ((1, SIZE, SIZE, 3), np.uint8)
+        seen.append((progress.image, progress.num_images, progress.step, progress.num_steps, preview[0]))
+
+    images = sampler(CONTEXT[0], num_images=2, seed=3, on_step=on_step)
+    assert [place for *place, _ in seen] == [[0, 2, 1, 2], [0, 2, 2, 2], [1, 2, 1, 2], [1, 2, 2, 2]]
+    # After the last step the prediction is the image.
+    np.testing.assert_array_equal([seen[1][-1], seen[3][-1]], images)
+    assert np.any(seen[0][-1] != images[0])
+    np.testing.assert_array_equal(images, sampler(CONTEXT[0], num_images=2, seed=3))
+
+
+def test_steps_on_a_terminal(sampler):
+    terminal = io.StringIO()
+    sampler(CONTEXT[0], num_images=2, on_step=step_line(terminal, "set 1 of 1"))
+    lines = terminal.getvalue().split("\r\033[K")
+    assert lines[1].startswith("set 1 of 1: image 1 of 2, step 1 of 2, ") and lines[1].endswith(" s left")
+    assert any(line.startswith("set 1 of 1: image 2 of 2, step 2 of 2, 0 s left") for line in lines)
+    assert lines[-1] == ""
 
 
 def test_nothing_is_compiled_as_a_set_grows(sampler):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from m2m_jax.configuration import default_config
 from m2m_jax.errors import UserError
@@ -14,8 +13,10 @@ from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.state import TrainState
 
 
-def _mesh(data, fsdp):
-    return sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp}))
+def _mesh(data, fsdp, **axes):
+    config = default_config().mesh
+    config.update({"data": data, "fsdp": fsdp, **axes})
+    return sharding.make_mesh(config)
 
 
 def _params():
@@ -108,7 +109,7 @@ def test_sharded_steps_equal_those_of_one_device():
             losses.append(float(value))
         return losses, state
 
-    one = jax.make_mesh((1, 1), sharding.AXES, devices=jax.devices()[:1])
+    one = sharding.make_mesh(default_config().mesh, jax.devices()[:1])
     losses_one, _ = run(one)
     losses_all, state = run(_mesh(2, 4))
     np.testing.assert_allclose(losses_all, losses_one, rtol=1e-5)

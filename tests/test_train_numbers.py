@@ -1,5 +1,6 @@
 """The numbers of training: they do not depend on the mesh, and one batch can be learnt by heart."""
 
+import copy
 import runpy
 from typing import NamedTuple
 
@@ -7,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 from run_fixtures import ROOT, make_autoencoder
 
+from m2m_jax.configuration import default_config
 from m2m_jax.models.parameters import Params
 from m2m_jax.training import sharding
 from m2m_jax.training.optimizer import make_optimizer
@@ -50,12 +51,14 @@ def _start(task: SetDiffusion, params: Params, mesh: Mesh) -> Training:
     shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.shapes)
     shardings = sharding.state_shardings(shapes, mesh)
     create = jax.jit(lambda params: TrainState.create(params, optimizer), out_shardings=shardings)
-    step = make_train_step(task, optimizer, shardings, mesh, config.train.ema_decay)
+    step = make_train_step(
+        task, optimizer, shardings, mesh, config.train.ema_decay, accumulation=config.train.accumulation
+    )
     return Training(create(params), jax.device_put(task.frozen, sharding.replicated(mesh)), step)
 
 
 def _one_device() -> Mesh:
-    return jax.make_mesh((1, 1), sharding.AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
+    return sharding.make_mesh(default_config().mesh, jax.devices()[:1])
 
 
 def _images(seed: int, num_sets: int) -> np.ndarray:
@@ -76,23 +79,43 @@ def _losses(task: SetDiffusion, params: Params, mesh: Mesh, num_steps: int) -> t
 
 @pytest.fixture(scope="module")
 def one_device(autoencoder):
-    """A task with attention in the middle alone, its parameters at the start, and its losses on one device."""
+    """A task with attention in the middle alone, its parameters, and its losses and last state on one device."""
     task = _task(autoencoder, steps=6, blocks="DownBlock2D")
     params = jax.tree.map(np.asarray, task.init())
-    return task, params, _losses(task, params, _one_device(), 5)[0]
+    return task, params, *_losses(task, params, _one_device(), 5)
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4), (1, 8)])
-def test_any_mesh_has_the_loss_curve_of_one_device(one_device, data, fsdp):
-    task, params, expected = one_device
-    losses, state = _losses(task, params, sharding.make_mesh(ConfigDict({"data": data, "fsdp": fsdp})), 5)
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 4},
+    {"data": 4, "fsdp": 2},
+    {"data": 4, "tensor": 2},
+    {"data": 4, "context": 2},
+    {"slice": 2, "fsdp": 2, "tensor": 2},
+    {"data": 4, "fsdp": 2, "accumulation": 2},
+]
+
+
+@pytest.mark.parametrize("remat", ["none", "blocks"])
+@pytest.mark.parametrize("axes", MESHES, ids=lambda axes: ",".join(f"{k}={v}" for k, v in axes.items()))
+def test_any_mesh_has_the_loss_curve_of_one_device(one_device, axes, remat):
+    task, params, expected, one = one_device
+    axes = dict(axes)
+    config = copy.deepcopy(task.config)
+    config.train.accumulation, config.model.remat = axes.pop("accumulation", 1), remat
+    config.mesh.update({"data": 1} | axes)
+    mesh = sharding.make_mesh(config.mesh)
+    losses, state = _losses(SetDiffusion(config), params, mesh, 5)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[4] < losses[0]
+    for name, x in state.params.items():
+        np.testing.assert_allclose(x, one.params[name], rtol=1e-5, atol=2e-5)
     # The kernels really lie in slices, and so do their moments and averages.
     name = "mid_block.resnets.0.conv1.kernel"
     for tree in (state.params, state.ema_params, state.opt_state[1][0].mu):
         shares = {shard.data.size for shard in tree[name].addressable_shards}
-        assert shares == {tree[name].size // fsdp}
+        assert shares == {tree[name].size // (axes.get("fsdp", 1) * axes.get("tensor", 1))}
 
 
 def test_one_batch_is_learnt_by_heart(autoencoder):

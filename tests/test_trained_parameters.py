@@ -45,7 +45,11 @@ class Quadratic:
     """A task whose loss pulls every parameter to zero."""
 
     @staticmethod
-    def loss(params, frozen, batch, step):
+    def draw(batch, step):
+        return None
+
+    @staticmethod
+    def loss(params, frozen, batch, draws):
         loss = sum(jnp.sum(x**2) for x in params.values())
         return loss, {"loss": loss}
 
@@ -57,7 +61,7 @@ def test_what_does_not_train_stays_to_the_last_bit(group):
     config = default_config().optimizer
     config.warmup_steps = 0
     optimizer, _ = make_optimizer(config, 10, lambda name: False)
-    mesh = jax.make_mesh((4, 2), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = sharding.make_mesh(default_config().mesh)
     shapes = jax.eval_shape(lambda p: TrainState.create(p, optimizer, trains), params)
     shardings = sharding.state_shardings(shapes, mesh)
     state = jax.jit(lambda p: TrainState.create(p, optimizer, trains), out_shardings=shardings)(params)

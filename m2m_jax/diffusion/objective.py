@@ -1,5 +1,7 @@
 """The training objective of M2M: every image of a set denoised in the context of the clean images before it."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -43,46 +45,65 @@ def squared_error(
     return jnp.mean(error_bnhwc**2, axis=(2, 3, 4))
 
 
-def set_loss(
-    unet: UNet,
-    schedule: NoiseSchedule,
-    latents_bnhwc: jax.Array,
-    context: jax.Array | None,
-    *,
-    seed: int,
-    step: jax.Array,
-    config,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one training batch, and its parts for the log.
+class SetDraws(NamedTuple):
+    """What is random in the loss of a batch; every part has a leading axis of sets."""
+
+    noise_bnhwc: jax.Array
+    timestep_bn: jax.Array
+    keep_context_b: jax.Array
+
+
+def draw(schedule: NoiseSchedule, shape: tuple[int, ...], *, seed: int, step: jax.Array, config) -> SetDraws:
+    """The draws of one training batch, which depend on `seed` and `step` alone.
 
     Timesteps are drawn independently for every image (not known of the paper). With probability
     `config.context_dropout` the noised images of a set see no context at all, for guidance.
 
     Args:
-      latents_bnhwc: scaled latents of whole sets.
-      context: the first n - 1 images of each set, as `denoise_sets` takes them.
-      seed, step: all randomness depends on these two alone.
+      shape: of the latents of whole sets, (b, n, h, w, c).
       config: `config.diffusion`.
     """
-    b, n = latents_bnhwc.shape[:2]
-    layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
-    noise_bnhwc = jax.random.normal(stream_key(seed, step, Stream.NOISE), latents_bnhwc.shape)
-    timestep_key = stream_key(seed, step, Stream.TIMESTEP)
-    timestep_bn = jax.random.randint(timestep_key, (b, n), 0, schedule.num_train_timesteps)
+    b, n = shape[:2]
     dropout_key = stream_key(seed, step, Stream.CONTEXT_DROPOUT)
-    keep_context_b = jax.random.uniform(dropout_key, (b,)) >= config.context_dropout
+    return SetDraws(
+        noise_bnhwc=jax.random.normal(stream_key(seed, step, Stream.NOISE), shape),
+        timestep_bn=jax.random.randint(
+            stream_key(seed, step, Stream.TIMESTEP), (b, n), 0, schedule.num_train_timesteps
+        ),
+        keep_context_b=jax.random.uniform(dropout_key, (b,)) >= config.context_dropout,
+    )
 
+
+def set_loss(
+    unet: UNet,
+    schedule: NoiseSchedule,
+    latents_bnhwc: jax.Array,
+    context: jax.Array | None,
+    draws: SetDraws,
+    *,
+    config,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of one training batch, and its parts for the log.
+
+    Args:
+      latents_bnhwc: scaled latents of whole sets.
+      context: the first n - 1 images of each set, as `denoise_sets` takes them.
+      draws: as from `draw`.
+      config: `config.diffusion`.
+    """
+    n = latents_bnhwc.shape[1]
+    layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
     error_bn = squared_error(
         unet,
         schedule,
         context,
         latents_bnhwc,
-        noise_bnhwc,
-        timestep_bn,
+        draws.noise_bnhwc,
+        draws.timestep_bn,
         layout,
         clean_timestep=config.clean_timestep,
-        keep_context_b=keep_context_b,
+        keep_context_b=draws.keep_context_b,
     )
-    weight_bn = schedule.loss_weight(timestep_bn, config.loss_weight, config.min_snr_gamma)
+    weight_bn = schedule.loss_weight(draws.timestep_bn, config.loss_weight, config.min_snr_gamma)
     loss = jnp.mean(weight_bn * error_bn)
     return loss, {"loss": loss, "loss_first": jnp.mean(error_bn[:, 0]), "loss_last": jnp.mean(error_bn[:, -1])}

@@ -21,6 +21,12 @@ from m2m_jax.models.layers import (
 from m2m_jax.models.transformer import CrossAttention, ImageSetAttention, ImageSets, KeptImages, SpatialTransformer
 
 ATTN2 = ("image_set", "text", "none")
+# What the backward pass finds in memory of a residual or transformer block, beside its input.
+REMAT = {
+    "none": None,  # everything
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")  # with transformer blocks, without
 
 
@@ -37,6 +43,8 @@ class UNetConfig:
         (M2M-DINO). None: attn2 attends to this network's own features (M2M-Self), or there is none.
       order_embedding: whether Image-Set Attention is told the positions of the images in their set.
       clean_sees, attention_backend: see `SetLayout` and `attention.backends`.
+      remat: what training computes again in the backward pass to save memory: "none", all but the products with
+        kernels ("dots"), or all of each residual and transformer block ("blocks").
       dtype: what is computed in; parameters are float32.
     """
 
@@ -55,6 +63,7 @@ class UNetConfig:
     order_embedding: bool = False
     clean_sees: str = "preceding"
     attention_backend: str = "prefix"
+    remat: str = "none"
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -177,27 +186,34 @@ class UNet(nnx.Module):
         skips = [h]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = resnet(h, embedding_bc)
+                h = self._run(resnet, h, embedding_bc)
                 if len(block.attentions):
-                    h = block.attentions[i](h, condition)
+                    h = self._run(block.attentions[i], h, condition)
                 skips.append(h)
             if hasattr(block, "downsamplers"):
                 h = block.downsamplers[0](h)
                 skips.append(h)
 
-        h = self.mid_block.resnets[0](h, embedding_bc)
-        h = self.mid_block.attentions[0](h, condition)
-        h = self.mid_block.resnets[1](h, embedding_bc)
+        h = self._run(self.mid_block.resnets[0], h, embedding_bc)
+        h = self._run(self.mid_block.attentions[0], h, condition)
+        h = self._run(self.mid_block.resnets[1], h, embedding_bc)
 
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = resnet(jnp.concatenate([h, skips.pop()], axis=-1), embedding_bc)
+                h = self._run(resnet, jnp.concatenate([h, skips.pop()], axis=-1), embedding_bc)
                 if len(block.attentions):
-                    h = block.attentions[i](h, condition)
+                    h = self._run(block.attentions[i], h, condition)
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h, size=skips[-1].shape[1:3])
 
         return self.conv_out(jax.nn.silu(self.conv_norm_out(h))).astype(jnp.float32)
+
+    def _run(self, block: nnx.Module, h_bhwc: jax.Array, condition) -> jax.Array:
+        """A residual or transformer block, under `config.remat`."""
+        if self.config.remat == "none" or isinstance(condition, KeptImages):  # sampling differentiates nothing
+            return block(h_bhwc, condition)
+        run = nnx.remat(lambda block, h_bhwc: block(h_bhwc, condition), policy=REMAT[self.config.remat])
+        return run(block, h_bhwc)
 
 
 def _attn2(c: UNetConfig):

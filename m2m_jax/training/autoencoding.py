@@ -51,12 +51,18 @@ class Autoencoding:
         """All start alike."""
         return False
 
-    def loss(self, params: Params, frozen: FrozenParams, batch: dict, step: jax.Array) -> tuple[jax.Array, dict]:
+    def draw(self, batch: dict, step: jax.Array) -> jax.Array:
+        """What is random in the loss of a batch: noise of the latents' shape."""
+        b, n, height, width, _ = batch["images_bnhwc"].shape
+        factor, channels = self.autoencoder_config.downsampling, self.autoencoder_config.latent_channels
+        shape = (b, n, height // factor, width // factor, channels)
+        return jax.random.normal(stream_key(self.config.seed, step, Stream.AUTOENCODER), shape)
+
+    def loss(self, params: Params, frozen: FrozenParams, batch: dict, noise: jax.Array) -> tuple[jax.Array, dict]:
         """Scalar loss and scalars for the log. The decoder sees samples of the posterior."""
         model = merge(self.graphdef, params)
         images = pixels_to_float(batch["images_bnhwc"])
         mean, log_variance = model.posterior(images)
-        noise = jax.random.normal(stream_key(self.config.seed, step, Stream.AUTOENCODER), mean.shape)
         difference = model.decode(mean + jnp.exp(0.5 * log_variance) * noise) - images
         absolute, squared = jnp.mean(jnp.abs(difference)), jnp.mean(difference**2)
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from m2m_jax.configuration import to_json
 from m2m_jax.data import precomputed
-from m2m_jax.diffusion.objective import set_loss
+from m2m_jax.diffusion.objective import SetDraws, draw, set_loss
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
 from m2m_jax.keys import Stream, stream_key
@@ -67,11 +67,16 @@ class SetDiffusion:
 
     is_new_parameter = staticmethod(is_set_attention)
 
-    def loss(self, params: Params, frozen: FrozenParams, batch: dict, step: jax.Array) -> tuple[jax.Array, dict]:
+    def draw(self, batch: dict, step: jax.Array) -> SetDraws:
+        """What is random in the loss of a batch."""
+        config, (images,) = self.config, (batch[name] for name in ("images_bnhwc", "latents_bnhwc") if name in batch)
+        shape = (*images.shape[:2], *self.models.latent_shape(config.data.image_size))
+        return draw(self.schedule, shape, seed=config.seed, step=step, config=config.diffusion)
+
+    def loss(self, params: Params, frozen: FrozenParams, batch: dict, draws: SetDraws) -> tuple[jax.Array, dict]:
         """Scalar loss and scalars for the log."""
-        config = self.config
         unet, inputs = merge(self.unet, params), self._latents_and_context(frozen, batch)
-        return set_loss(unet, self.schedule, *inputs, seed=config.seed, step=step, config=config.diffusion)
+        return set_loss(unet, self.schedule, *inputs, draws, config=self.config.diffusion)
 
     def evaluate(
         self, params: Params, frozen: FrozenParams, batch: dict, batch_index: jax.Array

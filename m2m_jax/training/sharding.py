@@ -1,18 +1,25 @@
 """Which device holds what: the mesh, one table of rules for parameters, and the batch.
 
-Two mesh axes. `data`: every device along it has the same parameters. `fsdp`: each device along it keeps a slice
-of every kernel, of its optimizer state and of its average, and gathers the whole kernel when it is used. Both
-split the batch.
+Mesh axes, outermost first:
+  slice    groups of devices that only the data-centre network connects: data parallelism between them
+  data     every device along it has the same parameters
+  fsdp     each device along it keeps a slice of every kernel, of its optimizer state and of its average, and gathers
+           the whole kernel when it is used
+  tensor   each device along it computes some of the heads and channels, from its slice of the kernels
+  context  each device along it has some of the rows of every image
+The first three split the batch; the others need one another's results in every layer and belong on fast links.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -20,35 +27,50 @@ from m2m_jax.errors import UserError
 from m2m_jax.models.parameters import Params
 from m2m_jax.training.state import TrainState
 
-AXES = ("data", "fsdp")
+AXES = ("slice", "data", "fsdp", "tensor", "context")
+BATCH_AXES = AXES[:3]
 
 # (regular expression of the whole dotted name, logical names of the last axes); the first that matches decides.
+# "split" channels are those between two layers, the first of which makes them and the second of which sums over them.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r".*\.(to_q|to_k|to_v|up|conv1)\.kernel", ("in", "split")),
+    (r".*\.(to_out|down|conv2)\.kernel", ("split", "out")),
     (r".*\.kernel", ("in", "out")),  # linear [in, out] and convolution [height, width, in, out]
     (r".*\.(bias|scale)", ("channels",)),
 )
 
 # The mesh axis of a logical axis; without one it is whole on every device. Where several axes of a parameter have
 # the same mesh axis, the longest one that it divides is split.
-MESH_AXIS = {"in": "fsdp", "out": "fsdp"}
+MESH_AXIS = {"in": "fsdp", "out": "fsdp", "split": "tensor"}
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of all devices of all hosts, with axes ("data", "fsdp"), from `config.mesh`.
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh`, over all devices of all hosts or over `devices`.
 
-    Raises UserError where the axes do not multiply to the number of devices.
+    Raises UserError where the axes do not multiply to the number of devices, or `slice` is not how these are connected.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     sizes = [config[axis] for axis in AXES]
-    asked = ", ".join(f"config.mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    named = [(axis, size) for axis, size in zip(AXES, sizes, strict=True) if size != 1 or axis in ("data", "fsdp")]
+    asked = ", ".join(f"config.mesh.{axis}={size}" for axis, size in named)
     if sizes.count(-1) > 1:
         raise UserError(f"{asked}: only one axis can be -1")
     fixed = math.prod(size for size in sizes if size != -1)
-    if devices % fixed or (-1 not in sizes and fixed != devices):
-        raise UserError(f"{asked}: they make {fixed} devices, and there are {devices}; set one of them to -1")
-    sizes = [devices // fixed if size == -1 else size for size in sizes]
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise UserError(f"{asked}: they make {fixed} devices, and there are {len(devices)}; set one of them to -1")
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1 and sizes[0] != len(slices):
+        raise UserError(f"config.mesh.slice={sizes[0]}: these devices are in {len(slices)} slices; set it to that")
+    if len(slices) > 1:
+        within = (1, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (sizes[0], 1, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto: XLA derives all shardings between; under Explicit axes a convolution with a sharded kernel raises.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -95,21 +117,34 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Of an array of the batch: its first axis is split over the batch axes. Of images and latents [b, n, h, w, c] the
+    rows are, too, over `context`."""
+    spec = (BATCH_AXES, None, "context") if ndim == 5 else (BATCH_AXES,)
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
-    """Raises UserError where `batch_size`, the value of the config's `field`, cannot be split over the devices."""
-    if batch_size % mesh.size:
-        raise UserError(f"config.{field} is {batch_size}; it must be a multiple of the {mesh.size} devices")
+def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
+    """Raises UserError where `batch_size`, the value of the config's `field`, cannot be split over the devices.
+
+    parts: that it is computed in, one after another.
+    """
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % (shares * parts):
+        times = f", times config.train.accumulation={parts}" if parts > 1 else ""
+        raise UserError(
+            f"config.{field} is {batch_size}; it must be a multiple of the {shares} devices that share it{times}"
+        )
 
 
 def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """{name: [B of this host, ...]} to {name: [B of all hosts, ...]}, split over all devices."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in host_batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(
+            batch_sharding(mesh, value.ndim), value, (len(value) * jax.process_count(), *value.shape[1:])
+        )
+        for name, value in host_batch.items()
+    }
 
 
 def describe(params: Params, mesh: Mesh) -> str:
@@ -119,9 +154,10 @@ def describe(params: Params, mesh: Mesh) -> str:
         spec = parameter_spec(name, value.shape, mesh)
         split = f"[{', '.join(axis or '-' for axis in spec)}]"
         rows.setdefault((_rule(name)[0], split), []).append(math.prod(value.shape))
-    lines = [f"mesh {dict(mesh.shape)}; parameters by rule and split axes:"]
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    lines = [f"mesh {axes}; parameters by rule and split axes:"]
     for (rule, split), sizes in sorted(rows.items()):
-        lines.append(f"  {rule:<16} {split:<20} {len(sizes):>5} x {sum(sizes):>15,} scalars")
+        lines.append(f"  {rule:<40} {split:<24} {len(sizes):>5} x {sum(sizes):>15,} scalars")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class Task(Protocol):
     """What a step needs of `SetDiffusion` or `Autoencoding`."""
 
-    def loss(self, params: Params, frozen: FrozenParams, batch: dict, step: jax.Array) -> tuple[jax.Array, dict]: ...
+    def draw(self, batch: dict, step: jax.Array) -> Any: ...
+
+    def loss(self, params: Params, frozen: FrozenParams, batch: dict, draws: Any) -> tuple[jax.Array, dict]: ...
 
 
 Step = Callable[[TrainState, FrozenParams, dict], tuple[TrainState, dict[str, jax.Array]]]
@@ -34,6 +36,7 @@ def make_train_step(
     mesh: Mesh,
     ema_decay: float,
     trains: Callable[[str], bool] = lambda name: True,
+    accumulation: int = 1,
 ) -> Step:
     """(state, frozen, batch) -> (next state, scalars for the log). The state is donated: its buffers are reused.
 
@@ -41,15 +44,36 @@ def make_train_step(
       shardings: of the state, as from `sharding.state_shardings`.
       ema_decay: see `TrainState.apply_gradients`.
       trains: see `TrainState.create`. Nothing is computed for the gradient of the others.
+      accumulation: the batch is computed in so many parts, one after another. What is random is drawn for the whole
+        batch, so the numbers are those of one part; memory for activations is that of a part.
     """
 
     def train_step(state: TrainState, frozen: FrozenParams, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-        def loss(trained: Params) -> tuple[jax.Array, dict]:
-            return task.loss(state.params | trained, frozen, batch, state.step)
-
         trained = {name: value for name, value in state.params.items() if trains(name)}
-        gradients, metrics = jax.grad(loss, has_aux=True)(trained)
+
+        def gradients_of(inputs: tuple) -> tuple[Params, dict]:
+            def loss(trained: Params) -> tuple[jax.Array, dict]:
+                return task.loss(state.params | trained, frozen, *inputs)
+
+            return jax.grad(loss, has_aux=True)(trained)
+
+        inputs = (batch, task.draw(batch, state.step))
+        if accumulation == 1:
+            gradients, metrics = gradients_of(inputs)
+        else:
+            parts = jax.tree.map(lambda x: _in_parts(x, accumulation), inputs)
+            zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients_of, inputs))
+
+            def add(total: tuple, part: tuple) -> tuple[tuple, None]:
+                return jax.tree.map(lambda a, b: a + b / accumulation, total, gradients_of(part)), None
+
+            (gradients, metrics), _ = jax.lax.scan(add, zero, parts)
         metrics["gradient_norm"] = jnp.sqrt(sum(jnp.sum(g**2) for g in gradients.values()))
         return state.apply_gradients(gradients, optimizer, ema_decay), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+
+def _in_parts(x: jax.Array, parts: int) -> jax.Array:
+    """[b, ...] to [parts, b / parts, ...]: every device splits the rows that it has, and moves none."""
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
