@@ -18,6 +18,7 @@ TEST := .venv-test/bin/python -m
 
 # One stamp file for each Python version and set of requirements: newer than the requirements means installed.
 DEMO_ENV := .venv/.installed-$(VERSION)
+PLAN_ENV := .venv-plan/.installed-$(VERSION)
 TEST_ENV := .venv-test/.installed-$(VERSION)$(if $(PARITY),-parity)
 
 DEMO_CONFIG := configs/emoji.py:demo
@@ -32,7 +33,7 @@ BUILD ?= build
 SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py errors.py images.py runtime.py $(addprefix sampling/, \
   bundle.py bundle_program.py contact_sheet.py html_page.py job.py set_sampler.py))
 
-.PHONY: help demo test test-full lint format parity bench bench-context sampler clean
+.PHONY: help demo test test-full lint format parity plan bench bench-context sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
@@ -40,11 +41,12 @@ help:
 	@echo 'make test-full  lint, then every test'
 	@echo 'make parity     only the comparisons with PyTorch and diffusers (Python 3.11)'
 	@echo 'make bench      the U-Net here and in diffusers, side by side: seconds a forward pass and a training step (likewise)'
+	@echo 'make plan       what training at full size needs and can reach on TPUs, compiled without one: docs/planning.md'
 	@echo 'make bench-context  seconds an image with 0 to 24 context images, cached and uncached'
 	@echo 'make sampler    dist/m2m-sample.pyz, which samples from an exported bundle without model code'
 	@echo 'make lint       ruff check and ruff format --check'
 	@echo 'make format     let ruff mend what it can'
-	@echo 'make clean      remove both environments, the demo run and the caches (data/ and other runs stay)'
+	@echo 'make clean      remove the environments, the demo run and the caches (data/ and other runs stay)'
 
 demo: $(DEMO_ENV)
 	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
@@ -89,7 +91,7 @@ sampler:
 	@echo '$(SAMPLER) --bundle BUNDLE --context a.png,b.png --output out   (bundles: python -m m2m_jax.export)'
 
 clean:
-	rm -rf .venv .venv-test $(DEMO_RUN) .pytest_cache .ruff_cache .hypothesis build dist m2m_jax.egg-info
+	rm -rf .venv .venv-test .venv-plan $(DEMO_RUN) .pytest_cache .ruff_cache .hypothesis build dist m2m_jax.egg-info
 	find m2m_jax configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,<environment>,<pip arguments>,<what to expect>). An environment of another Python version is
@@ -108,6 +110,9 @@ endef
 
 .venv/.installed-$(VERSION): requirements.txt
 	$(call install,.venv,-r requirements.txt,about 1.2 GB and 2 minutes)
+
+.venv-plan/.installed-$(VERSION): requirements.txt requirements-tpu.txt
+	$(call install,.venv-plan,-r requirements-tpu.txt,about 1.6 GB and 2 minutes)
 
 .venv-test/.installed-$(VERSION): requirements.txt requirements-test.txt
 	$(call install,.venv-test,-r requirements-test.txt,about 1.3 GB and 2 minutes)

@@ -21,17 +21,14 @@ from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data.pipeline import batches, make_dataset
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
-from m2m_jax.models.initialization import TRAINED
 from m2m_jax.models.parameters import count
 from m2m_jax.program import run_program
 from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.checkpoint import FOLDER, Checkpointer
 from m2m_jax.training.metrics import MetricWriter
-from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.set_diffusion import SetDiffusion
-from m2m_jax.training.state import TrainState
-from m2m_jax.training.step import make_train_step
+from m2m_jax.training.setup import set_up
 
 PREVIEW_SETS = 8  # in a sample grid
 TASKS = {"autoencoder": Autoencoding, "set_diffusion": SetDiffusion}
@@ -60,10 +57,7 @@ def main(argv):
 
     # Task, optimizer, state; restored where the workdir holds a checkpoint
     task = TASKS[config.task](config)
-    optimizer, learning_rate = make_optimizer(config.optimizer, config.train.steps, task.is_new_parameter)
-    trains = TRAINED[config.train.parameters]
-    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer, trains), task.shapes)
-    shardings = sharding.state_shardings(shapes, mesh)
+    setup = set_up(task, config, mesh)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     # A new run makes its parameters first: where it cannot start, nothing is written.
     params = None if (workdir / FOLDER).exists() else task.init()
@@ -73,24 +67,18 @@ def main(argv):
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
     checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
     if checkpoints.latest_step() is None:
-        create = jax.jit(lambda params: TrainState.create(params, optimizer, trains), out_shardings=shardings)
-        state = create(params or task.init())
+        state = setup.create(params or task.init())
         del params
     else:
-        state = checkpoints.restore_train_state(
-            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        )
+        state = checkpoints.restore_train_state(setup.state)
     first_step = int(state.step)
     writer = MetricWriter(workdir, config.train.steps, resumed_step=first_step)
     writer.message(sharding.describe(task.shapes, mesh))
     start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
-    trained = count({name: shape for name, shape in task.shapes.items() if trains(name)})
+    trained = count({name: shape for name, shape in task.shapes.items() if setup.trains(name)})
     writer.message(f"{config.task}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
 
     # Steps
-    train_step = make_train_step(
-        task, optimizer, shardings, mesh, config.train.ema_decay, trains, config.train.accumulation
-    )
     eval_step = jax.jit(task.evaluate)
 
     def evaluate(step):
@@ -117,7 +105,7 @@ def main(argv):
         batch = sharding.make_global_batch(mesh, next(stream))
         data_wait += time.monotonic() - waited
         previous_metrics = metrics
-        state, metrics = train_step(state, frozen, batch)
+        state, metrics = setup.step(state, frozen, batch)
         # The host stays one step ahead of the device, and no more: a batch in flight holds memory.
         jax.block_until_ready(previous_metrics)
         steps_timed += 1
@@ -127,7 +115,7 @@ def main(argv):
             seconds = time.monotonic() - clock
             rate, share = images_per_step * steps_timed / seconds, data_wait / seconds
             timings = {"images_per_second": rate, "step_seconds": seconds / steps_timed, "data_wait_share": share}
-            logged = scalars | timings | {"learning_rate": learning_rate(step - 1)}
+            logged = scalars | timings | {"learning_rate": setup.learning_rate(step - 1)}
             writer.scalars(step, {f"train/{name}": value for name, value in logged.items()})
             writer.progress(step, loss=scalars["loss"], images_per_second=rate, data_wait_share=share)
             if not np.isfinite(scalars["loss"]):

@@ -84,6 +84,14 @@ class FrozenModels:
         """As JSON can hold it."""
         return dataclasses.asdict(self)
 
+    @property
+    def shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """Of their parameters."""
+        shapes = {AUTOENCODER: self._autoencoder_and_shapes[1]}
+        if self.image_encoder:
+            shapes[IMAGE_ENCODER] = self._encoder_and_shapes[1]
+        return shapes
+
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of an image of so many pixels a side."""
         side = image_size // self.autoencoder.downsampling

@@ -32,10 +32,14 @@ class SetDiffusion:
     M2M-DINO where `config.image_encoder` names one, else M2M-Self.
     """
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, models: FrozenModels | None = None):
+        """models: what the frozen models are, where no folder is to be read; `frozen` are then mere shapes."""
         self.config = config
-        self.models, self.frozen = FrozenModels.load(config)
-        if config.data.name == "precomputed":
+        if models is None:
+            self.models, self.frozen = FrozenModels.load(config)
+        else:
+            self.models, self.frozen = models, models.shapes
+        if models is None and config.data.name == "precomputed":
             precomputed.require_autoencoder(
                 config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER]
             )

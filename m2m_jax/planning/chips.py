@@ -1,0 +1,70 @@
+"""What a TPU chip can do at most, as Google publishes it.
+
+Sources, read in 2026: Cloud TPU documentation, "System architecture" of each chip (cloud.google.com/tpu/docs/v5e, /v6e
+and /tpu7x; the last has a table of v5p, v6e and tpu7x that is followed where pages round differently). v4: "TPU v4: An
+Optically Reconfigurable Supercomputer" (arXiv 2304.01433), table 4, which says nothing of the data-centre network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from m2m_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip's limits, a second and whole chip each.
+
+    Attributes:
+      flops: peak, in bfloat16.
+      hbm: bytes of memory.
+      hbm_bandwidth: bytes.
+      ici_bandwidth: bytes that it sends over all of its links to neighbouring chips together. Documentation counts
+        both directions: this is half.
+      dcn_bandwidth: bytes that it sends over the data-centre network; None: not published.
+      options: of `get_topology_desc`.
+    """
+
+    flops: float
+    hbm: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    dcn_bandwidth: float | None
+    options: tuple[tuple[str, str], ...] = ()
+
+    def share(self, parts: int) -> Chip:
+        """What each of `parts` devices on one chip has of it."""
+        fields = {
+            name: value / parts for name, value in dataclasses.asdict(self).items() if isinstance(value, int | float)
+        }
+        return dataclasses.replace(self, **fields)
+
+
+CHIPS: dict[str, Chip] = {
+    # megacore: both cores as one device, which is how v4 is used.
+    "v4": Chip(275e12, 32 * GIB, 1200e9, 6 * 50e9, None, (("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9 / 2, 6.4e12 / 8 / 256),  # the network of a pod of 256, shared
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9 / 2, 50e9 / 8),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 800e9 / 2, 100e9 / 8),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 1200e9 / 2, 100e9 / 8),
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology's name ("v5p:4x4x4"). Raises UserError where there is none of it in the table."""
+    name, _, shape = topology.partition(":")
+    if name in CHIPS and shape:
+        return CHIPS[name]
+    known = f"the chips are {', '.join(CHIPS)}, for example --topology=v5p:4x4x4"
+    if name in CHIPS:
+        raise UserError(f"--topology={topology} says nothing of how many chips; {known}")
+    if name[:1].lower() in "abhlr" and name[1:2].isdigit():
+        raise UserError(
+            f"--topology={topology}: XLA compiles for a GPU only where there is one, so this plans TPUs alone; {known}"
+        )
+    near = difflib.get_close_matches(name, CHIPS, 1)
+    raise UserError(f"--topology={topology} is unknown{f'; did you mean {near[0]}?' if near else ''}; {known}")

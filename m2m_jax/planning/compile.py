@@ -1,0 +1,221 @@
+"""Compiles the train step for TPUs that are not there, and reads off what it would need and do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+
+import jax
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from m2m_jax.errors import UserError
+from m2m_jax.planning import hlo, memory
+from m2m_jax.planning.chips import Chip, chip_of
+from m2m_jax.planning.memory import Memory
+from m2m_jax.planning.roofline import Roofline, mfu, roofline
+from m2m_jax.planning.workload import Workload, batch_shapes, make_task
+from m2m_jax.training import sharding
+from m2m_jax.training.setup import set_up
+
+# libtpu looks for a TPU, for the machine's name in the cloud and for other processes with it, unless it is told not to.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# Of a kernel's backward pass: it has five products where the forward pass has two.
+KERNEL_BACKWARD = 2.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """topology: as the user names it; chip: what one device has of a chip."""
+
+    topology: str
+    devices: tuple[jax.Device, ...]
+    chip: Chip
+    slices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step does.
+
+    Attributes:
+      flops, hbm_bytes: of one device, by XLA; those of Image-Set Attention in kernels are added.
+      collectives: see `hlo.Collective`.
+      kernels: calls of kernels in the program.
+      times: see `Roofline`.
+      images_per_second: of all devices, were the step as fast as `times` says.
+      mfu: likewise.
+    """
+
+    flops: float
+    hbm_bytes: float
+    collectives: tuple[hlo.Collective, ...]
+    kernels: int
+    times: Roofline
+    images_per_second: float
+    mfu: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One config on one machine.
+
+    Attributes:
+      sets_per_device: of a batch, whether computed at once or in parts.
+      work: None where the step is too large to be compiled.
+      advice: what to change where it does not fit.
+      notes: what was assumed, and what else a run would trip over.
+    """
+
+    mesh: dict[str, int]
+    batch_size: int
+    sets_per_device: int
+    memory: Memory
+    work: Work | None
+    advice: tuple[str, ...]
+    notes: tuple[str, ...]
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.work is not None and self.memory.fits
+
+
+def prepare() -> None:
+    """Before JAX is asked for devices: it must not look for a TPU."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")  # JAX itself may have read the environment before
+
+
+def get_machine(topology: str, slices: int = 1) -> Machine:
+    """The devices of a topology such as "v5p:4x4x4", so many slices of it.
+
+    Raises:
+      UserError: there is no such topology, or no libtpu.
+    """
+    chip = chip_of(topology)
+    options = dict(chip.options) | ({"num_slices": slices} if slices > 1 else {})
+    try:
+        devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise UserError(
+                "planning needs libtpu, which compiles for TPUs: pip install -r requirements-tpu.txt"
+            ) from error
+        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+    chips = {(getattr(device, "slice_index", 0), *device.coords) for device in devices}
+    return Machine(topology, tuple(devices), chip.share(len(devices) // len(chips)), slices)
+
+
+def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> Plan:
+    """Compiles the step of `config`, which takes minutes where the model is large.
+
+    Raises UserError for a mesh or a batch size that does not go with the machine.
+    """
+    config = ConfigDict(config.to_dict())
+    config.mesh.slice = machine.slices if config.mesh.slice == 1 else config.mesh.slice
+    mesh = sharding.make_mesh(config.mesh, machine.devices)
+    parts, batch_size = config.train.accumulation, config.data.batch_size
+    sharding.check_batch_size(batch_size, mesh, "data.batch_size", parts=parts)
+    task, notes = make_task(config)
+    try:
+        sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
+    except UserError as error:
+        notes.append(f"m2m_jax.train will refuse this: {error}")
+
+    setup = set_up(task, config, mesh)
+    frozen = jax.tree.map(lambda x: _placed(x, sharding.replicated(mesh)), task.frozen)
+    batch = {
+        name: _placed(x, sharding.batch_sharding(mesh, x.ndim))
+        for name, x in batch_shapes(config, task, batch_size).items()
+    }
+    started = time.monotonic()
+    try:
+        compiled, message = setup.step.lower(setup.state, frozen, batch).compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        compiled, message = None, str(error)
+    sizes = memory.parse_out_of_memory(message)
+    if compiled is None and sizes is None:
+        raise UserError(f"XLA does not compile this step for {machine.topology}: {message[:2000]}")
+    seconds = time.monotonic() - started
+
+    frozen_bytes = memory.bytes_per_device(frozen)
+    peak, limit = sizes or (compiled.memory_analysis().peak_memory_in_bytes, machine.chip.hbm)
+    needs = Memory(
+        **memory.state_bytes(setup.state),
+        frozen=frozen_bytes,
+        batch=memory.bytes_per_device(batch),
+        peak=peak,
+        # Of latents, a step encodes nothing; the encoder is there for the evaluation all the same.
+        beside=frozen_bytes if "latents_bnhwc" in batch else 0,
+        limit=limit,
+    )
+    shares = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    advice = []
+    if compiled is None or not needs.fits:
+        state_at_fsdp = _state_at_fsdp(config, machine, task)
+        advice = memory.advice(
+            needs, state_at_fsdp, mesh.shape["fsdp"], parts, batch_size // shares, config.model.remat
+        )
+    return Plan(
+        mesh=dict(mesh.shape),
+        batch_size=batch_size,
+        sets_per_device=batch_size // shares,
+        memory=needs,
+        work=_work(compiled, config, machine, workload, mesh) if compiled else None,
+        advice=tuple(advice),
+        notes=tuple(notes),
+        compile_seconds=seconds,
+    )
+
+
+def _placed(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _work(compiled, config: ConfigDict, machine: Machine, workload: Workload, mesh: jax.sharding.Mesh) -> Work:
+    text, cost = compiled.as_text(), compiled.cost_analysis()
+    collectives = hlo.collectives(text, [getattr(d, "slice_index", 0) for d in mesh.devices.flat])
+    kernels, num_devices = hlo.kernel_calls(text), len(machine.devices)
+    # XLA counts what a loop does once, and accumulation is a loop around nearly all there is.
+    flops, hbm_bytes = (cost[name] * config.train.accumulation for name in ("flops", "bytes accessed"))
+    if kernels:
+        flops += workload.attention_allowed * (1 + KERNEL_BACKWARD) * config.data.batch_size / num_devices
+    times = roofline(
+        machine.chip, flops, hbm_bytes, sum(c.ici_bytes for c in collectives), sum(c.dcn_bytes for c in collectives)
+    )
+    batch_size = config.data.batch_size
+    return Work(
+        flops=flops,
+        hbm_bytes=hbm_bytes,
+        collectives=tuple(collectives),
+        kernels=kernels,
+        times=times,
+        images_per_second=batch_size * config.data.images_per_set / times.step_seconds,
+        mfu=mfu(workload.model_flops * batch_size, times.step_seconds, num_devices, machine.chip),
+    )
+
+
+def _state_at_fsdp(config: ConfigDict, machine: Machine, task) -> dict[int, int]:
+    """{config.mesh.fsdp: bytes a device of the state} of the powers of two that divide the devices of a slice."""
+    others = config.mesh.tensor * config.mesh.context if min(config.mesh.tensor, config.mesh.context) > 0 else 0
+    found = {}
+    for fsdp in fsdp_sizes(len(machine.devices) // machine.slices // (others or 1)) if others else ():
+        other = ConfigDict(config.to_dict())
+        other.mesh.update({"fsdp": fsdp, "data": -1})
+        mesh = sharding.make_mesh(other.mesh, machine.devices)
+        found[fsdp] = sum(memory.state_bytes(set_up(task, other, mesh).state).values())
+    return found
+
+
+def fsdp_sizes(devices: int) -> list[int]:
+    """The powers of two that divide it."""
+    return [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]

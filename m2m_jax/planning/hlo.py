@@ -1,0 +1,173 @@
+"""What the text of a compiled program says about it: collectives and kernels. No JAX.
+
+HLO's text is printed one instruction a line, computations from a line that ends in "{" to a line that begins with "}".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
+KERNEL = 'custom_call_target="tpu_custom_call"'
+
+_BYTES = {"pred": 1, "bf16": 2} | {f"{kind}{bits}": bits / 8 for kind in "sufc" for bits in (2, 4, 8, 16, 32, 64, 128)}
+_SHAPE = re.compile(r"([a-z]\w*?)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# What stands before the name of the operation is its shape, in which neither names (%) nor strings occur.
+_COLLECTIVE = re.compile(rf' = ([^%"]*?) (?:ragged-)?({"|".join(KINDS)})(-start)?\(')
+_CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
+_CALLED_SEVERAL = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of collective between the same devices, of a step.
+
+    Attributes:
+      count: how often it runs in a step.
+      ici_bytes, dcn_bytes: that one device sends in a step, over links within a slice and between slices.
+    """
+
+    kind: str
+    group_size: int
+    slices: int
+    count: int
+    ici_bytes: float
+    dcn_bytes: float
+
+
+class _Instruction(NamedTuple):
+    kind: str
+    bytes: float  # of the result
+    groups: tuple[tuple[int, ...], ...]
+    channel: int | None
+
+
+def collectives(text: str, slice_of_device: Sequence[int]) -> list[Collective]:
+    """All collectives of a compiled program, the same ones added up, those of most bytes first.
+
+    An asynchronous collective that stands in several fusions, which all bear its channel, counts once. What is in a
+    loop counts as often as the loop runs, where the program says how often, and else once.
+
+    Args:
+      slice_of_device: the slice of each device, in the order of the mesh.
+    """
+    found: dict[tuple[str, int, int], list[float]] = {}
+    seen: set[int] = set()
+    for instruction, times in _walk(*_parse(text, len(slice_of_device))):
+        if instruction.channel in seen:
+            continue
+        seen |= {instruction.channel} - {None}
+        size = max((len(group) for group in instruction.groups), default=1)
+        spanned = max((len({slice_of_device[i] for i in group}) for group in instruction.groups), default=1)
+        ici, dcn = _sent(instruction.kind, instruction.bytes, size, spanned)
+        total = found.setdefault((instruction.kind, size, spanned), [0, 0.0, 0.0])
+        for i, value in enumerate((1, ici, dcn)):
+            total[i] += times * value
+    rows = [Collective(kind, size, spanned, int(n), ici, dcn) for (kind, size, spanned), (n, ici, dcn) in found.items()]
+    return sorted(rows, key=lambda row: -(row.ici_bytes + row.dcn_bytes))
+
+
+def kernel_calls(text: str) -> int:
+    """How many calls of Pallas kernels stand in the program. XLA counts none of their FLOPs."""
+    return text.count(KERNEL)
+
+
+def wire_bytes(kind: str, result: float, size: int) -> float:
+    """Bytes that each of `size` devices sends, at least, for a collective with a result of so many bytes a device.
+
+    Of ring algorithms, which send no byte more than must be sent.
+    """
+    if size == 1:
+        return 0.0
+    return result * {
+        "all-gather": (size - 1) / size,
+        "reduce-scatter": size - 1,
+        "all-reduce": 2 * (size - 1) / size,
+        "all-to-all": (size - 1) / size,
+    }.get(kind, 1.0)
+
+
+def _sent(kind: str, result: float, size: int, slices: int) -> tuple[float, float]:
+    """(bytes within a slice, bytes between slices) that one device sends.
+
+    Between slices: each device of a slice carries its share, as XLA's hierarchical collectives do.
+    """
+    if slices == 1:
+        return wire_bytes(kind, result, size), 0.0
+    if kind in ("collective-permute", "collective-broadcast"):
+        return 0.0, result
+    within = size // slices
+    share = result if kind == "reduce-scatter" else result / within
+    return wire_bytes(kind, result, within), wire_bytes(kind, share, slices)
+
+
+def _parse(text: str, num_devices: int) -> tuple[str, dict[str, tuple[list[_Instruction], list[tuple[str, int]]]]]:
+    """(name of the entry, {computation: (its collectives, [(computation that it calls, times)])})."""
+    entry, computations, current = "", {}, ([], [])
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = computations[header[2]] = ([], [])
+            entry = header[2] if header[1] else entry
+        elif line.startswith("  "):
+            if match := _COLLECTIVE.search(line):
+                current[0].append(_instruction(line, match, num_devices))
+            trips = _TRIPS.search(line) if " while(" in line else None
+            current[1].extend((name, int(trips[1]) if trips else 1) for _, name in _CALLED.findall(line))
+            for names in _CALLED_SEVERAL.findall(line):
+                current[1].extend((name.strip().lstrip("%"), 1) for name in names.split(","))
+    return entry, computations
+
+
+def _walk(entry: str, computations: dict) -> Iterator[tuple[_Instruction, int]]:
+    """The collectives that run, and how often each does."""
+    stack = [(entry, 1)]
+    while stack:
+        name, times = stack.pop()
+        own, called = computations.get(name, ([], []))
+        yield from ((instruction, times) for instruction in own)
+        stack.extend((callee, times * trips) for callee, trips in called)
+
+
+def _instruction(line: str, match: re.Match, num_devices: int) -> _Instruction:
+    shape, kind, started = match.groups()
+    groups = _groups(line, num_devices)
+    size = sum(
+        _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in _SHAPE.findall(shape)
+    )
+    if started and kind == "all-gather":  # the shape is (operands, results)
+        members = max(map(len, groups), default=1)
+        size *= members / (members + 1)
+    elif started and kind == "collective-permute":  # and two numbers of synchronisation, which are next to nothing
+        size /= 2
+    channel = _CHANNEL.search(line)
+    return _Instruction(kind, size, groups, int(channel[1]) if channel else None)
+
+
+def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
+    """The devices that take part together, by their number in the mesh. Raises ValueError for a new notation."""
+    if match := _IOTA.search(line):
+        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
+        return _iota_groups(shape, dims, order or list(range(len(dims))))
+    if match := _GROUPS.search(line):
+        listed = re.findall(r"\{([\d,]+)\}", match[1] or "")
+        return tuple(tuple(int(n) for n in group.split(",")) for group in listed) or (tuple(range(num_devices)),)
+    raise ValueError(f"m2m_jax/planning/hlo.py does not know the groups of this collective: {line.strip()[:300]}")
+
+
+def _iota_groups(shape: list[int], dims: list[int], order: list[int]) -> tuple[tuple[int, ...], ...]:
+    """[groups, members]<=[dims]T(order): the numbers from 0, in an array of `dims`, transposed, in rows."""
+    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    numbers = [0]
+    for axis in order:
+        numbers = [n + i * strides[axis] for n in numbers for i in range(dims[axis])]
+    members = shape[-1]
+    return tuple(tuple(numbers[i : i + members]) for i in range(0, len(numbers), members))

@@ -1,0 +1,123 @@
+"""Where a device's memory goes, whether it suffices, and what to change where it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from m2m_jax.training.state import TrainState
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B?(?: of)? hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes a device.
+
+    Attributes:
+      parameters, optimizer, ema, frozen, batch: exact, from shapes and shardings, without the padding of layouts.
+      peak: of the step, all of these included; by the compiler.
+      beside: what else lies on the device: frozen models that the step does not read.
+      limit: what there is.
+    """
+
+    parameters: int
+    optimizer: int
+    ema: int
+    frozen: int
+    batch: int
+    peak: float
+    beside: int
+    limit: float
+
+    @property
+    def state(self) -> int:
+        return self.parameters + self.optimizer + self.ema
+
+    @property
+    def rest(self) -> float:
+        """Gradients, activations, and padding."""
+        return self.peak - self.state - self.batch - (self.frozen - self.beside)
+
+    @property
+    def needed(self) -> float:
+        return self.peak + self.beside
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.limit
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of ShapeDtypeStructs with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def state_bytes(state: TrainState) -> dict[str, int]:
+    """The three parts of a train state of ShapeDtypeStructs, bytes a device."""
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema_params}
+    return {name: bytes_per_device(part) for name, part in parts.items()}
+
+
+def parse_out_of_memory(message: str) -> tuple[float, float] | None:
+    """(bytes that the program needs, bytes that there are) of XLA's message; None where it is another message.
+
+    "... CompileTimeHbmOom ... Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G. ..."
+    """
+    match = _USED.search(message)
+    if match is None:
+        return None
+    used, used_unit, limit, limit_unit = match.groups()
+    return float(used) * _UNITS[used_unit], float(limit) * _UNITS[limit_unit]
+
+
+def advice(memory: Memory, state_at_fsdp: Mapping[int, int], fsdp: int, parts: int, sets: int, remat: str) -> list[str]:
+    """What to change so that it fits, and what each change gives: exactly for the state, about for activations.
+
+    Args:
+      state_at_fsdp: bytes a device of the state for every value that config.mesh.fsdp can have here.
+      fsdp, parts: config.mesh.fsdp, config.train.accumulation.
+      sets: that a device has of a batch.
+      remat: config.model.remat.
+    """
+    excess = memory.needed - memory.limit
+    fixed = memory.needed - memory.rest
+    lines = []
+    if remat != "blocks" and memory.rest > 0:
+        stronger = "blocks" if remat == "dots" else "dots or blocks"
+        lines.append(
+            f"--config.model.remat={stronger}: keeps less of the {gib(memory.rest)} of gradients and activations "
+            "and computes it again; how much, only compiling tells"
+        )
+    saved = {n: memory.state - state for n, state in state_at_fsdp.items() if n > fsdp and state < memory.state}
+    enough = [n for n in sorted(saved) if saved[n] >= excess]
+    if saved:
+        n = enough[0] if enough else max(saved)
+        lines.append(
+            f"--config.mesh.fsdp={n} (and data to match): the state takes {gib(saved[n])} less"
+            + ("" if enough else ", which alone is not enough")
+        )
+    # Activations are about proportional to the sets that are computed at once.
+    at_once = sets // parts
+    room = memory.limit - fixed
+    fitting = [n for n in range(1, at_once) if at_once % n == 0 and memory.rest * n / at_once <= room]
+    if fitting:
+        n = max(fitting)
+        less = gib(memory.rest * (1 - n / at_once))
+        lines.append(f"--config.train.accumulation={parts * at_once // n}: activations take about {less} less")
+        lines.append(f"--config.data.batch_size / {at_once // n}, likewise")
+    elif at_once > 1:
+        less = gib(memory.rest * (1 - 1 / at_once))
+        lines.append(f"--config.train.accumulation={sets}: activations take about {less} less, alone not enough")
+    return lines
+
+
+def gib(size: float) -> str:
+    """'12.3 GiB'."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

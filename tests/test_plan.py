@@ -1,0 +1,262 @@
+"""The planner: what it reads out of compiled programs, its arithmetic, and one tiny plan where libtpu is installed."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from run_fixtures import config_argument, run
+
+from m2m_jax.attention.layout import SetLayout
+from m2m_jax.configuration import default_config
+from m2m_jax.errors import UserError
+from m2m_jax.models.unet import UNetConfig
+from m2m_jax.planning import hlo
+from m2m_jax.planning.chips import CHIPS, GIB, chip_of
+from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
+from m2m_jax.planning.roofline import mfu, roofline
+from m2m_jax.planning.workload import count_flops, set_attention_flops
+from m2m_jax.training import sharding
+from m2m_jax.training.autoencoding import Autoencoding
+from m2m_jax.training.setup import set_up
+
+TINY = config_argument("emoji:tiny")
+
+# Collectives
+
+PROGRAM = """\
+HloModule jit_train_step, is_scheduled=true
+
+%add.1 (x.1: f32[], y.1: f32[]) -> f32[] {
+  %x.1 = f32[]{:T(128)} parameter(0)
+  ROOT %add.2 = f32[]{:T(128)} add(%x.1, %y.1)
+}
+
+%body (p.1: (s32[], f32[64,32])) -> (s32[], f32[64,32]) {
+  %gather.1 = f32[64,32]{1,0:T(8,128)} all-gather(%p.2), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %t = (s32[], f32[64,32]{1,0}) tuple(%i, %gather.1)
+}
+
+%fused.1 (p: f32[16]) -> f32[4] {
+  ROOT %scatter = f32[4]{0:T(128)S(1)} reduce-scatter(%p), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add.1
+}
+
+%fused.2 (p: f32[16]) -> f32[4] {
+  ROOT %scatter.2 = f32[4]{0:T(128)S(1)} reduce-scatter(%p), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add.1
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %loop = (s32[], f32[64,32]{1,0}) while(%init), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %f.1 = f32[4]{0} fusion(%a), kind=kCustom, calls=%fused.1
+  %f.2 = f32[4]{0} fusion(%a), kind=kCustom, calls=%fused.2, metadata={op_name="all-reduce(x)"}
+  %reduce = (f32[100]{0}, bf16[50]{0}) all-reduce(%b, %c), channel_id=3, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add.1
+  %start = (f32[4,4]{1,0}, f32[4,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%d), channel_id=4, source_target_pairs={{0,1},{1,0}}
+  %done = f32[4,4]{1,0} collective-permute-done(%start)
+  %k = bf16[8,128]{1,0} custom-call(%e), custom_call_target="tpu_custom_call", metadata={op_name="x"}
+  ROOT %r = f32[8]{0} copy(%a)
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_program():
+    """Two slices of four devices. Loops count, fusions that share a channel count once."""
+    found = {c.kind: c for c in hlo.collectives(PROGRAM, [0] * 4 + [1] * 4)}
+    gather = found["all-gather"]
+    assert (gather.count, gather.group_size, gather.slices) == (3, 4, 1)
+    assert (gather.ici_bytes, gather.dcn_bytes) == (3 * 64 * 32 * 4 * 3 / 4, 0)
+    assert (found["reduce-scatter"].count, found["reduce-scatter"].ici_bytes) == (1, 4 * 4 * 3)
+    reduce = found["all-reduce"]  # of devices i and i + 4, one of each slice
+    assert (reduce.group_size, reduce.slices) == (2, 2)
+    assert (reduce.ici_bytes, reduce.dcn_bytes) == (0, 500)
+    assert found["collective-permute"].ici_bytes == pytest.approx(64, abs=4)
+    assert hlo.kernel_calls(PROGRAM) == 1
+
+
+def test_a_collective_over_slices_crosses_each_link_once():
+    line = "ENTRY %m (a: f32[]) -> f32[] {\n  %r = f32[80]{0} all-reduce(%a), replica_groups={}\n}"
+    (row,) = hlo.collectives(line, [0] * 4 + [1] * 4)
+    # Scattered within the slice, reduced between slices in quarters, gathered within the slice.
+    assert (row.group_size, row.slices, row.ici_bytes, row.dcn_bytes) == (8, 2, 2 * 320 * 3 / 4, 80)
+
+
+def test_collectives_in_an_unknown_notation_are_an_error():
+    with pytest.raises(ValueError, match="does not know the groups"):
+        hlo.collectives("%m (a: f32[]) -> f32[] {\n  %r = f32[8]{0} all-reduce(%a), groups=?\n}", [0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"), [("all-gather", 75), ("reduce-scatter", 300), ("all-reduce", 150), ("collective-permute", 100)]
+)
+def test_bytes_on_the_wire(kind, sent):
+    assert hlo.wire_bytes(kind, 100, 4) == sent
+    assert hlo.wire_bytes(kind, 100, 1) == 0
+
+
+def test_collectives_of_a_program_that_xla_compiled():
+    """All that is assumed of HLO's text, against the XLA that is installed."""
+    mesh = sharding.make_mesh(_mesh_config(fsdp=8))
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    text = jax.jit(lambda x: x * 2, out_shardings=sharding.replicated(mesh)).lower(x).compile().as_text()
+    (row,) = hlo.collectives(text, [0] * 8)
+    assert (row.kind, row.group_size, row.count, row.ici_bytes) == ("all-gather", 8, 1, 16 * 64 * 4 * 7 / 8)
+
+
+# Memory
+
+
+def _mesh_config(**axes):
+    config = default_config().mesh
+    config.update(axes)
+    return config
+
+
+def test_state_bytes_follow_the_shardings():
+    config = default_config()
+    config.task = "autoencoder"
+    task = Autoencoding(config)
+    copies, shares = (
+        state_bytes(set_up(task, config, sharding.make_mesh(_mesh_config(fsdp=fsdp))).state) for fsdp in (1, 8)
+    )
+    whole = sum(4 * x.size for x in task.shapes.values())
+    assert copies["parameters"] == copies["ema"] == whole
+    assert 2 * whole <= copies["optimizer"] < 2 * whole + 100  # two moments and a few counts
+    split = sharding.parameter_shardings(task.shapes, sharding.make_mesh(_mesh_config(fsdp=8)))
+    eighth = sum(4 * x.size // (8 if "fsdp" in split[name].spec else 1) for name, x in task.shapes.items())
+    assert shares["parameters"] == shares["ema"] == eighth < whole / 4
+
+
+def test_bytes_per_device_of_a_batch():
+    mesh = sharding.make_mesh(_mesh_config(fsdp=2, context=2))
+    x = jax.ShapeDtypeStruct((8, 5, 16, 16, 4), jnp.float32, sharding=sharding.batch_sharding(mesh, 5))
+    assert bytes_per_device({"latents_bnhwc": x}) == 8 * 5 * 16 * 16 * 4 * 4 // 8
+
+
+@pytest.mark.parametrize(
+    ("message", "sizes"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of memory in memory space "
+            "hbm. Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G.",
+            (21.95 * GIB, 15.48 * GIB),
+        ),
+        ("Used 1.50T of 95.74G hbm.", (1536 * GIB, 95.74 * GIB)),
+        ("INVALID_ARGUMENT: something else", None),
+    ],
+)
+def test_out_of_memory_message(message, sizes):
+    assert parse_out_of_memory(message) == sizes
+
+
+def test_advice_says_how_much():
+    m = Memory(4 * GIB, 8 * GIB, 4 * GIB, 0, 0, peak=32 * GIB, beside=0, limit=20 * GIB)
+    assert not m.fits
+    assert m.rest == 16 * GIB
+    lines = advice(m, {1: 16 * GIB, 2: 8 * GIB, 4: 4 * GIB, 8: 2 * GIB}, fsdp=1, parts=1, sets=8, remat="none")
+    assert [line.split(":")[0].split(" (")[0] for line in lines] == [
+        "--config.model.remat=dots or blocks",
+        "--config.mesh.fsdp=4",  # 12 GiB less are enough
+        "--config.train.accumulation=4",  # 2 sets at once take a quarter of 16 GiB, and 4 GiB are left for them
+        "--config.data.batch_size / 4, likewise",
+    ]
+    assert "12.0 GiB less" in lines[1]
+    assert "12.0 GiB less" in lines[2]
+
+
+# Roofline
+
+
+def test_roofline_is_the_slowest_resource():
+    chip = CHIPS["v5p"]
+    times = roofline(chip, flops=459e12, hbm_bytes=2765e9 / 2, ici_bytes=600e9 * 2, dcn_bytes=0)
+    assert (times.compute, times.hbm, times.ici, times.dcn) == (1, 0.5, 2, 0)
+    assert (times.step_seconds, times.limiter) == (2, "ici")
+    assert mfu(459e12 * 4, times.step_seconds, 4, chip) == 0.5
+    assert roofline(CHIPS["v4"], 1, 1, 1, dcn_bytes=1).dcn is None  # not published
+
+
+def test_two_devices_on_a_chip_share_it():
+    half = CHIPS["tpu7x"].share(2)
+    assert (half.hbm, half.flops) == (96 * GIB, 2307e12 / 2)
+    assert CHIPS["v4"].share(1) == CHIPS["v4"]
+
+
+# FLOPs
+
+
+def test_image_set_attention_executes_the_allowed_products_or_more():
+    config = UNetConfig(
+        block_out_channels=(16, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
+        num_attention_heads=(2, 2), norm_num_groups=8,
+    )  # fmt: skip
+    layout = SetLayout.training(4)
+    pairs = layout.mask_qk().sum()
+    allowed, executed = set_attention_flops(config, 4, side=8)
+    # Three blocks of 64 tokens at the top and one of 16 in the middle, two products of two FLOPs each.
+    assert allowed == executed == pairs * 4 * (3 * 64**2 * 16 + 16**2 * 32)
+    dense = UNetConfig(**{**vars(config), "attention_backend": "dense"})
+    assert set_attention_flops(dense, 4, side=8)[1] == allowed * layout.mask_qk().size / pairs
+
+
+def test_model_flops_do_not_depend_on_remat_or_batch():
+    config = default_config()
+    config.task = "autoencoder"
+    config.data.images_per_set = 1
+    config.autoencoder.block_out_channels = (16, 16)
+    one = count_flops(config).model_flops
+    assert one > 0
+    config.data.batch_size, config.train.accumulation, config.model.remat = 64, 4, "blocks"
+    assert count_flops(config).model_flops == one
+
+
+# The program
+
+
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ("v5q:2x2", "did you mean v5"),
+        ("v5e", "says nothing of how many chips"),
+        ("h100:8", "plans TPUs alone"),
+        ("abacus:1", "is unknown; the chips are v4, v5e, v5p, v6e, tpu7x"),
+    ],
+)
+def test_unknown_topologies_are_refused(topology, words):
+    with pytest.raises(UserError, match=words):
+        chip_of(topology)
+
+
+def test_without_libtpu_one_line_says_so(monkeypatch):
+    monkeypatch.setattr(jax._src.xla_bridge, "get_tpu_library_path", lambda: None)
+    monkeypatch.setattr(jax._src.lib.xla_client, "pjrt_plugin_loaded", lambda name: False)
+    result = run("plan", TINY, "--topology=v5e:2x2")
+    assert result.code == 2
+    assert result.err.startswith("error: planning needs libtpu")
+    assert "requirements-tpu.txt" in result.err
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu: requirements-tpu.txt"
+)
+def test_a_tiny_plan():
+    result = run(
+        "plan",
+        TINY,
+        "--config.data.name=precomputed",
+        "--config.data.augment.enabled=False",
+        "--config.autoencoder.path=none",
+        "--config.data.image_size=64",
+        "--topology=v5e:2x2",
+        "--json",
+    )
+    assert result.code == 0, result.err
+    plan = json.loads(result.out)
+    assert plan["fits"]
+    assert plan["devices"] == 4
+    assert plan["memory"]["needed"] > plan["memory"]["parameters"] > 0
+    assert "none: Stable Diffusion's autoencoder" in plan["notes"][0]
+    assert {c["kind"] for c in plan["work"]["collectives"]} >= {"all-reduce"}
+    assert 0 < plan["work"]["mfu"] < 1
