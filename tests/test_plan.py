@@ -82,6 +82,24 @@ def test_a_collective_over_slices_crosses_each_link_once():
     assert (row.group_size, row.slices, row.ici_bytes, row.dcn_bytes) == (8, 2, 2 * 320 * 3 / 4, 80)
 
 
+@pytest.mark.parametrize(
+    ("notation", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("replica_groups={}", ((0, 1, 2, 3),)),
+        ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]<=[2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,2,1) {'a'}", ((0, 2), (3, 1))),
+    ],
+)
+def test_groups_of_a_collective(notation, groups):
+    assert hlo._groups(f"%r = f32[8]{{0}} all-reduce(%a), channel_id=1, {notation}, to_apply=%add", 4) == groups
+
+
 def test_collectives_in_an_unknown_notation_are_an_error():
     with pytest.raises(ValueError, match="does not know the groups"):
         hlo.collectives("%m (a: f32[]) -> f32[] {\n  %r = f32[8]{0} all-reduce(%a), groups=?\n}", [0])

@@ -24,7 +24,9 @@ _CALLED_SEVERAL = re.compile(r"(?:branch_computations|called_computations)=\{([^
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?)\))? \{([^}]*)\}")
+_MESH_AXIS = re.compile(r"['\"]?([\w.\-]+)['\"]?(?::\((\d+)\)(\d+))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,20 +156,46 @@ def _instruction(line: str, match: re.Match, num_devices: int) -> _Instruction:
 
 def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
     """The devices that take part together, by their number in the mesh. Raises ValueError for a new notation."""
-    if match := _IOTA.search(line):
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
-        return _iota_groups(shape, dims, order or list(range(len(dims))))
+    if match := _MESH.search(line):  # before the others: its devices may be in the notation of one of them
+        return _mesh_groups(*match.groups())
+    if match := re.search(rf"replica_groups={_IOTA.pattern}", line):
+        numbers, members = _iota(*match.groups()), int(match[1].rpartition(",")[2])
+        return tuple(tuple(numbers[i : i + members]) for i in range(0, len(numbers), members))
     if match := _GROUPS.search(line):
         listed = re.findall(r"\{([\d,]+)\}", match[1] or "")
-        return tuple(tuple(int(n) for n in group.split(",")) for group in listed) or (tuple(range(num_devices)),)
+        return tuple(map(_numbers, listed)) or (tuple(range(num_devices)),)
     raise ValueError(f"m2m_jax/planning/hlo.py does not know the groups of this collective: {line.strip()[:300]}")
 
 
-def _iota_groups(shape: list[int], dims: list[int], order: list[int]) -> tuple[tuple[int, ...], ...]:
-    """[groups, members]<=[dims]T(order): the numbers from 0, in an array of `dims`, transposed, in rows."""
-    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
+
+
+def _iota(shape: str, dims: str, order: str | None) -> list[int]:
+    """[shape]<=[dims]T(order): the numbers from 0, in an array of `dims`, transposed, flat."""
+    sizes = _numbers(dims)
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
     numbers = [0]
-    for axis in order:
-        numbers = [n + i * strides[axis] for n in numbers for i in range(dims[axis])]
-    members = shape[-1]
-    return tuple(tuple(numbers[i : i + members]) for i in range(0, len(numbers), members))
+    for axis in _numbers(order) if order else range(len(sizes)):
+        numbers = [n + i * strides[axis] for n in numbers for i in range(sizes[axis])]
+    return numbers
+
+
+def _mesh_groups(axes: str, devices: str | None, grouped: str) -> tuple[tuple[int, ...], ...]:
+    """mesh['a'=2,'b'=8] {'b':(2)4}: the axes of a mesh that vary in a group, or parts of axes: (size before it)size."""
+    names, sizes = zip(*(axis.split("=") for axis in axes.split(",")), strict=True)
+    names, sizes = [name.strip(" '\"") for name in names], [int(size) for size in sizes]
+    numbers = list(range(math.prod(sizes)))
+    if devices:
+        iota = _IOTA.search(devices + ")")
+        numbers = _iota(*iota.groups()) if iota else list(_numbers(devices))
+    groups: dict[int, list[int]] = {}
+    for position, number in enumerate(numbers):
+        key = position
+        for name, before, size in _MESH_AXIS.findall(grouped):
+            axis = names.index(name)
+            size = int(size or sizes[axis])
+            stride = math.prod(sizes[axis:]) // (int(before or 1) * size)
+            key -= position // stride % size * stride
+        groups.setdefault(key, []).append(number)
+    return tuple(map(tuple, groups.values()))
