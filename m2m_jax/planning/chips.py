@@ -1,8 +1,12 @@
 """What a TPU chip can do at most, as Google publishes it.
 
-Sources, read in 2026: Cloud TPU documentation, "System architecture" of each chip (cloud.google.com/tpu/docs/v5e, /v6e
-and /tpu7x; the last has a table of v5p, v6e and tpu7x that is followed where pages round differently). v4: "TPU v4: An
-Optically Reconfigurable Supercomputer" (arXiv 2304.01433), table 4, which says nothing of the data-centre network.
+Sources, read in November 2026: Cloud TPU documentation, "System architecture" of each chip (cloud.google.com/tpu/docs
+/v5e, /v6e and /tpu7x; the last has a table of v5p, v6e and tpu7x, which is followed where pages round differently).
+v4: "TPU v4: An Optically Reconfigurable Supercomputer" (arXiv 2304.01433), table 4, which says nothing of the
+data-centre network.
+
+Memory is what the compiler of libtpu 0.0.42.1 says is available to a program ("exceeds available HBM (15.75G)"), not
+the 32, 16, 95, 32 and 192 GiB of the documentation, of which some is reserved (and v5p has more).
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ class Chip:
 
     Attributes:
       flops: peak, in bfloat16.
-      hbm: bytes of memory.
+      hbm: bytes of memory that a program can have.
       hbm_bandwidth: bytes.
       ici_bandwidth: bytes that it sends over all of its links to neighbouring chips together. Documentation counts
         both directions: this is half.
@@ -46,11 +50,11 @@ class Chip:
 
 CHIPS: dict[str, Chip] = {
     # megacore: both cores as one device, which is how v4 is used.
-    "v4": Chip(275e12, 32 * GIB, 1200e9, 6 * 50e9, None, (("chip_config_name", "megacore"),)),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9 / 2, 6.4e12 / 8 / 256),  # the network of a pod of 256, shared
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9 / 2, 50e9 / 8),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 800e9 / 2, 100e9 / 8),
-    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 1200e9 / 2, 100e9 / 8),
+    "v4": Chip(275e12, 30.75 * GIB, 1200e9, 6 * 50e9, None, (("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 400e9 / 2, 6.4e12 / 8 / 256),  # the network of a pod of 256, shared
+    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 1200e9 / 2, 50e9 / 8),
+    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 800e9 / 2, 100e9 / 8),
+    "tpu7x": Chip(2307e12, 2 * 94.75 * GIB, 7380e9, 1200e9 / 2, 100e9 / 8),
 }
 
 

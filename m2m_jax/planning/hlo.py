@@ -21,7 +21,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf' = ([^%"]*?) (?:ragged-)?({"|".join(KINDS)})(-start)?\(')
 _CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
 _CALLED_SEVERAL = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}")
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -53,11 +53,26 @@ class _Instruction(NamedTuple):
     channel: int | None
 
 
+@dataclasses.dataclass
+class _Computation:
+    """called: with the condition of the loop whose body it is; compares: whether a "less than" stands in it."""
+
+    collectives: list[_Instruction] = dataclasses.field(default_factory=list)
+    called: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)
+    constants: list[int] = dataclasses.field(default_factory=list)
+    compares: bool = False
+
+    @property
+    def trips(self) -> int:
+        """Of a loop with this condition: jax.lax.scan counts from 0 while it is less than a constant. Else 1."""
+        return self.constants[0] if self.compares and len(self.constants) == 1 else 1
+
+
 def collectives(text: str, slice_of_device: Sequence[int]) -> list[Collective]:
     """All collectives of a compiled program, the same ones added up, those of most bytes first.
 
     An asynchronous collective that stands in several fusions, which all bear its channel, counts once. What is in a
-    loop counts as often as the loop runs, where the program says how often, and else once.
+    loop counts as often as the loop runs, where its condition says how often, and else once.
 
     Args:
       slice_of_device: the slice of each device, in the order of the mesh.
@@ -112,31 +127,42 @@ def _sent(kind: str, result: float, size: int, slices: int) -> tuple[float, floa
     return wire_bytes(kind, result, within), wire_bytes(kind, share, slices)
 
 
-def _parse(text: str, num_devices: int) -> tuple[str, dict[str, tuple[list[_Instruction], list[tuple[str, int]]]]]:
-    """(name of the entry, {computation: (its collectives, [(computation that it calls, times)])})."""
-    entry, computations, current = "", {}, ([], [])
+def _parse(text: str, num_devices: int) -> tuple[str, dict[str, _Computation]]:
+    """(name of the entry, computations by name)."""
+    entry, computations, current = "", {}, _Computation()
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            current = computations[header[2]] = ([], [])
-            entry = header[2] if header[1] else entry
+            name = header[2]
+            current = computations[name] = _Computation()
+            entry = name if header[1] else entry
+            # A TPU's reduce-scatter is a fusion of this name, of an all-reduce and a slice of it.
+            scatters = name.startswith("all-reduce-scatter")
         elif line.startswith("  "):
             if match := _COLLECTIVE.search(line):
-                current[0].append(_instruction(line, match, num_devices))
-            trips = _TRIPS.search(line) if " while(" in line else None
-            current[1].extend((name, int(trips[1]) if trips else 1) for _, name in _CALLED.findall(line))
+                found = _instruction(line, match, num_devices)
+                if scatters and found.kind == "all-reduce":
+                    found = found._replace(kind="reduce-scatter", bytes=found.bytes / max(map(len, found.groups)))
+                current.collectives.append(found)
+            called = dict(_CALLED.findall(line))
+            condition = called.pop("condition", None)
+            current.called += [(name, condition) for name in called.values()]
             for names in _CALLED_SEVERAL.findall(line):
-                current[1].extend((name.strip().lstrip("%"), 1) for name in names.split(","))
+                current.called += [(name.strip().lstrip("%"), None) for name in names.split(",")]
+            if constant := _CONSTANT.search(line):
+                current.constants.append(int(constant[1]))
+            current.compares |= " compare(" in line and "direction=LT" in line
     return entry, computations
 
 
-def _walk(entry: str, computations: dict) -> Iterator[tuple[_Instruction, int]]:
+def _walk(entry: str, computations: dict[str, _Computation]) -> Iterator[tuple[_Instruction, int]]:
     """The collectives that run, and how often each does."""
     stack = [(entry, 1)]
     while stack:
         name, times = stack.pop()
-        own, called = computations.get(name, ([], []))
-        yield from ((instruction, times) for instruction in own)
-        stack.extend((callee, times * trips) for callee, trips in called)
+        computation = computations.get(name, _Computation())
+        yield from ((instruction, times) for instruction in computation.collectives)
+        for callee, condition in computation.called:
+            stack.append((callee, times * computations[condition].trips if condition in computations else times))
 
 
 def _instruction(line: str, match: re.Match, num_devices: int) -> _Instruction:

@@ -13,7 +13,11 @@ import jax
 from m2m_jax.training.state import TrainState
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B?(?: of)? hbm")
+_SIZE = r"([\d.]+)([KMGT]?)"
+_TOO_LARGE = (
+    re.compile(rf"required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +72,16 @@ def state_bytes(state: TrainState) -> dict[str, int]:
 def parse_out_of_memory(message: str) -> tuple[float, float] | None:
     """(bytes that the program needs, bytes that there are) of XLA's message; None where it is another message.
 
-    "... CompileTimeHbmOom ... Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G. ..."
+    It has two, and "temporaries" are arguments and results, too (libtpu 0.0.42.1, tried with a program of known sizes):
+
+        Ran out of memory on HBM, the total memory required for HLO temporaries (15.76G) exceeds available HBM (15.75G).
+        ... CompileTimeHbmOom ... Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G. ...
     """
-    match = _USED.search(message)
+    match = next((match for pattern in _TOO_LARGE if (match := pattern.search(message))), None)
     if match is None:
         return None
-    used, used_unit, limit, limit_unit = match.groups()
-    return float(used) * _UNITS[used_unit], float(limit) * _UNITS[limit_unit]
+    needed, needed_unit, limit, limit_unit = match.groups()
+    return float(needed) * _UNITS[needed_unit], float(limit) * _UNITS[limit_unit]
 
 
 def advice(memory: Memory, state_at_fsdp: Mapping[int, int], fsdp: int, parts: int, sets: int, remat: str) -> list[str]:
