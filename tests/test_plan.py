@@ -88,6 +88,16 @@ def test_collectives_of_a_program():
     assert hlo.kernel_calls(PROGRAM) == 1
 
 
+@pytest.mark.parametrize(("kind", "sent"), [("ALL_REDUCE", 1024), ("ALL_GATHER", 1024), ("REDUCE_SCATTER", 512)])
+def test_transfers_between_slices_are_sent_to_the_host(kind, sent):
+    send = (
+        "  %send.1 = (bf16[1,4,128]{2,1,0:T(4,128)(2,1)}, u32[], token[]) send(%b, %after), channel_id=9, "
+        f'is_host_transfer=true, frontend_attributes={{_xla_megascale_transfer_type="{kind}"}}'
+    )
+    (row,) = hlo.collectives(f"ENTRY %m (a: f32[]) -> f32[] {{\n{send}\n}}", [0] * 4 + [1] * 4)
+    assert (row.kind, row.slices, row.ici_bytes, row.dcn_bytes) == (kind.lower().replace("_", "-"), 2, 0, sent)
+
+
 def test_a_collective_over_slices_crosses_each_link_once():
     line = "ENTRY %m (a: f32[]) -> f32[] {\n  %r = f32[80]{0} all-reduce(%a), replica_groups={}\n}"
     (row,) = hlo.collectives(line, [0] * 4 + [1] * 4)

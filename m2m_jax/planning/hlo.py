@@ -19,6 +19,8 @@ _SHAPE = re.compile(r"([a-z]\w*?)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 # What stands before the name of the operation is its shape, in which neither names (%) nor strings occur.
 _COLLECTIVE = re.compile(rf' = ([^%"]*?) (?:ragged-)?({"|".join(KINDS)})(-start)?\(')
+# Between slices, devices send to their host, whose runtime does the rest.
+_BETWEEN_SLICES = re.compile(r' = \(([^%"]*?), u32\[\].*? send\(.*_xla_megascale_transfer_type="(\w+)"')
 _CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
 _CALLED_SEVERAL = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
@@ -49,7 +51,7 @@ class Collective:
 class _Instruction(NamedTuple):
     kind: str
     bytes: float  # of the result
-    groups: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]  # of a transfer between slices: none
     channel: int | None
 
 
@@ -78,13 +80,17 @@ def collectives(text: str, slice_of_device: Sequence[int]) -> list[Collective]:
       slice_of_device: the slice of each device, in the order of the mesh.
     """
     found: dict[tuple[str, int, int], list[float]] = {}
-    seen: set[int] = set()
-    for instruction, times in _walk(*_parse(text, len(slice_of_device))):
-        if instruction.channel in seen:
+    seen: set[tuple] = set()
+    num_slices = len(set(slice_of_device))
+    for instruction, times in _walk(*_parse(text, len(slice_of_device), num_slices)):
+        # Numbers of channels are not unique among kinds, and transfers between slices have numbers of their own.
+        key = instruction.kind, bool(instruction.groups), instruction.channel
+        if instruction.channel is not None and key in seen:
             continue
-        seen |= {instruction.channel} - {None}
-        size = max((len(group) for group in instruction.groups), default=1)
-        spanned = max((len({slice_of_device[i] for i in group}) for group in instruction.groups), default=1)
+        seen.add(key)
+        groups = instruction.groups
+        size = max(map(len, groups)) if groups else num_slices
+        spanned = max(len({slice_of_device[i] for i in group}) for group in groups) if groups else num_slices
         ici, dcn = _sent(instruction.kind, instruction.bytes, size, spanned)
         total = found.setdefault((instruction.kind, size, spanned), [0, 0.0, 0.0])
         for i, value in enumerate((1, ici, dcn)):
@@ -120,6 +126,8 @@ def _sent(kind: str, result: float, size: int, slices: int) -> tuple[float, floa
     """
     if slices == 1:
         return wire_bytes(kind, result, size), 0.0
+    if slices == size:
+        return 0.0, wire_bytes(kind, result, size)
     if kind in ("collective-permute", "collective-broadcast"):
         return 0.0, result
     within = size // slices
@@ -127,7 +135,7 @@ def _sent(kind: str, result: float, size: int, slices: int) -> tuple[float, floa
     return wire_bytes(kind, result, within), wire_bytes(kind, share, slices)
 
 
-def _parse(text: str, num_devices: int) -> tuple[str, dict[str, _Computation]]:
+def _parse(text: str, num_devices: int, num_slices: int) -> tuple[str, dict[str, _Computation]]:
     """(name of the entry, computations by name)."""
     entry, computations, current = "", {}, _Computation()
     for line in text.splitlines():
@@ -143,6 +151,8 @@ def _parse(text: str, num_devices: int) -> tuple[str, dict[str, _Computation]]:
                 if scatters and found.kind == "all-reduce":
                     found = found._replace(kind="reduce-scatter", bytes=found.bytes / max(map(len, found.groups)))
                 current.collectives.append(found)
+            elif match := _BETWEEN_SLICES.search(line):
+                current.collectives.append(_between_slices(line, match, num_slices))
             called = dict(_CALLED.findall(line))
             condition = called.pop("condition", None)
             current.called += [(name, condition) for name in called.values()]
@@ -168,16 +178,32 @@ def _walk(entry: str, computations: dict[str, _Computation]) -> Iterator[tuple[_
 def _instruction(line: str, match: re.Match, num_devices: int) -> _Instruction:
     shape, kind, started = match.groups()
     groups = _groups(line, num_devices)
-    size = sum(
-        _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in _SHAPE.findall(shape)
-    )
+    size = _bytes(shape)
     if started and kind == "all-gather":  # the shape is (operands, results)
         members = max(map(len, groups), default=1)
         size *= members / (members + 1)
     elif started and kind == "collective-permute":  # and two numbers of synchronisation, which are next to nothing
         size /= 2
-    channel = _CHANNEL.search(line)
-    return _Instruction(kind, size, groups, int(channel[1]) if channel else None)
+    return _Instruction(kind, size, groups, _channel(line))
+
+
+def _between_slices(line: str, match: re.Match, slices: int) -> _Instruction:
+    shape, kind = match.groups()
+    kind = kind.lower().replace("_", "-")
+    # What is sent is the operand; `wire_bytes` is of the result.
+    result = _bytes(shape) * {"all-gather": slices, "reduce-scatter": 1 / slices}.get(kind, 1)
+    return _Instruction(kind, result, (), _channel(line))
+
+
+def _bytes(shape: str) -> float:
+    """Of an array, or a tuple of arrays."""
+    sizes = ((dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in _SHAPE.findall(shape))
+    return sum(_BYTES.get(dtype, 0) * math.prod(dims) for dtype, dims in sizes)
+
+
+def _channel(line: str) -> int | None:
+    match = _CHANNEL.search(line)
+    return int(match[1]) if match else None
 
 
 def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
