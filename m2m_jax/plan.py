@@ -41,6 +41,7 @@ def main(argv) -> int:
     validate(config)
     prepare()
     machine = get_machine(TOPOLOGY.value, SLICES.value)
+    print(f"compiling for {len(machine.devices)} devices; Stable Diffusion takes many minutes", file=sys.stderr)
     workload = count_flops(config)
 
     overrides = []

@@ -104,7 +104,7 @@ def advice(memory: Memory, state_at_fsdp: Mapping[int, int], fsdp: int, parts: i
         )
     saved = {n: memory.state - state for n, state in state_at_fsdp.items() if n > fsdp and state < memory.state}
     enough = [n for n in sorted(saved) if saved[n] >= excess]
-    if saved:
+    if saved and max(saved.values()) > 0.05 * excess:
         n = enough[0] if enough else max(saved)
         lines.append(
             f"--config.mesh.fsdp={n} (and data to match): the state takes {gib(saved[n])} less"
