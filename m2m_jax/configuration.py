@@ -214,6 +214,9 @@ def default_config() -> ConfigDict:
     config.checkpoint.every = 1_000  # steps between checkpoints; the last step is saved in any case
     config.checkpoint.keep = 2  # the newest so many stay on disk
 
+    config.profile = ConfigDict()
+    config.profile.steps = (0, 0)  # first and last step of a profiler trace, WORKDIR/profile; 0: none
+
     config.mesh = ConfigDict()  # devices along each axis; -1: all that are left
     config.mesh.slice = 1  # TPU slices, which only the data-centre network connects: copies of the parameters
     config.mesh.data = -1  # copies of the parameters
@@ -273,6 +276,9 @@ def validate(config: ConfigDict) -> None:
             f"config.diffusion.clean_timestep is {config.diffusion.clean_timestep}; it must be less than "
             f"config.schedule.num_train_timesteps = {config.schedule.num_train_timesteps}"
         )
+    first, *_, last = steps = tuple(config.profile.steps) or (0, 0)
+    if len(steps) != 2 or first > last or (first < 1 and steps != (0, 0)):
+        raise UserError(f"config.profile.steps is {steps}; it must be a first and a last step, or (0, 0) for none")
     for axis in config.mesh:
         if config.mesh[axis] < 1 and config.mesh[axis] != -1:
             raise UserError(

@@ -71,7 +71,8 @@ def _losses(task: SetDiffusion, params: Params, mesh: Mesh, num_steps: int) -> t
     state, frozen, train_step = _start(task, params, mesh)
     losses = []
     for i in range(num_steps):
-        batch = sharding.make_global_batch(mesh, {"images_bnhwc": _images(i, task.config.data.batch_size)})
+        batch_size = task.config.data.batch_size
+        batch = sharding.make_global_batch(mesh, {"images_bnhwc": _images(i, batch_size)}, batch_size)
         state, metrics = train_step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
     return losses, state
