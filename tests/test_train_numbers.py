@@ -98,8 +98,20 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("remat", ["none", "blocks"])
-@pytest.mark.parametrize("axes", MESHES, ids=lambda axes: ",".join(f"{k}={v}" for k, v in axes.items()))
+# Each mesh with and without recomputation; every other one of the sixteen, in turn, is left to `make test-full`.
+CASES = [
+    pytest.param(
+        axes,
+        remat,
+        marks=[pytest.mark.slow] if (i + j) % 2 else [],
+        id=",".join([*(f"{k}={v}" for k, v in axes.items()), f"remat={remat}"]),
+    )
+    for i, axes in enumerate(MESHES)
+    for j, remat in enumerate(("none", "blocks"))
+]
+
+
+@pytest.mark.parametrize(("axes", "remat"), CASES)
 def test_any_mesh_has_the_loss_curve_of_one_device(one_device, axes, remat):
     task, params, expected, one = one_device
     axes = dict(axes)
