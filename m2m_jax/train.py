@@ -85,13 +85,14 @@ def main(argv):
     writer.message(sharding.describe(task.shapes, mesh))
     start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
     trained = count({name: shape for name, shape in task.shapes.items() if trains(name)})
-    writer.message(f"{config.task}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
+    writer.message(f"{task.summary}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
 
     # Steps
     batch_sharding = sharding.batch_sharding(mesh)
 
     train_step = make_train_step(task, optimizer, shardings, mesh, config.train.ema_decay, trains)
-    eval_step = jax.jit(task.evaluate, in_shardings=(None, None, batch_sharding, None))
+    evaluated = sharding.traced_on(mesh, task.evaluate)
+    eval_step = jax.jit(evaluated, in_shardings=(None, None, batch_sharding, None))
 
     def evaluate(step):
         held_out = [eval_data[i] for i in range(config.eval.batches)]

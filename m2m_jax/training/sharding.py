@@ -7,8 +7,10 @@ split the batch.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,6 +112,20 @@ def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray]) -> dict[str
     """{name: [B of this host, ...]} to {name: [B of all hosts, ...]}, split over all devices."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in host_batch.items()}
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, to be compiled, which can ask for the mesh: what XLA can't partition it must split itself.
+
+    That is a kernel (`attention/splash.py`), which finds the mesh by `jax.sharding.get_abstract_mesh`.
+    """
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def describe(params: Params, mesh: Mesh) -> str:
