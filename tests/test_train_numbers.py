@@ -111,10 +111,10 @@ def test_one_batch_is_learnt_by_heart(autoencoder):
 
 def test_the_train_step_lowers_for_tpus(autoencoder):
     """On a machine without one, with a kernel for each direction of attention, run by each device for its own sets."""
-    task = _task(autoencoder, 1, "CrossAttnDownBlock2D", platform="tpu")
+    task = _task(autoencoder, 10, "CrossAttnDownBlock2D", platform="tpu")
     assert task.summary == "set_diffusion, attention by splash"
     mesh = sharding.make_mesh(ConfigDict({"data": 4, "fsdp": 2}))
-    optimizer, _ = make_optimizer(task.config.optimizer, 1, task.is_new_parameter)
+    optimizer, _ = make_optimizer(task.config.optimizer, 10, task.is_new_parameter)
     shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.shapes)
     shardings = sharding.state_shardings(shapes, mesh)
 
