@@ -127,9 +127,6 @@ def test_the_train_step_lowers_for_tpus(autoencoder):
     step = make_train_step(task, optimizer, shardings, mesh, 0.9)
     text = step.trace(state, frozen, batch).lower(lowering_platforms=("tpu",)).as_text()
     calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
-    assert {kind for kind in ("fwd", "dq", "dkv") if any(f"splash_mha_{kind}" in call for call in calls)} == {
-        "fwd",
-        "dq",
-        "dkv",
-    }
+    for kind in ("fwd", "dq", "dkv"):
+        assert any(f"splash_mha_{kind}" in call for call in calls)
     assert all("tensor<2x2x" in call for call in calls)  # 16 sets on 8 devices, two heads
