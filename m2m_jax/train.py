@@ -87,13 +87,13 @@ def main(argv):
     writer.message(sharding.describe(task.shapes, mesh))
     start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
     trained = count({name: shape for name, shape in task.shapes.items() if trains(name)})
-    writer.message(f"{config.task}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
+    writer.message(f"{task.summary}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
 
     # Steps
     train_step = make_train_step(
         task, optimizer, shardings, mesh, config.train.ema_decay, trains, config.train.accumulation
     )
-    eval_step = jax.jit(task.evaluate)
+    eval_step = jax.jit(sharding.traced_on(mesh, task.evaluate))
 
     def evaluate(step):
         held_out = [eval_data[i] for i in range(config.eval.batches)]

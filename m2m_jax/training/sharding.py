@@ -12,9 +12,10 @@ The first three split the batch; the others need one another's results in every 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -164,6 +165,20 @@ def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray], batch_size:
         return jax.make_array_from_callback(shape, batch_sharding(mesh, value.ndim), share)
 
     return {name: place(value) for name, value in host_batch.items()}
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, to be compiled, which can ask for the mesh: what XLA can't partition it must split itself.
+
+    That is a kernel (`attention/splash.py`), which finds the mesh by `jax.sharding.get_abstract_mesh`.
+    """
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def describe(params: Params, mesh: Mesh) -> str:
