@@ -31,12 +31,12 @@ def main(measured: str, output: str) -> None:
         ):
             axes.plot(
                 counts,
-                [row[f"{kind}_seconds"] / none[f"{kind}_seconds"] for row in table],
+                [row[f"{kind}_seconds"] / none["uncached_seconds"] for row in table],
                 "o-",
                 color=colour,
                 label=label,
             )
-            floor = [row[f"{kind}_flops"] / none[f"{kind}_flops"] for row in table]
+            floor = [row[f"{kind}_flops"] / none["uncached_flops"] for row in table]
             axes.plot(counts, floor, ":", color=colour, label=f"{kind}: FLOPs")
         axes.plot(PAPER[name].keys(), PAPER[name].values(), "s", color="#7a808c", label="the paper's (512 px)")
         axes.set(title=name, xlabel="context images", ylabel="cost of an image, over that of none", yscale="log")

@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": ("emoji", "folder", "precomputed"),
     "model.attn2": ("image_set", "none"),
     "model.clean_sees": ("preceding", "itself"),
-    "model.attention_backend": ("prefix", "dense"),
+    "model.attention_backend": ("auto", "prefix", "prefix_cudnn", "splash", "dense"),
     "model.remat": ("none", "dots", "blocks"),
     "model.dtype": ("float32", "bfloat16"),
     "schedule.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "rectified_flow"),
@@ -151,7 +151,9 @@ def default_config() -> ConfigDict:
     config.model.attn2 = "image_set"  # image_set | none: the single-image model has none
     config.model.order_embedding = False  # whether attn2 is told the positions of the images in their set
     config.model.clean_sees = "preceding"  # clean images see preceding: those up to itself | itself: only that
-    config.model.attention_backend = "prefix"  # prefix: no work on forbidden blocks | dense: the reference
+    # auto: what the platform runs best, see attention/backends.py: resolve. prefix: plain XLA, no work on forbidden
+    # blocks | prefix_cudnn: its kernel for GPUs, in bfloat16 | splash: a kernel for TPUs | dense: the reference
+    config.model.attention_backend = "auto"
     config.model.remat = "none"  # computed again in the backward pass: none | dots: all but matmuls | blocks: all
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters are always float32
 
@@ -214,6 +216,9 @@ def default_config() -> ConfigDict:
     config.checkpoint.every = 1_000  # steps between checkpoints; the last step is saved in any case
     config.checkpoint.keep = 2  # the newest so many stay on disk
 
+    config.profile = ConfigDict()
+    config.profile.steps = (0, 0)  # first and last step of a profiler trace, WORKDIR/profile; 0: none
+
     config.mesh = ConfigDict()  # devices along each axis; -1: all that are left
     config.mesh.slice = 1  # TPU slices, which only the data-centre network connects: copies of the parameters
     config.mesh.data = -1  # copies of the parameters
@@ -273,6 +278,9 @@ def validate(config: ConfigDict) -> None:
             f"config.diffusion.clean_timestep is {config.diffusion.clean_timestep}; it must be less than "
             f"config.schedule.num_train_timesteps = {config.schedule.num_train_timesteps}"
         )
+    first, *_, last = steps = tuple(config.profile.steps) or (0, 0)
+    if len(steps) != 2 or first > last or (first < 1 and steps != (0, 0)):
+        raise UserError(f"config.profile.steps is {steps}; it must be a first and a last step, or (0, 0) for none")
     for axis in config.mesh:
         if config.mesh[axis] < 1 and config.mesh[axis] != -1:
             raise UserError(

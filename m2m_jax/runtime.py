@@ -1,11 +1,14 @@
-"""What is set before JAX starts: the compilation cache, and one CPU device a core."""
+"""What is set before JAX starts: the compilation cache, one CPU device a core, and the other processes of a launch."""
 
 import os
 from pathlib import Path
 
 import jax
 
+from m2m_jax.errors import UserError
+
 MAX_CPU_DEVICES = 8
+JOIN_TIMEOUT = 300  # seconds
 
 
 def start() -> None:
@@ -25,3 +28,32 @@ def start() -> None:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = min(os.cpu_count() or 1, MAX_CPU_DEVICES)
         jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))
+    _join_processes()
+
+
+def _join_processes() -> None:
+    """Waits for the other processes of a launch, if the variable M2M_PROCESSES says that there are any.
+
+    "auto" on TPU pods, under SLURM and on Kubernetes, where JAX finds out who they are; "1/4": the second of four,
+    which meet at JAX_COORDINATOR_ADDRESS. The scripts in launch/ set it.
+
+    Raises:
+      UserError: they did not all come.
+    """
+    processes = os.environ.get("M2M_PROCESSES")
+    if processes is None:
+        return
+    who = {}
+    if processes != "auto":
+        try:
+            who["process_id"], who["num_processes"] = map(int, processes.split("/"))
+        except ValueError:
+            raise UserError(f"M2M_PROCESSES={processes}: it must be auto, or like 1/4") from None
+    try:
+        jax.distributed.initialize(**who, initialization_timeout=JOIN_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS", "an address that JAX found")
+        raise UserError(
+            f"M2M_PROCESSES={processes}: the processes of this launch did not all meet at {address} within "
+            f"{JOIN_TIMEOUT} s: {error}"
+        ) from error

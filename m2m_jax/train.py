@@ -7,6 +7,7 @@ itself where the workdir holds a checkpoint. The workdir receives
     metrics.jsonl      one JSON object a line: step, train/..., eval/..., timings
     tensorboard/       the same, and the sample grids
     samples/           the sample grids as PNG
+    profile/           a trace of `config.profile.steps`, for TensorBoard or Perfetto
 """
 
 import time
@@ -49,8 +50,8 @@ def main(argv):
 
     # Data
     def dataset(split, batch_size):
-        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        return make_dataset(config.data, split=split, seed=config.seed, batch_size=batch_size, **hosts)
+        rows = sharding.local_rows(mesh, batch_size)
+        return make_dataset(config.data, split=split, seed=config.seed, batch_size=batch_size, rows=rows)
 
     train_data = dataset(config.data.train_split, config.data.batch_size)
     eval_data = dataset(config.data.eval_split, config.eval.batch_size)
@@ -67,7 +68,8 @@ def main(argv):
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
     checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
     if checkpoints.latest_step() is None:
-        state = setup.create(params or task.init())
+        # From NumPy, which every process holds alike and JAX may place anywhere.
+        state = setup.create(jax.tree.map(np.asarray, params or task.init()))
         del params
     else:
         state = checkpoints.restore_train_state(setup.state)
@@ -76,36 +78,52 @@ def main(argv):
     writer.message(sharding.describe(task.shapes, mesh))
     start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
     trained = count({name: shape for name, shape in task.shapes.items() if setup.trains(name)})
-    writer.message(f"{config.task}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
+    writer.message(f"{task.summary}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
 
     # Steps
-    eval_step = jax.jit(task.evaluate)
+    eval_step = jax.jit(sharding.traced_on(mesh, task.evaluate))
 
     def evaluate(step):
         held_out = [eval_data[i] for i in range(config.eval.batches)]
         results = [
-            eval_step(state.ema_params, frozen, sharding.make_global_batch(mesh, batch), i)
+            eval_step(state.ema_params, frozen, sharding.make_global_batch(mesh, batch, config.eval.batch_size), i)
             for i, batch in enumerate(held_out)
         ]
         means = {f"eval/{name}": np.mean([float(r[name]) for r in results]) for name in results[0]}
         writer.scalars(step, means)
         shown = {name: value for name, value in means.items() if "/loss_by" not in name}
         writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        grid = task.preview(state.ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()}, step)
-        writer.image(step, "samples", np.asarray(grid))
-        (workdir / "samples").mkdir(exist_ok=True)
-        write_png(workdir / "samples" / f"{step:07d}.png", grid)
+        ema_params = sharding.on_this_process(state.ema_params, mesh)
+        if jax.process_index() == 0:
+            grid = task.preview(ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()}, step)
+            writer.image(step, "samples", np.asarray(grid))
+            (workdir / "samples").mkdir(exist_ok=True)
+            write_png(workdir / "samples" / f"{step:07d}.png", grid)
 
     # Loop
     images_per_step = config.data.batch_size * config.data.images_per_set
     stream = batches(train_data, first_step, config.data.prefetch, config.data.threads)
-    metrics, data_wait, steps_timed, clock = None, 0.0, 0, time.monotonic()
+    compiled, metrics, data_wait, steps_timed, clock = None, None, 0.0, 0, time.monotonic()
     for step in range(first_step + 1, config.train.steps + 1):
         waited = time.monotonic()
-        batch = sharding.make_global_batch(mesh, next(stream))
+        batch = sharding.make_global_batch(mesh, next(stream), config.data.batch_size)
         data_wait += time.monotonic() - waited
         previous_metrics = metrics
-        state, metrics = setup.step(state, frozen, batch)
+        if compiled is None:
+            # Once: a batch of another shape is an error, and not a second compilation.
+            compiled = setup.step.lower(state, frozen, batch).compile()
+            device_flops = compiled.cost_analysis().get("flops", 0.0)
+            writer.message(
+                f"compiled in {time.monotonic() - clock:.0f} s: {device_flops / 1e9:,.1f} GFLOP a device and step"
+            )
+            clock = time.monotonic()
+        if step == config.profile.steps[0]:
+            jax.profiler.start_trace(str(workdir / "profile"))
+        with jax.transfer_guard("disallow"):  # what the loop does not place itself would stall every step
+            state, metrics = compiled(state, frozen, batch)
+        if step == config.profile.steps[1]:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
         # The host stays one step ahead of the device, and no more: a batch in flight holds memory.
         jax.block_until_ready(previous_metrics)
         steps_timed += 1
@@ -114,7 +132,15 @@ def main(argv):
             scalars = {name: float(value) for name, value in metrics.items()}
             seconds = time.monotonic() - clock
             rate, share = images_per_step * steps_timed / seconds, data_wait / seconds
-            timings = {"images_per_second": rate, "step_seconds": seconds / steps_timed, "data_wait_share": share}
+            timings = {
+                "images_per_second": rate,
+                "step_seconds": seconds / steps_timed,
+                "data_wait_share": share,
+                "device_flops_per_second": device_flops * steps_timed / seconds,
+            }
+            memory = jax.local_devices()[0].memory_stats()
+            if memory:  # a CPU has none
+                timings["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
             logged = scalars | timings | {"learning_rate": setup.learning_rate(step - 1)}
             writer.scalars(step, {f"train/{name}": value for name, value in logged.items()})
             writer.progress(step, loss=scalars["loss"], images_per_second=rate, data_wait_share=share)

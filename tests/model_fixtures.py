@@ -7,6 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2m_jax.attention.backends import BACKENDS
+from m2m_jax.attention.splash import splash
+
+# The kernel for TPUs as plain XLA, which computes the same on any platform.
+BACKENDS["splash_interpreted"] = functools.partial(splash, interpret=True)
+RUN_HERE = ("dense", "prefix", "splash_interpreted")
+
 # Test programs are compiled once and run on next to nothing.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_fixtures import RUN_HERE
 
-from m2m_jax.attention.backends import BACKENDS, prefix
+from m2m_jax.attention.backends import BACKENDS, prefix, prefix_cudnn, resolve
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout, allowed
+from m2m_jax.configuration import CHOICES
 from m2m_jax.errors import UserError
 
 # A row for each image of the stack [clean; noised], a column for each clean image.
@@ -177,7 +179,7 @@ def test_prefix_equals_dense_in_values_and_gradients(layout):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5, err_msg=f"gradient of {name}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUN_HERE)
 @pytest.mark.parametrize("layout", [SetLayout.training(3), SetLayout((2, 3), (1, 0)), SetLayout.training(1)], ids=str)
 def test_an_image_that_sees_no_key_gets_zeros_and_finite_gradients(backend, layout):
     out_bqthd, gradients = outputs_and_gradients(backend, layout)
@@ -189,7 +191,7 @@ def test_an_image_that_sees_no_key_gets_zeros_and_finite_gradients(backend, layo
     assert all(np.any(out_bqthd[:, i]) for i in np.flatnonzero(~blind_q))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUN_HERE)
 def test_the_output_has_the_dtype_of_the_input(backend):
     layout = SetLayout.training(2)
     out = BACKENDS[backend](*qkv(layout, jnp.bfloat16), layout)
@@ -205,3 +207,65 @@ def test_prefix_refuses_a_mask_that_is_not_contiguous():
 def test_dense_takes_a_mask_that_is_not_contiguous():
     out, _ = outputs_and_gradients("dense", NOT_CONTIGUOUS)
     np.testing.assert_allclose(out, by_definition(*qkv(NOT_CONTIGUOUS), NOT_CONTIGUOUS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "dtype", "expected"),
+    [
+        ("auto", "cpu", "float32", "prefix"),
+        ("auto", "cpu", "bfloat16", "prefix"),
+        ("auto", "gpu", "float32", "prefix"),
+        ("auto", "gpu", "bfloat16", "prefix_cudnn"),
+        ("auto", "tpu", "float32", "splash"),
+        ("auto", "tpu", "bfloat16", "splash"),
+        ("dense", "tpu", "float32", "dense"),
+        ("prefix", "gpu", "bfloat16", "prefix"),
+        ("prefix_cudnn", "gpu", "bfloat16", "prefix_cudnn"),
+        ("splash", "tpu", "float32", "splash"),
+    ],
+)
+def test_auto_is_what_the_platform_runs_and_a_name_is_itself(name, platform, dtype, expected):
+    assert resolve(name, platform, dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "dtype", "message"),
+    [
+        ("splash", "cpu", "float32", "'splash' is a kernel for tpu, and this is a cpu; set it to 'auto'"),
+        ("prefix_cudnn", "tpu", "bfloat16", "'prefix_cudnn' is a kernel for gpu, and this is a tpu"),
+        ("prefix_cudnn", "gpu", "float32", "'prefix_cudnn' needs model.dtype='bfloat16'; or set it to 'auto'"),
+    ],
+)
+def test_a_kernel_of_another_platform_or_dtype_is_refused(name, platform, dtype, message):
+    with pytest.raises(UserError, match=message):
+        resolve(name, platform, dtype)
+
+
+def test_the_config_offers_every_backend():
+    assert set(CHOICES["model.attention_backend"]) == {"auto", *BACKENDS} - {"splash_interpreted"}
+
+
+def test_cudnn_refuses_float32_and_what_it_cannot_run():
+    layout = SetLayout.training(2)
+    with pytest.raises(UserError, match=r"computes in 16 bits, not in float32; set model.dtype='bfloat16'"):
+        prefix_cudnn(*qkv(layout), layout)
+    with pytest.raises(UserError, match=r"can't attend from \(2, 6, 2, 4\).* Set model.attention_backend='prefix'"):
+        prefix_cudnn(*qkv(layout, jnp.bfloat16), layout)  # there is no cuDNN here
+
+
+def test_prefix_cudnn_lowers_to_its_kernels(monkeypatch):
+    """A call for each run of keys that is seen, forward and backward. Lowered, not compiled: that takes a GPU."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
+    layout = SetLayout.training(3)
+    q_bqthd = jax.ShapeDtypeStruct((2, layout.num_images, 64, 2, 64), jnp.bfloat16)
+    k_bkshd = jax.ShapeDtypeStruct((2, len(layout.clean), 64, 2, 64), jnp.bfloat16)
+
+    def loss(q_bqthd, k_bkshd, v_bkshd):
+        return prefix_cudnn(q_bqthd, k_bkshd, v_bkshd, layout).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q_bqthd, k_bkshd, k_bkshd)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaSoftmax(") == 2
+    assert text.count("__cudnn$fmhaSoftmaxBackward(") == 2

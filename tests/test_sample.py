@@ -312,3 +312,17 @@ def test_the_example_runs(checkpoint, sets, tmp_path):
     main = runpy.run_path(str(ROOT / "examples" / "sample_from_python.py"))["main"]
     main(str(checkpoint), str(sets / "set00"), str(tmp_path / "out"))
     assert sorted(_images(tmp_path / "out")) == ["000.png", "001.png", "002.png"]
+
+
+def test_sampling_runs_no_backend_of_training(sampler, monkeypatch):
+    """So a checkpoint of a run on a TPU samples on a CPU, whatever kernel its config names."""
+    monkeypatch.setattr("m2m_jax.models.transformer.BACKENDS", {})
+    unet_config = dataclasses.replace(sampler.unet_config, attention_backend="splash")
+    static, params = dataclasses.replace(sampler.static, unet_config=unet_config), sampler.params
+    images, seed_b = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.uint8), np.zeros(1, np.uint32)
+    cache = jax.eval_shape(static.empty_cache, params, seed_b)
+    cache = jax.eval_shape(
+        static.append, params, cache, jax.eval_shape(static.encode, params, images), np.ones(1, bool)
+    )
+    carry = jax.eval_shape(static.begin, params, cache, seed_b)
+    assert jax.eval_shape(static.denoise, params, cache, seed_b, carry, 0, 1) == carry

@@ -102,7 +102,7 @@ def test_sharded_steps_equal_those_of_one_device():
             return state.apply_gradients(gradients, optimizer, 0.9), value
 
         step = jax.jit(step, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
-        batch = sharding.make_global_batch(mesh, {"x": images})
+        batch = sharding.make_global_batch(mesh, {"x": images}, len(images))
         losses = []
         for _ in range(5):
             state, value = step(state, batch)

@@ -86,6 +86,7 @@ def test_metrics(tiny_run):
 
 
 def test_terminal(tiny_run):
+    assert "set_diffusion, attention by prefix: " in tiny_run.out  # what auto is on a CPU
     assert "from scratch" in tiny_run.out
     assert "step 6/6  loss " in tiny_run.out
     assert "step 6: eval/loss_other_context" in tiny_run.out

@@ -25,7 +25,7 @@ def autoencoder(tmp_path_factory):
     return make_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
-def _task(autoencoder, steps: int, blocks: str, **changes) -> SetDiffusion:
+def _task(autoencoder, steps: int, blocks: str, platform: str | None = None, **changes) -> SetDiffusion:
     """Of configs/emoji.py:tiny with a U-Net of one level, which compiles in a third of the time."""
     config = runpy.run_path(ROOT / "configs" / "emoji.py")["get_config"]("tiny")
     config.autoencoder.path = str(autoencoder)
@@ -34,7 +34,7 @@ def _task(autoencoder, steps: int, blocks: str, **changes) -> SetDiffusion:
     config.model.down_block_types = (blocks,)
     config.model.num_attention_heads = (2,)
     config.optimizer.update(changes)
-    return SetDiffusion(config)
+    return SetDiffusion(config, platform)
 
 
 class Training(NamedTuple):
@@ -71,7 +71,8 @@ def _losses(task: SetDiffusion, params: Params, mesh: Mesh, num_steps: int) -> t
     state, frozen, train_step = _start(task, params, mesh)
     losses = []
     for i in range(num_steps):
-        batch = sharding.make_global_batch(mesh, {"images_bnhwc": _images(i, task.config.data.batch_size)})
+        batch_size = task.config.data.batch_size
+        batch = sharding.make_global_batch(mesh, {"images_bnhwc": _images(i, batch_size)}, batch_size)
         state, metrics = train_step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
     return losses, state
@@ -97,8 +98,20 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("remat", ["none", "blocks"])
-@pytest.mark.parametrize("axes", MESHES, ids=lambda axes: ",".join(f"{k}={v}" for k, v in axes.items()))
+# Each mesh with and without recomputation; every other one of the sixteen, in turn, is left to `make test-full`.
+CASES = [
+    pytest.param(
+        axes,
+        remat,
+        marks=[pytest.mark.slow] if (i + j) % 2 else [],
+        id=",".join([*(f"{k}={v}" for k, v in axes.items()), f"remat={remat}"]),
+    )
+    for i, axes in enumerate(MESHES)
+    for j, remat in enumerate(("none", "blocks"))
+]
+
+
+@pytest.mark.parametrize(("axes", "remat"), CASES)
 def test_any_mesh_has_the_loss_curve_of_one_device(one_device, axes, remat):
     task, params, expected, one = one_device
     axes = dict(axes)
@@ -130,3 +143,27 @@ def test_one_batch_is_learnt_by_heart(autoencoder):
     losses = np.array([float(loss) for loss in losses])
     assert losses[0] > 0.1
     assert losses[-10:].max() < losses[0] / 10
+
+
+def test_the_train_step_lowers_for_tpus(autoencoder):
+    """On a machine without one, with a kernel for each direction of attention, run by each device for its own sets."""
+    task = _task(autoencoder, 10, "CrossAttnDownBlock2D", platform="tpu")
+    assert task.summary == "set_diffusion, attention by splash"
+    task.config.mesh.fsdp = 2
+    mesh = sharding.make_mesh(task.config.mesh)
+    optimizer, _ = make_optimizer(task.config.optimizer, 10, task.is_new_parameter)
+    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.shapes)
+    shardings = sharding.state_shardings(shapes, mesh)
+
+    def placed(x, where):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    state = jax.tree.map(placed, shapes, shardings)
+    frozen = jax.tree.map(lambda x: placed(x, sharding.replicated(mesh)), task.frozen)
+    batch = {"images_bnhwc": placed(_images(0, 16), sharding.batch_sharding(mesh, 5))}
+    step = make_train_step(task, optimizer, shardings, mesh, 0.9)
+    text = step.trace(state, frozen, batch).lower(lowering_platforms=("tpu",)).as_text()
+    calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    for kind in ("fwd", "dq", "dkv"):
+        assert any(f"splash_mha_{kind}" in call for call in calls)
+    assert all("tensor<2x2x" in call for call in calls)  # 16 sets on 8 devices, two heads

@@ -168,33 +168,32 @@ def make_dataset(
     split: str,
     seed: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     augment: bool = True,
 ) -> grain.MapDataset:
-    """This host's share of every batch: dataset[s] is that of step s, for any s >= 0.
+    """This process's share of every batch: dataset[s] is that of step s, for any s >= 0.
 
     data_config: the `data` part of the configuration. split: "train", "validation" or "test".
-    batch_size: sets a batch, B, all hosts together; host p of P has the p-th B / P of them.
+    batch_size: sets a batch, B, all processes together.
+    rows: which of them, 0 to B - 1, are this process's; None: all.
     augment: False composites on white and does nothing else.
-    Elements: {"images_bnhwc": uint8 [B / P, N, S, S, 3], "example_index_b": int64 [B / P]}; of precomputed latents
-    "latents_bnhwc": float32 [B / P, N, h, w, c] in the place of the images.
+    Elements: {"images_bnhwc": uint8 [b, N, S, S, 3], "example_index_b": int64 [b]} with b = len(rows); of precomputed
+    latents "latents_bnhwc": float32 [b, N, h, w, c] in the place of the images.
     Raises UserError if the data cannot be used as the configuration asks.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch size {batch_size}: must be a multiple of {process_count}, the number of processes")
+    rows = tuple(range(batch_size) if rows is None else rows)
     if data_config.name not in SOURCES:
         raise UserError(f"data.name={data_config.name!r}: known are {', '.join(SOURCES)}")
     source = SOURCES[data_config.name](data_config, split)
     examples = SetExamples(source, data_config, seed=seed, augment=augment)
-    share = batch_size // process_count
+    share = len(rows)
 
     def global_index(local_index: int) -> int:
         step, position = divmod(local_index, share)
-        return step * batch_size + process_index * share + position
+        return step * batch_size + rows[position]
 
     return (
-        grain.MapDataset.range(_ENDLESS // process_count // share * share)
+        grain.MapDataset.range(_ENDLESS // batch_size * share)
         .map(lambda local_index: examples[global_index(int(local_index))])
         .batch(share, drop_remainder=True)
         .map(lambda batch: {_BATCHED[name]: value for name, value in batch.items()})

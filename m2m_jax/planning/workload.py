@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m2m_jax.attention.backends import BACKENDS
+from m2m_jax.attention.backends import BACKENDS, resolve
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
@@ -24,6 +24,7 @@ from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.set_diffusion import SetDiffusion
 
 NOT_READ = "(not read)"
+PLATFORM = "tpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def make_task(config: ConfigDict) -> tuple[SetDiffusion | Autoencoding, list[str
     if config.task == "autoencoder":
         return Autoencoding(config), []
     models, notes = frozen_models(config)
-    return SetDiffusion(config, models=models), notes
+    return SetDiffusion(config, platform=PLATFORM, models=models), notes
 
 
 def frozen_models(config: ConfigDict) -> tuple[FrozenModels, list[str]]:
@@ -99,7 +100,8 @@ def count_flops(config: ConfigDict) -> Workload:
     flops = lowered.cost_analysis()["flops"]
     if config.task == "autoencoder" or config.model.attn2 != "image_set":
         return Workload(flops, 0.0, 0.0)
-    unet_config = dataclasses.replace(task.unet_config, attention_backend=config.model.attention_backend)
+    backend = resolve(config.model.attention_backend, PLATFORM, config.model.dtype)
+    unet_config = dataclasses.replace(task.unet_config, attention_backend=backend)
     side = task.models.latent_shape(config.data.image_size)[0]
     encoder = task.models.image_encoder
     tokens = (task.models.image_encoder_size // encoder.patch_size) ** 2 + 1 if encoder else None

@@ -38,6 +38,8 @@ class Autoencoding:
         self.graphdef, self.shapes = abstract(self._build)
         self.frozen: FrozenParams = {}
 
+    summary = "autoencoder"  # what is trained, for the log
+
     def _build(self, key: jax.Array | int = 0) -> AutoencoderKL:
         return AutoencoderKL(self.autoencoder_config, rngs=nnx.Rngs(key))
 

@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
+from m2m_jax.attention.backends import resolve
 from m2m_jax.configuration import to_json
 from m2m_jax.data import precomputed
 from m2m_jax.diffusion.objective import SetDraws, draw, set_loss
@@ -32,8 +33,13 @@ class SetDiffusion:
     M2M-DINO where `config.image_encoder` names one, else M2M-Self.
     """
 
-    def __init__(self, config: ConfigDict, models: FrozenModels | None = None):
-        """models: what the frozen models are, where no folder is to be read; `frozen` are then mere shapes."""
+    def __init__(self, config: ConfigDict, platform: str | None = None, models: FrozenModels | None = None):
+        """As `config` says.
+
+        Args:
+          platform: that it will be compiled for, as `attention.backends.resolve` is told; None: this machine's.
+          models: what the frozen models are, where no folder is to be read; `frozen` are then mere shapes.
+        """
         self.config = config
         if models is None:
             self.models, self.frozen = FrozenModels.load(config)
@@ -45,11 +51,13 @@ class SetDiffusion:
             )
         self.schedule = NoiseSchedule.from_config(config.schedule)
         channels, encoder = self.models.autoencoder.latent_channels, self.models.image_encoder
+        platform = platform or jax.default_backend()
+        backend = resolve(config.model.attention_backend, platform, config.model.dtype)
         self.unet_config = UNetConfig(
             in_channels=channels,
             out_channels=channels,
             cross_attention_dim=encoder.hidden_size if encoder else None,
-            **config.model,
+            **{**config.model, "attention_backend": backend},
         )
         self.unet, self.shapes = abstract(self._build)
         if config.data.images_per_set > 1 and config.model.attn2 == "none":
@@ -68,6 +76,12 @@ class SetDiffusion:
             pretrained, its_config = load_params(folder), load_unet_config(folder)
             params = from_pretrained(params, self.unet_config, pretrained, its_config, folder)
         return params
+
+    @property
+    def summary(self) -> str:
+        """What is trained, for the log."""
+        attention = self.unet_config.attention_backend
+        return "set_diffusion" + (f", attention by {attention}" if self.unet_config.attn2 == "image_set" else "")
 
     is_new_parameter = staticmethod(is_set_attention)
 

@@ -12,9 +12,10 @@ The first three split the batch; the others need one another's results in every 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -117,6 +118,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def on_this_process(params: Params, mesh: Mesh) -> Params:
+    """Whole copies on the first device of this process; all processes must call."""
+    if mesh.size == 1:
+        return params
+    whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(params)
+    return {name: x.addressable_data(0) for name, x in whole.items()}
+
+
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     """Of an array of the batch: its first axis is split over the batch axes. Of images and latents [b, n, h, w, c] the
     rows are, too, over `context`."""
@@ -137,14 +146,39 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) ->
         )
 
 
-def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """{name: [B of this host, ...]} to {name: [B of all hosts, ...]}, split over all devices."""
-    return {
-        name: jax.make_array_from_process_local_data(
-            batch_sharding(mesh, value.ndim), value, (len(value) * jax.process_count(), *value.shape[1:])
-        )
-        for name, value in host_batch.items()
-    }
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Rows of a batch that lie, in whole or in part, on devices of this process."""
+    shares = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (share,) in shares.values() for row in range(*share.indices(batch_size))})
+
+
+def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+    """{name: this process's rows, as `local_rows` names them} to {name: [batch_size, ...]}, split over all devices."""
+    position = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
+
+    def place(value: np.ndarray) -> jax.Array:
+        def share(index: tuple[slice, ...]) -> np.ndarray:
+            rows = [position[row] for row in range(*index[0].indices(batch_size))]
+            return value[rows][:, *index[1:]] if len(index) > 1 else value[rows]
+
+        shape = (batch_size, *value.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, value.ndim), share)
+
+    return {name: place(value) for name, value in host_batch.items()}
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, to be compiled, which can ask for the mesh: what XLA can't partition it must split itself.
+
+    That is a kernel (`attention/splash.py`), which finds the mesh by `jax.sharding.get_abstract_mesh`.
+    """
+
+    @functools.wraps(function)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def describe(params: Params, mesh: Mesh) -> str:

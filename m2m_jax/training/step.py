@@ -71,6 +71,7 @@ def make_train_step(
         metrics["gradient_norm"] = jnp.sqrt(sum(jnp.sum(g**2) for g in gradients.values()))
         return state.apply_gradients(gradients, optimizer, ema_decay), metrics
 
+    train_step = sharding.traced_on(mesh, train_step)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 

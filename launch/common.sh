@@ -1,0 +1,87 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # `options` is the launcher's, `dry_run` is for it
+# Sourced by the launchers: their options, and what is set for each platform.
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# parse_options "$@": --name=value for the variables that the launcher has set to their defaults, --dry_run, and
+# after -- the arguments of m2m_jax.train, in the array `program`.
+parse_options() {
+  dry_run=0 program=()
+  while (($#)); do
+    case $1 in
+      --dry_run) dry_run=1 ;;
+      --help) usage && exit 0 ;;
+      --) shift && program=("$@") && break ;;
+      --*=*)
+        local option=${1%%=*}
+        option=${option#--}
+        [[ " $options " == *" $option "* ]] || fail "unknown option --$option; there are: $options"
+        printf -v "$option" '%s' "${1#*=}"
+        ;;
+      *) fail "unexpected argument $1: options are --name=value, and those of m2m_jax.train follow --" ;;
+    esac
+    shift
+  done
+  workdir=
+  local i
+  for ((i = 0; i < ${#program[@]}; i++)); do
+    case ${program[i]} in
+      --workdir=*) workdir=${program[i]#*=} ;;
+      --workdir) workdir=${program[i + 1]-} ;;
+    esac
+  done
+  [[ $workdir ]] || fail "no --workdir among the arguments of m2m_jax.train: $0 [options] -- --config ... --workdir ..."
+}
+
+# whole NAME...: each is a whole number of at least 1 (restarts: at least 0).
+whole() {
+  local option
+  for option; do
+    if ! [[ ${!option} =~ ^[0-9]+$ ]] || { ((${!option} == 0)) && [[ $option != restarts ]]; }; then
+      fail "--$option=${!option} must be a whole number"
+    fi
+  done
+}
+
+# environment cpu|cuda|tpu: NAME=value, a line each.
+environment() {
+  # Compiled programs outlive the process, beside the workdir on shared storage: a restart compiles nothing.
+  echo "JAX_COMPILATION_CACHE_DIR=$(dirname "$workdir")/compilation_cache"
+  case $1 in
+    # Named, so that a missing driver is an error and not a week on the CPU.
+    cpu) echo JAX_PLATFORMS=cpu ;;
+    cuda)
+      echo JAX_PLATFORMS=cuda,cpu
+      # Collectives run while the next layers are computed. (The documentation of JAX: GPU performance tips.)
+      echo XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true
+      # The default, 0.75, leaves a quarter of the memory unused.
+      echo XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+      ;;
+    # libtpu's own defaults schedule collectives beside the computation: no flag of it is set.
+    tpu) echo JAX_PLATFORMS=tpu,cpu ;;
+  esac
+}
+
+# A command as one line that a shell reads back.
+quoted() {
+  local line
+  printf -v line '%q ' "$@"
+  echo "${line% }"
+}
+
+# restarting RESTARTS COMMAND...: again while it ends badly, as a preempted or crashed run does: it resumes from its last
+# checkpoint. Exit code 2 is a mistake of the caller's, which no restart mends.
+restarting() {
+  local left=$1 code
+  shift
+  while true; do
+    code=0
+    "$@" || code=$?
+    ((code == 0 || code == 2 || left-- == 0)) && return "$code"
+    echo "exit code $code: restarting, $left restarts left" >&2
+    sleep 2
+  done
+}

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# One or several TPU slices on Google Kubernetes Engine, as a JobSet: one job a slice, one pod a host.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
+
+usage() {
+  cat <<'HELP'
+launch/gke.sh --image=IMAGE --accelerator=tpu-v5p-slice --topology=4x4x4 --hosts=16 [--slices=1] [--chips=4]
+              [--claim=m2m-data] [--name=m2m-jax] [--restarts=100] [--dry_run] -- ARGUMENTS OF m2m_jax.train
+
+  --image      with this repository in its working directory and requirements-tpu.txt installed
+  --hosts      of a slice: its chips divided by --chips, those of a host
+  --claim      persistent volume claim, mounted at /data: data sets and the workdir (--workdir=/data/runs/x)
+Applies with kubectl; --dry_run prints the JobSet instead. Several slices need --config.mesh.slice=SLICES.
+HELP
+}
+
+options="image accelerator topology hosts slices chips claim name restarts"
+image='' accelerator='' topology='' hosts='' slices=1 chips=4 claim=m2m-data name=m2m-jax restarts=100
+parse_options "$@"
+[[ $image && $accelerator && $topology && $hosts ]] || fail "--image, --accelerator, --topology and --hosts are needed"
+whole hosts slices chips restarts
+((slices == 1)) || [[ " ${program[*]} " == *"--config.mesh.slice=$slices "* ]] ||
+  fail "--slices=$slices needs --config.mesh.slice=$slices among the arguments of m2m_jax.train"
+
+# A string that YAML and JSON read alike.
+string() {
+  local text=${1//\\/\\\\}
+  echo "\"${text//\"/\\\"}\""
+}
+
+jobset() {
+  cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+  annotations:
+    # A slice's pods share no slice with another job's.
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    # Preempted or crashed: all slices start again, from the last checkpoint.
+    maxRestarts: $restarts
+  replicatedJobs:
+    - name: slice
+      replicas: $slices
+      template:
+        spec:
+          parallelism: $hosts
+          completions: $hosts
+          backoffLimit: 0
+          template:
+            spec:
+              restartPolicy: Never
+              hostNetwork: true
+              dnsPolicy: ClusterFirstWithHostNet
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $accelerator
+                cloud.google.com/gke-tpu-topology: $topology
+              containers:
+                - name: train
+                  image: $(string "$image")
+                  command: ["python", "-m", "m2m_jax.train"]
+                  args:
+YAML
+  local argument
+  for argument in "${program[@]}"; do echo "                    - $(string "$argument")"; done
+  echo "                  env:"
+  while IFS= read -r line; do
+    printf '                    - {name: %s, value: %s}\n' "${line%%=*}" "$(string "${line#*=}")"
+  done < <(environment tpu && echo M2M_PROCESSES=auto)
+  cat <<YAML
+                  resources:
+                    limits:
+                      google.com/tpu: $chips
+                  volumeMounts:
+                    - {name: data, mountPath: /data}
+              volumes:
+                - name: data
+                  persistentVolumeClaim: {claimName: $claim}
+YAML
+}
+
+if ((dry_run)); then jobset; else jobset | kubectl apply -f -; fi

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Several processes on this machine, joined as those of several hosts are.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
+
+usage() {
+  cat <<'HELP'
+launch/local.sh [--processes=2] [--devices=2] [--restarts=3] [--python=python3] [--dry_run] -- ARGUMENTS OF m2m_jax.train
+
+  --processes  on this machine
+  --devices    CPU devices of each process
+  --restarts   how often a run that was killed or failed is taken up again from its last checkpoint
+HELP
+}
+
+options="processes devices restarts python"
+processes=2 devices=2 restarts=3 python=python3
+parse_options "$@"
+whole processes devices restarts
+mapfile -t variables < <(environment cpu)
+variables+=("XLA_FLAGS=--xla_force_host_platform_device_count=$devices")
+
+# All processes until the first ends badly, which ends the others: a collective without them would wait for ever.
+together() {
+  local port i code=0 pids=()
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+  for ((i = 0; i < processes; i++)); do
+    env "${variables[@]}" "JAX_COORDINATOR_ADDRESS=localhost:$port" "M2M_PROCESSES=$i/$processes" \
+      "$python" -m m2m_jax.train "${program[@]}" &
+    pids+=($!)
+  done
+  trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT INT TERM
+  for ((i = 0; i < processes; i++)); do
+    wait -n || { code=$? && break; }
+  done
+  ((code == 0)) || kill -KILL "${pids[@]}" 2>/dev/null || true
+  wait || true
+  trap - EXIT INT TERM
+  return "$code"
+}
+
+if ((dry_run)); then
+  for ((i = 0; i < processes; i++)); do
+    quoted env "${variables[@]}" JAX_COORDINATOR_ADDRESS=localhost:PORT "M2M_PROCESSES=$i/$processes" \
+      "$python" -m m2m_jax.train "${program[@]}"
+  done
+  exit
+fi
+restarting "$restarts" together

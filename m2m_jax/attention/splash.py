@@ -1,0 +1,192 @@
+"""Image-set attention by JAX's splash attention, a TPU kernel in Pallas that visits the blocks of a mask that are seen.
+
+The images of a set lie end to end, as one sequence of queries and one of keys. Where the tokens of an image are a
+multiple of a block, every block is seen whole or not visited: no work on what is forbidden, no mask read. Else
+blocks lie across images (64 tokens an image; DINOv2's 257), and those of them that are seen in part read their mask.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_infos
+from jax.sharding import PartitionSpec
+
+from m2m_jax.attention.layout import SetLayout
+from m2m_jax.errors import UserError
+
+LANES = 128  # blocks are multiples of a TPU register's width
+MAX_BLOCK = 512  # tokens; the float32 weights of one block take 1 MiB of the 16 that a kernel has
+DTYPES = (jnp.float32, jnp.bfloat16)
+WITHIN_IMAGES = ("tensor", "context")  # axes of the mesh that do not split sets: training/sharding.py
+
+
+def splash(
+    q_bqthd: jax.Array, k_bkshd: jax.Array, v_bkshd: jax.Array, layout: SetLayout, *, interpret: bool = False
+) -> jax.Array:
+    """See `backends`. Lowers for TPU alone, forward and backward, on any machine.
+
+    XLA can't partition a kernel. Under a mesh (`training/sharding.py: traced_on`) each device runs it for its own sets
+    and heads.
+
+    Args:
+      interpret: run the kernel as plain XLA, on any platform and slowly, to test it.
+
+    Raises:
+      UserError: another dtype than float32 and bfloat16, or sets that the devices of the mesh can't share evenly.
+    """
+    if q_bqthd.dtype not in DTYPES:
+        raise UserError(
+            f"attention backend 'splash' computes in float32 or bfloat16, not {q_bqthd.dtype}; "
+            "set model.dtype to one of them, or model.attention_backend='prefix'"
+        )
+    b, _, t, h, d = q_bqthd.shape
+    runs = _runs(layout)
+    seeing = [(start, stop) for start, stop, sees in runs if sees]
+    if not seeing:
+        return jnp.zeros_like(q_bqthd)
+
+    # Rows of the mask without a key are undefined in the kernel: it is not given them.
+    q_bqthd = jnp.concatenate([q_bqthd[:, start:stop] for start, stop in seeing], axis=1) * d**-0.5
+    num_queries = q_bqthd.shape[1]
+    kernel = jax.vmap(_kernel(layout, t, k_bkshd.shape[2], interpret))
+    out_bhtd = _split_over_mesh(kernel, b, h)(_sequence(q_bqthd), _sequence(k_bkshd), _sequence(v_bkshd))
+    out_bqthd = out_bhtd[:, :, : num_queries * t].reshape(b, h, num_queries, t, d).transpose(0, 2, 3, 1, 4)
+
+    pieces, used = [], 0
+    for start, stop, sees in runs:
+        if sees:
+            pieces.append(out_bqthd[:, used : used + stop - start])
+            used += stop - start
+        else:
+            pieces.append(jnp.zeros((b, stop - start, t, h, d), out_bqthd.dtype))
+    return jnp.concatenate(pieces, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SetMask(masks.Mask):
+    """The layout's mask between images that lie end to end. A slice is computed when it is asked for.
+
+    Attributes:
+      rows_per_image: queries an image, of the images of the stack that see any key.
+      columns_per_image: keys an image.
+      num_rows: of all images, and padding, which sees what the last image sees: blocks stay whole, and nothing reads
+        the outputs.
+      num_columns: of all images, and padding, which nothing sees.
+    """
+
+    layout: SetLayout
+    rows_per_image: int
+    columns_per_image: int
+    num_rows: int
+    num_columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_rows, self.num_columns
+
+    @functools.cached_property
+    def _mask_qk(self) -> np.ndarray:
+        """Of the images that see any, with a last column for the padding."""
+        mask_qk = self.layout.mask_qk()
+        return np.pad(mask_qk[mask_qk.any(1)], ((0, 0), (0, 1)))
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        row, column = (np.arange(*part.indices(size)) for part, size in zip(index, self.shape, strict=True))
+        last_query, padding = (size - 1 for size in self._mask_qk.shape)
+        query_image = np.minimum(row // self.rows_per_image, last_query)
+        key_image = np.minimum(column // self.columns_per_image, padding)
+        return self._mask_qk[query_image[:, None], key_image[None, :]]
+
+
+def block_size(tokens: int) -> int:
+    """The largest block that divides the tokens of an image; the smallest there is where none does."""
+    return next((n for n in range(MAX_BLOCK, LANES, -LANES) if tokens % n == 0), LANES)
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(layout: SetLayout, t: int, s: int, interpret: bool) -> kernels.SplashAttentionKernel:
+    """The kernel for one set, (q [h, t, d], k [h, s, d], v) -> [h, t, d], and its mask by blocks, as NumPy arrays."""
+    block_q, block_kv = block_size(t), block_size(s)
+    # The mask changes from one unit of tokens to the next at most. With units in the place of tokens it is small
+    # enough to be looked at block by block: where blocks are not seen in part, a block is one unit.
+    unit_q, unit_kv = math.gcd(t, block_q), math.gcd(s, block_kv)
+    num_queries, num_keys = int(layout.mask_qk().any(1).sum()), len(layout.clean)
+    num_rows, num_columns = _padded(num_queries * t, block_q), _padded(num_keys * s, block_kv)
+    mask = SetMask(layout, t // unit_q, s // unit_kv, num_rows // unit_q, num_columns // unit_kv)
+
+    def mask_info(process, *units: int) -> mask_infos.MaskInfo:
+        block_shape = block_q // unit_q, block_kv // unit_kv
+        info, _ = process(masks.MultiHeadMask([mask]), block_shape, head_shards=1, q_seq_shards=1)
+        if info.partial_mask_blocks is None:
+            return info
+        return info._replace(partial_mask_blocks=info.partial_mask_blocks.repeat(units[0], 1).repeat(units[1], 2))
+
+    forward = mask_info(mask_infos.process_mask, unit_q, unit_kv)
+    return kernels.SplashAttentionKernel(
+        forward,
+        forward,  # of the gradient of the queries, whose blocks are the same
+        mask_info(mask_infos.process_mask_dkv, unit_kv, unit_q),  # transposed
+        block_sizes=kernels.BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+        ),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernels.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=None,
+        interpret=interpret,
+    )
+
+
+def _runs(layout: SetLayout) -> list[tuple[int, int, bool]]:
+    """[(first image of the stack, one past the last, whether they see any key)], in order, as long as can be."""
+    sees_q = layout.mask_qk().any(1)
+    bounds = [0, *(np.flatnonzero(np.diff(sees_q)) + 1).tolist(), layout.num_images]
+    return [(start, stop, bool(sees_q[start])) for start, stop in itertools.pairwise(bounds)]
+
+
+def _padded(tokens: int, block: int) -> int:
+    return -(-tokens // block) * block
+
+
+def _sequence(x_bnthd: jax.Array) -> jax.Array:
+    """[b, h, tokens, d]: images end to end, and zeros up to a multiple of a block."""
+    x_bhtd = jax.lax.collapse(x_bnthd, 1, 3).transpose(0, 2, 1, 3)
+    tokens = x_bhtd.shape[2]
+    padding = _padded(tokens, block_size(x_bnthd.shape[2])) - tokens
+    return jnp.pad(x_bhtd, ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+
+def _split_over_mesh(function, num_sets: int, num_heads: int):
+    """`function` of arrays [b, h, ...], run by each device of the mesh for the sets and heads that it has.
+
+    Axes of the mesh that split an image's channels or rows split heads here; where these do not divide, each device
+    computes all heads, as their rows and keys must meet.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    sets = tuple(axis for axis in mesh.axis_names if axis not in WITHIN_IMAGES)
+    heads = tuple(axis for axis in mesh.axis_names if axis in WITHIN_IMAGES)
+    shares_of_sets, shares_of_heads = (math.prod(mesh.shape[axis] for axis in axes) for axes in (sets, heads))
+    if num_sets % shares_of_sets:
+        raise UserError(
+            f"attention backend 'splash' has {num_sets} sets for {shares_of_sets} devices of the mesh; give it a "
+            "multiple of them, or set model.attention_backend='prefix'"
+        )
+    spec = PartitionSpec(sets, None if num_heads % shares_of_heads else heads)
+    # What varies over the mesh is not tracked through a kernel.
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)

