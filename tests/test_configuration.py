@@ -11,6 +11,7 @@ import pytest
 
 from m2m_jax.configuration import CHOICES, LIMITS, check_arguments, default_config, from_json, to_json, validate
 from m2m_jax.errors import UserError
+from m2m_jax.training.sharding import AXES
 
 ROOT = Path(__file__).parents[1]
 EMOJI = str(ROOT / "configs" / "emoji.py")
@@ -69,8 +70,9 @@ def test_every_number_has_limits():
     fields = dict(_leaves(to_json(default_config())))
     assert set(CHOICES) | set(LIMITS) <= set(fields)
     numbers = {name for name, value in fields.items() if type(value) in (int, float)}
-    # These four are held against each other, or may be -1.
-    assert numbers - set(LIMITS) == {"schedule.beta_start", "schedule.beta_end", "mesh.data", "mesh.fsdp"}
+    # These are held against each other, or may be -1.
+    mesh = {f"mesh.{axis}" for axis in AXES}
+    assert numbers - set(LIMITS) == {"schedule.beta_start", "schedule.beta_end"} | mesh
 
 
 def _leaves(tree, prefix=""):

@@ -19,7 +19,7 @@ from run_fixtures import ROOT, run, train_tiny
 from m2m_jax.training.checkpoint import load_for_sampling
 
 TRAIN = {"loss", "loss_first", "loss_last", "gradient_norm", "learning_rate"}
-TIMINGS = {"images_per_second", "step_seconds", "data_wait_share"}
+TIMINGS = {"images_per_second", "step_seconds", "data_wait_share", "device_flops_per_second"}
 EVAL = {"loss_own_context", "loss_other_context", *(f"loss_by_context_size/{k}" for k in range(4))}
 
 # The training program, killed with no chance to say goodbye: in step 5, when the checkpoint of step 3 is there.

@@ -13,16 +13,12 @@ from flax import nnx
 
 from m2m_jax.attention.backends import attend
 from m2m_jax.errors import UserError
+from m2m_jax.models.layers import gelu
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
     """The approximation that OpenAI's CLIP was trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact (erf) gelu."""
-    return jax.nn.gelu(x, approximate=False)
 
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}

@@ -11,7 +11,7 @@ from flax import nnx
 from m2m_jax.attention.backends import BACKENDS, attend
 from m2m_jax.attention.cached import attend_to_kept
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.models.layers import timestep_features, zeros
+from m2m_jax.models.layers import gelu, timestep_features, zeros
 
 ORDER_CHANNELS = 64  # of the sinusoidal features of an image's position in its set
 
@@ -164,7 +164,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_btc: jax.Array) -> jax.Array:
         hidden, gate = jnp.split(self.up(x_btc), 2, axis=-1)
-        return self.down(hidden * jax.nn.gelu(gate, approximate=False))
+        return self.down(hidden * gelu(gate))
 
 
 class TransformerBlock(nnx.Module):
