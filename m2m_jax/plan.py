@@ -15,17 +15,17 @@ Exit code 0: it fits; 1: it does not, and what to change is said; 2: bad input.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 
 from absl import flags
 
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
-from m2m_jax.planning.compile import Machine, Plan, get_machine, make_plan, prepare
+from m2m_jax.planning.compile import Plan, get_machine, make_plan, prepare
 from m2m_jax.planning.memory import gib
+from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.search import search
-from m2m_jax.planning.workload import NOT_READ, Workload, count_flops
+from m2m_jax.planning.workload import NOT_READ, count_flops
 from m2m_jax.program import run_program
 
 CONFIG = define_config_flag()
@@ -58,86 +58,6 @@ def main(argv) -> int:
     else:
         print(as_text(plan, machine, workload, overrides))
     return 0 if plan.fits else 1
-
-
-def as_dict(plan: Plan, machine: Machine, workload: Workload, overrides: list[str]) -> dict:
-    """All numbers; bytes and FLOPs of one device and one step, where nothing else is said."""
-    values = dataclasses.asdict(plan) | {"fits": plan.fits}
-    values["memory"] |= {"gradients_and_activations": plan.memory.rest, "needed": plan.memory.needed}
-    if plan.work:
-        values["work"]["times"] |= {
-            "step_seconds": plan.work.times.step_seconds,
-            "limiter": plan.work.times.limiter,
-        }
-    return {
-        "topology": machine.topology,
-        "slices": machine.slices,
-        "devices": len(machine.devices),
-        "per_set": dataclasses.asdict(workload),
-        "overrides": overrides,
-        **values,
-    }
-
-
-def as_text(plan: Plan, machine: Machine, workload: Workload, overrides: list[str]) -> str:
-    """The same, to be read."""
-    axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
-    slices = f" x {machine.slices} slices" if machine.slices > 1 else ""
-    lines = [
-        f"{machine.topology}{slices}: {len(machine.devices)} devices, mesh {axes}; "
-        f"{plan.batch_size} sets a step, {plan.sets_per_device} a device; compiled in {plan.compile_seconds:.0f} s"
-    ]
-    if overrides:
-        lines.append(f"  found: {' '.join(overrides)}")
-    lines += [f"  note: {note}" for note in plan.notes]
-
-    m = plan.memory
-    lines.append("memory of a device")
-    rows = [
-        ("parameters", m.parameters),
-        ("optimizer", m.optimizer),
-        ("EMA", m.ema),
-        ("frozen models", m.frozen),
-        ("batch", m.batch),
-        ("gradients, activations", m.rest),
-    ]
-    lines += [f"  {name:<24} {gib(size):>12}" for name, size in rows]
-    lines.append(f"  {'needed':<24} {gib(m.needed):>12} of {gib(m.limit)}: {'fits' if plan.fits else 'DOES NOT FIT'}")
-    if not plan.fits:
-        lines.append(f"too large by {gib(m.needed - m.limit)}; what would help:")
-        lines += [f"  {line}" for line in plan.advice]
-    if plan.work:
-        lines += _work_lines(plan, machine, workload)
-    return "\n".join(lines)
-
-
-def _work_lines(plan: Plan, machine: Machine, workload: Workload) -> list[str]:
-    work, times = plan.work, plan.work.times
-    model = workload.model_flops * plan.batch_size / len(machine.devices)
-    lines = [
-        "work of a device in a step",
-        f"  FLOPs                    {work.flops / 1e12:9.2f} T executed, {model / 1e12:.2f} T of the model itself",
-        f"  HBM                      {work.hbm_bytes / 1e9:9.1f} GB read and written",
-    ]
-    lines += [
-        f"  {c.kind:<24} {c.ici_bytes / 1e9:9.3f} GB over ICI, {c.dcn_bytes / 1e9:.3f} GB over DCN: "
-        f"{c.count} x between {c.group_size} devices"
-        for c in work.collectives
-    ]
-    kernels = f"{work.kernels} calls of kernels" if work.kernels else "no kernels, plain XLA"
-    if workload.attention_allowed:
-        ratio = workload.attention_executed and workload.attention_executed / workload.attention_allowed
-        products = f"{ratio:.2f} times the allowed products" if ratio else "products in kernels, not counted by XLA"
-        lines.append(f"  Image-Set Attention      {products}; {kernels} in the program")
-    dcn = "unknown" if times.dcn is None else f"{times.dcn:.4f}"
-    lines += [
-        "roofline",
-        f"  seconds                  compute {times.compute:.4f}, HBM {times.hbm:.4f}, ICI {times.ici:.4f}, DCN {dcn}",
-        f"  a step                   {times.step_seconds:.4f} s at least, by {times.limiter}",
-        f"  images                   {work.images_per_second:.1f} a second at most",
-        f"  MFU                      {100 * work.mfu:.1f} % at most",
-    ]
-    return lines
 
 
 def _print_progress(overrides: str, plan: Plan) -> None:

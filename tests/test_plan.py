@@ -14,11 +14,13 @@ from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
 from m2m_jax.errors import UserError
 from m2m_jax.models.unet import UNetConfig
-from m2m_jax.planning import hlo
+from m2m_jax.planning import compile, hlo
 from m2m_jax.planning.chips import CHIPS, GIB, chip_of
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
+from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.roofline import mfu, roofline
-from m2m_jax.planning.workload import count_flops, set_attention_flops
+from m2m_jax.planning.search import search
+from m2m_jax.planning.workload import Workload, count_flops, set_attention_flops
 from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.setup import set_up
@@ -228,6 +230,55 @@ def test_two_devices_on_a_chip_share_it():
     half = CHIPS["tpu7x"].share(2)
     assert (half.hbm, half.flops) == (94.75 * GIB, 2307e12 / 2)
     assert CHIPS["v4"].share(1) == CHIPS["v4"]
+
+
+# Search, and what is printed
+
+
+def _plan(gibibytes: float, images_per_second: float) -> compile.Plan:
+    times = roofline(CHIPS["v5e"], 1e12, 1e9, 1e6, 0)
+    gather = hlo.Collective("all-gather", 4, 1, 7, 2e9, 0.0)
+    work = compile.Work(1e12, 1e9, (gather,), 3, times, images_per_second, 0.5)
+    needs = Memory(GIB, 2 * GIB, GIB, 0, 0, peak=gibibytes * GIB, beside=0, limit=16 * GIB)
+    return compile.Plan({"data": 4, "fsdp": 1}, 8, 2, needs, work, ("--config.model.remat=blocks",), ("a note",), 60.0)
+
+
+def test_search_takes_the_fastest_of_what_fits(monkeypatch):
+    tried = []
+
+    def make_plan(config, machine, workload):
+        """Sets a device cost memory, copies of the state, too; shares cost speed."""
+        sets, fsdp = config.data.batch_size // 16, config.mesh.fsdp
+        tried.append((fsdp, sets))
+        return _plan(gibibytes=12 / fsdp + 2 * sets, images_per_second=sets * 100 / (1 + fsdp / 100))
+
+    monkeypatch.setattr("m2m_jax.planning.search.make_plan", make_plan)
+    machine = compile.Machine("v5e:4x4", (None,) * 16, CHIPS["v5e"], 1)
+    plan, overrides = search(default_config(), machine, None, lambda overrides, plan: None)
+    assert tried == [(1, 1), (1, 2), (1, 4), (8, 1), (8, 2), (8, 4), (8, 8), (16, 1), (16, 2), (16, 4), (16, 8)]
+    assert overrides == ["--config.mesh.fsdp=8", "--config.data.batch_size=64"]
+    assert plan.fits
+
+
+def test_search_finds_nothing(monkeypatch):
+    monkeypatch.setattr("m2m_jax.planning.search.make_plan", lambda *args: _plan(17, 1))
+    machine = compile.Machine("v5e:4x4", (None,) * 16, CHIPS["v5e"], 1)
+    assert search(default_config(), machine, None, lambda overrides, plan: None) is None
+
+
+@pytest.mark.parametrize(("gibibytes", "said"), [(12, "of 16.0 GiB: fits"), (20, "too large by 4.0 GiB")])
+def test_what_is_said(gibibytes, said):
+    machine = compile.Machine("v5e:2x2", (None,) * 4, CHIPS["v5e"], 1)
+    plan, workload = _plan(gibibytes, 1.0), Workload(1e12, 1e9, None)
+    text = as_text(plan, machine, workload, [])
+    assert said in text
+    assert ("--config.model.remat=blocks" in text) == (not plan.fits)
+    for words in ("mesh data 4", "note: a note", "7 x between 4 devices", "3 calls of kernels", "MFU"):
+        assert words in text
+    values = json.loads(json.dumps(as_dict(plan, machine, workload, [])))
+    assert values["fits"] == plan.fits
+    assert values["work"]["times"]["limiter"] == "compute"
+    assert values["memory"]["gradients_and_activations"] == (gibibytes - 4) * GIB
 
 
 # FLOPs
