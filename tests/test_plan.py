@@ -336,6 +336,7 @@ def test_without_libtpu_one_line_says_so(monkeypatch):
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu: requirements-tpu.txt"
 )
