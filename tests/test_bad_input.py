@@ -257,11 +257,13 @@ def test_sample_more_than_the_cache_holds(tmp_path, tiny_run, folder):
     assert "4 context images and 2 to generate need a cache of 5, and cache_size is 4" in line
 
 
-def test_sample_and_export_to_a_full_disk(tmp_path, tiny_run, folder):
+def test_sample_and_export_to_a_full_disk(tmp_path, tiny_run, folder, monkeypatch):
     """As good as full: no file may grow beyond a few kilobytes. What stood there stays, and nothing half-written."""
     checkpoint, output = f"--checkpoint={tiny_run.workdir}", tmp_path / "out"
     arguments = ("sample", checkpoint, f"--context={folder / 'set00'}", "--num_images=1", f"--output={output}")
     assert run(*arguments).code == 0
+    # Python does not notice that it wrote half of a module's bytecode, and fails to import it the next time.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before, limits = _tree(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
