@@ -20,6 +20,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data.image_size = 512
     config.data.images_per_set = 5
     config.data.batch_size = 64
+    config.eval.batch_size = 64  # like the batch, a multiple of the devices that share it
     config.data.augment.enabled = False
     config.autoencoder.path = "stable-diffusion-2-1-base/vae"
     config.init.path = "stable-diffusion-2-1-base/unet"
