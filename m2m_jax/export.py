@@ -22,9 +22,10 @@ from safetensors.numpy import save_file
 from m2m_jax.errors import UserError
 from m2m_jax.models.context_cache import ContextCache
 from m2m_jax.program import run_program
-from m2m_jax.sampling.bundle import PARAMS, PLATFORMS, PROGRAMS, SEPARATOR, program_file, write_manifest
+from m2m_jax.sampling.bundle import PARAMS, PLATFORMS, SEPARATOR, program_file, write_manifest
 from m2m_jax.sampling.flags import given_settings
 from m2m_jax.sampling.sampler import Sampler
+from m2m_jax.sampling.set_sampler import PROGRAMS
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training run.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 
 import m2m_jax
 from m2m_jax.errors import UserError
-from m2m_jax.sampling.bundle import MANIFEST, PARAMS, PLATFORMS, PROGRAMS, SEPARATOR, Bundle, program_file
+from m2m_jax.sampling.bundle import MANIFEST, PARAMS, PLATFORMS, SEPARATOR, Bundle, program_file
+from m2m_jax.sampling.set_sampler import PROGRAMS
 
 SIZE = 32
 CONTEXT = np.random.default_rng(1).integers(0, 256, (3, 2, SIZE, SIZE, 3), np.uint8)

@@ -14,10 +14,10 @@ from run_fixtures import ROOT, make_autoencoder
 from m2m_jax.configuration import default_config
 from m2m_jax.models.parameters import Params
 from m2m_jax.training import sharding
-from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.set_diffusion import SetDiffusion
+from m2m_jax.training.setup import set_up
 from m2m_jax.training.state import TrainState
-from m2m_jax.training.step import Step, make_train_step
+from m2m_jax.training.step import Step
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +46,8 @@ class Training(NamedTuple):
 
 
 def _start(task: SetDiffusion, params: Params, mesh: Mesh) -> Training:
-    config = task.config
-    optimizer, _ = make_optimizer(config.optimizer, config.train.steps, task.is_new_parameter)
-    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.shapes)
-    shardings = sharding.state_shardings(shapes, mesh)
-    create = jax.jit(lambda params: TrainState.create(params, optimizer), out_shardings=shardings)
-    step = make_train_step(
-        task, optimizer, shardings, mesh, config.train.ema_decay, accumulation=config.train.accumulation
-    )
-    return Training(create(params), jax.device_put(task.frozen, sharding.replicated(mesh)), step)
+    setup = set_up(task, task.config, mesh)
+    return Training(setup.create(params), jax.device_put(task.frozen, sharding.replicated(mesh)), setup.step)
 
 
 def _one_device() -> Mesh:
@@ -151,18 +144,14 @@ def test_the_train_step_lowers_for_tpus(autoencoder):
     assert task.summary == "set_diffusion, attention by splash"
     task.config.mesh.fsdp = 2
     mesh = sharding.make_mesh(task.config.mesh)
-    optimizer, _ = make_optimizer(task.config.optimizer, 10, task.is_new_parameter)
-    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.shapes)
-    shardings = sharding.state_shardings(shapes, mesh)
+    setup = set_up(task, task.config, mesh)
 
     def placed(x, where):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    state = jax.tree.map(placed, shapes, shardings)
     frozen = jax.tree.map(lambda x: placed(x, sharding.replicated(mesh)), task.frozen)
     batch = {"images_bnhwc": placed(_images(0, 16), sharding.batch_sharding(mesh, 5))}
-    step = make_train_step(task, optimizer, shardings, mesh, 0.9)
-    text = step.trace(state, frozen, batch).lower(lowering_platforms=("tpu",)).as_text()
+    text = setup.step.trace(setup.state, frozen, batch).lower(lowering_platforms=("tpu",)).as_text()
     calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
     for kind in ("fwd", "dq", "dkv"):
         assert any(f"splash_mha_{kind}" in call for call in calls)

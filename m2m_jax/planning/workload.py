@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,10 +149,7 @@ def sum_of_products(jaxpr: Any) -> float | None:
         if equation.primitive.name == "dot_general":
             contracted = equation.params["dimension_numbers"][0][0]
             shape = equation.invars[0].aval.shape
-            depth = 1
-            for axis in contracted:
-                depth *= shape[axis]
-            total += 2 * depth * equation.outvars[0].aval.size
+            total += 2 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
         for inner in _inner(equation.params):
             flops = sum_of_products(inner)
             if flops is None:

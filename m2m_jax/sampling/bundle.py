@@ -22,12 +22,11 @@ import jax.export
 import numpy as np
 
 from m2m_jax.errors import UserError
-from m2m_jax.sampling.set_sampler import SetSampler
+from m2m_jax.sampling.set_sampler import PROGRAMS, SetSampler
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
 MANIFEST, PARAMS = "manifest.json", "params.safetensors"
-PROGRAMS = ("empty_cache", "encode", "append", "begin", "denoise", "decode")
 SEPARATOR = "/"  # between a model and the name of its parameter
 
 

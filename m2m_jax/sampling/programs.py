@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from m2m_jax.models.context_cache import ContextCache, append_image, denoise_nex
 from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.sampling.set_sampler import PROGRAMS
 from m2m_jax.sampling.settings import SamplingSettings
 
 UNET = "unet"
@@ -90,11 +90,10 @@ class Programs:
         return merge(_graphdef(self.unet_config), params[UNET])
 
 
-NAMES = ("empty_cache", "encode", "append", "begin", "denoise", "decode")
-# The cache is the one thing that is large and handed on.
-DONATED: dict[str, Any] = {"append": "cache"}
 COMPILED = {
-    name: jax.jit(getattr(Programs, name), static_argnums=0, donate_argnames=DONATED.get(name)) for name in NAMES
+    # The cache is the one thing that is large and handed on.
+    name: jax.jit(getattr(Programs, name), static_argnums=0, donate_argnames="cache" if name == "append" else None)
+    for name in PROGRAMS
 }
 
 

@@ -97,11 +97,11 @@ class Sampler(SetSampler):
 
     @functools.cached_property
     def programs(self) -> Mapping[str, Callable]:
-        params = jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
+        static, params = self.static, jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
 
         def placed(run: Callable) -> Callable:
             # What a program returns is the next one's input: one placement, or each would be compiled for several.
-            return lambda *arguments: self.place(run(self.static, params, *arguments))
+            return lambda *arguments: self.place(run(static, params, *arguments))
 
         return {name: placed(run) for name, run in COMPILED.items()}
 

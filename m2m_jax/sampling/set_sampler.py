@@ -20,6 +20,8 @@ from m2m_jax.errors import UserError
 from m2m_jax.images import read_image
 
 MAX_SEED = 2**32 - 1
+# What a sampler is made of; "append" is given the cache to use its memory again.
+PROGRAMS = ("empty_cache", "encode", "append", "begin", "denoise", "decode")
 ContextImage = np.ndarray | Image.Image | str | Path
 
 
