@@ -151,8 +151,9 @@ def default_config() -> ConfigDict:
     config.model.attn2 = "image_set"  # image_set | none: the single-image model has none
     config.model.order_embedding = False  # whether attn2 is told the positions of the images in their set
     config.model.clean_sees = "preceding"  # clean images see preceding: those up to itself | itself: only that
-    # auto: what the platform runs best, see attention/backends.py: resolve. prefix: plain XLA, no work on forbidden
-    # blocks | prefix_cudnn: its kernel for GPUs, in bfloat16 | splash: a kernel for TPUs | dense: the reference
+    # Within images and within sets. auto: what the platform runs best, see attention/backends.py: resolve. prefix:
+    # plain XLA, no work on forbidden blocks | prefix_cudnn: its kernel for GPUs, in bfloat16 | splash: a kernel for
+    # TPUs | dense: the reference
     config.model.attention_backend = "auto"
     config.model.remat = "none"  # computed again in the backward pass: none | dots: all but matmuls | blocks: all
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters are always float32

@@ -15,12 +15,13 @@ from m2m_jax.configuration import default_config
 from m2m_jax.errors import UserError
 from m2m_jax.models.unet import UNetConfig
 from m2m_jax.planning import compile, hlo
+from m2m_jax.planning.attention import AttentionFlops, attention_flops
 from m2m_jax.planning.chips import CHIPS, GIB, chip_of
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
 from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.roofline import mfu, roofline
 from m2m_jax.planning.search import search
-from m2m_jax.planning.workload import Workload, count_flops, set_attention_flops
+from m2m_jax.planning.workload import Workload, count_flops
 from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.setup import set_up
@@ -269,7 +270,7 @@ def test_search_finds_nothing(monkeypatch):
 @pytest.mark.parametrize(("gibibytes", "said"), [(12, "of 16.0 GiB: fits"), (20, "too large by 4.0 GiB")])
 def test_what_is_said(gibibytes, said):
     machine = compile.Machine("v5e:2x2", (None,) * 4, CHIPS["v5e"], 1)
-    plan, workload = _plan(gibibytes, 1.0), Workload(1e12, 1e9, None)
+    plan, workload = _plan(gibibytes, 1.0), Workload(1e12, AttentionFlops(1e9, 1e9))
     text = as_text(plan, machine, workload, [])
     assert said in text
     assert ("--config.model.remat=blocks" in text) == (not plan.fits)
@@ -291,11 +292,26 @@ def test_image_set_attention_executes_the_allowed_products_or_more():
     )  # fmt: skip
     layout = SetLayout.training(4)
     pairs = layout.mask_qk().sum()
-    allowed, executed = set_attention_flops(config, 4, side=8)
+    found = attention_flops(config, 4, side=8)
     # Three blocks of 64 tokens at the top and one of 16 in the middle, two products of two FLOPs each.
-    assert allowed == executed == pairs * 4 * (3 * 64**2 * 16 + 16**2 * 32)
+    an_image = 4 * (3 * 64**2 * 16 + 16**2 * 32)
+    assert found == AttentionFlops(pairs * an_image, pairs * an_image, 7 * an_image)
     dense = UNetConfig(**{**vars(config), "attention_backend": "dense"})
-    assert set_attention_flops(dense, 4, side=8)[1] == allowed * layout.mask_qk().size / pairs
+    assert attention_flops(dense, 4, side=8).executed == found.allowed * layout.mask_qk().size / pairs
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "most"),
+    [(5, None, 1.0003), (10, None, 1.0003), (25, None, 1.0003), (5, 257, 1.2), (10, 257, 1.11), (25, 257, 1.05)],
+)
+def test_the_kernel_computes_little_that_is_forbidden(images, tokens, most):
+    """Stable Diffusion's network at 512 px: the blocks that splash attention visits, over the allowed ones.
+
+    The 257 tokens of DINOv2 end within a block of 128, which costs most where sets are small.
+    """
+    config = UNetConfig(attention_backend="splash", cross_attention_dim=tokens and 1024)
+    found = attention_flops(config, images, side=64, tokens=tokens)
+    assert 1 <= found.executed / found.allowed < most
 
 
 def test_model_flops_do_not_depend_on_remat_or_batch():

@@ -110,6 +110,12 @@ def block_size(tokens: int) -> int:
     return next((n for n in range(MAX_BLOCK, LANES, -LANES) if tokens % n == 0), LANES)
 
 
+def visited_pairs(layout: SetLayout, t: int, s: int) -> int:
+    """Pairs of a query's and a key's token in the blocks that the kernel computes, of one set and head."""
+    block_mask = _kernel(layout, t, s, False).fwd_mask_info.block_mask
+    return int(np.count_nonzero(block_mask)) * block_size(t) * block_size(s)
+
+
 @functools.lru_cache(maxsize=256)
 def _kernel(layout: SetLayout, t: int, s: int, interpret: bool) -> kernels.SplashAttentionKernel:
     """The kernel for one set, (q [h, t, d], k [h, s, d], v) -> [h, t, d], and its mask by blocks, as NumPy arrays."""

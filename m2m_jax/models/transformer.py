@@ -14,6 +14,7 @@ from m2m_jax.attention.layout import SetLayout
 from m2m_jax.models.layers import gelu, timestep_features, zeros
 
 ORDER_CHANNELS = 64  # of the sinusoidal features of an image's position in its set
+ONE_IMAGE = SetLayout((0,), (), "itself")  # attention within an image, to the backends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,18 @@ class Attention(nnx.Module):
 
 
 class SelfAttention(Attention):
-    """attn1: the tokens of one image attend to one another."""
+    """attn1: the tokens of one image attend to one another, by the same backend as those of a set.
+
+    At 64x64 tokens the weights of one image and layer take 0.3 GB: without a kernel they are most of what moves.
+    """
+
+    def __init__(self, channels: int, num_heads: int, *, backend: str, dtype, rngs: nnx.Rngs):
+        super().__init__(channels, num_heads, dtype=dtype, rngs=rngs)
+        self.backend = backend
 
     def __call__(self, x_btc: jax.Array) -> jax.Array:
-        q_bthd, k_bthd, v_bthd = (self.heads(project(x_btc)) for project in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(attend(q_bthd, k_bthd, v_bthd).reshape(x_btc.shape))
+        qkv = (self.heads(project(x_btc))[:, None] for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(BACKENDS[self.backend](*qkv, ONE_IMAGE).reshape(x_btc.shape))
 
 
 class CrossAttention(Attention):
@@ -170,13 +178,16 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Pre-norm attn1, attn2 (where the model has one) and feed-forward, each added to its input.
 
+    backend: of attn1, a name in `attention.backends`.
     make_attn2: (channels, num_heads, dtype=, rngs=) -> the second attention; None: there is none.
     """
 
-    def __init__(self, channels: int, num_heads: int, *, make_attn2: Callable | None, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, num_heads: int, *, backend: str, make_attn2: Callable | None, dtype, rngs: nnx.Rngs
+    ):
         norm = functools.partial(nnx.LayerNorm, channels, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.norm1 = norm()
-        self.attn1 = SelfAttention(channels, num_heads, dtype=dtype, rngs=rngs)
+        self.attn1 = SelfAttention(channels, num_heads, backend=backend, dtype=dtype, rngs=rngs)
         if make_attn2 is not None:
             self.norm2 = norm()
             self.attn2 = make_attn2(channels, num_heads, dtype=dtype, rngs=rngs)
@@ -201,6 +212,7 @@ class SpatialTransformer(nnx.Module):
         num_layers: int,
         norm_num_groups: int,
         use_linear_projection: bool,
+        backend: str,
         make_attn2: Callable | None,
         dtype,
         rngs: nnx.Rngs,
@@ -212,7 +224,7 @@ class SpatialTransformer(nnx.Module):
         self.proj_in = project(dtype=dtype, rngs=rngs)
         self.transformer_blocks = nnx.List(
             [
-                TransformerBlock(channels, num_heads, make_attn2=make_attn2, dtype=dtype, rngs=rngs)
+                TransformerBlock(channels, num_heads, backend=backend, make_attn2=make_attn2, dtype=dtype, rngs=rngs)
                 for _ in range(num_layers)
             ]
         )

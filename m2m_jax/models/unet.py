@@ -42,7 +42,8 @@ class UNetConfig:
       cross_attention_dim: width of the tokens that attn2 attends to: those of the text or of an image encoder
         (M2M-DINO). None: attn2 attends to this network's own features (M2M-Self), or there is none.
       order_embedding: whether Image-Set Attention is told the positions of the images in their set.
-      clean_sees, attention_backend: see `SetLayout` and `attention.backends`.
+      clean_sees: see `SetLayout`.
+      attention_backend: of attn1 and of Image-Set Attention; see `attention.backends`.
       remat: what training computes again in the backward pass to save memory: "none", all but the products with
         kernels ("dots"), or all of each residual and transformer block ("blocks").
       dtype: what is computed in; parameters are float32.
@@ -115,6 +116,7 @@ class UNet(nnx.Module):
                 num_layers=c.transformer_layers_per_block,
                 norm_num_groups=c.norm_num_groups,
                 use_linear_projection=c.use_linear_projection,
+                backend=c.attention_backend,
                 make_attn2=_attn2(c),
                 dtype=dtype,
                 rngs=rngs,

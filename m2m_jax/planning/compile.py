@@ -46,7 +46,7 @@ class Work:
     """What a step does.
 
     Attributes:
-      flops, hbm_bytes: of one device, by XLA; those of Image-Set Attention in kernels are added.
+      flops, hbm_bytes: of one device, by XLA; the products of attention in kernels are added.
       collectives: see `hlo.Collective`.
       kernels: calls of kernels in the program.
       times: see `Roofline`.
@@ -188,7 +188,8 @@ def _work(compiled, config: ConfigDict, machine: Machine, workload: Workload, me
     # XLA counts what a loop does once, and accumulation is a loop around nearly all there is.
     flops, hbm_bytes = (cost[name] * config.train.accumulation for name in ("flops", "bytes accessed"))
     if kernels:
-        flops += workload.attention_allowed * (1 + KERNEL_BACKWARD) * config.data.batch_size / num_devices
+        in_kernels = workload.attention.executed + workload.attention.within_images
+        flops += in_kernels * (1 + KERNEL_BACKWARD) * config.data.batch_size / num_devices
     times = roofline(
         machine.chip, flops, hbm_bytes, sum(c.ici_bytes for c in collectives), sum(c.dcn_bytes for c in collectives)
     )

@@ -74,10 +74,9 @@ def _work_lines(plan: Plan, machine: Machine, workload: Workload) -> list[str]:
         for c in work.collectives
     ]
     kernels = f"{work.kernels} calls of kernels" if work.kernels else "no kernels, plain XLA"
-    if workload.attention_allowed:
-        ratio = workload.attention_executed and workload.attention_executed / workload.attention_allowed
-        products = f"{ratio:.2f} times the allowed products" if ratio else "products in kernels, not counted by XLA"
-        lines.append(f"  Image-Set Attention      {products}; {kernels} in the program")
+    if workload.attention.allowed:
+        ratio = workload.attention.executed / workload.attention.allowed
+        lines.append(f"  Image-Set Attention      {ratio:.3f} times the allowed products; {kernels} in the program")
     dcn = "unknown" if times.dcn is None else f"{times.dcn:.4f}"
     lines += [
         "roofline",

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from m2m_jax.attention.backends import BACKENDS, resolve
-from m2m_jax.attention.layout import SetLayout
+from m2m_jax.attention.backends import resolve
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.initialization import TRAINED
-from m2m_jax.models.unet import UNetConfig
+from m2m_jax.planning.attention import AttentionFlops, attention_flops
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.set_diffusion import SetDiffusion
 
@@ -35,13 +31,11 @@ class Workload:
     Attributes:
       model_flops: of the loss and its gradient: XLA's count before it optimises anything, nothing computed twice and no
         kernels, which it cannot see into. Frozen encoders are in it where a step runs them.
-      attention_allowed: of Image-Set Attention's products, forward, of the pairs of images that the mask allows.
-      attention_executed: of those that the config's backend computes; None where a kernel does.
+      attention: of the products of attention, by the config's backend.
     """
 
     model_flops: float
-    attention_allowed: float
-    attention_executed: float | None
+    attention: AttentionFlops
 
 
 def make_task(config: ConfigDict) -> tuple[SetDiffusion | Autoencoding, list[str]]:
@@ -99,70 +93,11 @@ def count_flops(config: ConfigDict) -> Workload:
     step = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = jax.jit(gradient).lower(task.shapes, task.frozen, batch_shapes(config, task, 1), step)
     flops = lowered.cost_analysis()["flops"]
-    if config.task == "autoencoder" or config.model.attn2 != "image_set":
-        return Workload(flops, 0.0, 0.0)
+    if config.task == "autoencoder":
+        return Workload(flops, AttentionFlops())
     backend = resolve(config.model.attention_backend, PLATFORM, config.model.dtype)
     unet_config = dataclasses.replace(task.unet_config, attention_backend=backend)
     side = task.models.latent_shape(config.data.image_size)[0]
     encoder = task.models.image_encoder
     tokens = (task.models.image_encoder_size // encoder.patch_size) ** 2 + 1 if encoder else None
-    return Workload(flops, *set_attention_flops(unet_config, config.data.images_per_set, side, tokens))
-
-
-def set_attention_flops(
-    config: UNetConfig, num_images: int, side: int, tokens: int | None = None
-) -> tuple[float, float | None]:
-    """(allowed, executed) as in `Workload`, forward, of a set of `num_images` with latents of `side` by `side`.
-
-    tokens: of an image of an encoder; None: the network's own features are attended to.
-    """
-    layout = SetLayout.training(num_images, config.clean_sees, config.attends_to_encoded)
-    pairs = int(layout.mask_qk().sum())
-    allowed, executed = 0.0, 0.0
-    last = len(config.block_out_channels) - 1
-    for level, channels in enumerate(config.block_out_channels):
-        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
-        blocks = attends * (2 * config.layers_per_block + 1) + (level == last)  # down and up; the middle's is the last
-        count = blocks * config.transformer_layers_per_block
-        if not count:
-            continue
-        t = (side // 2**level) ** 2
-        s, heads = tokens or t, config.num_attention_heads[level]
-        allowed += count * pairs * 4 * t * s * channels
-        shapes = [
-            jax.ShapeDtypeStruct((1, images, n, heads, channels // heads), jnp.dtype(config.dtype))
-            for images, n in ((layout.num_images, t), (len(layout.clean), s), (len(layout.clean), s))
-        ]
-        backend = BACKENDS[config.attention_backend]
-        jaxpr = jax.make_jaxpr(lambda *qkv, backend=backend: backend(*qkv, layout))(*shapes)
-        flops = sum_of_products(jaxpr.jaxpr)
-        executed = None if flops is None or executed is None else executed + count * flops
-    return allowed, executed
-
-
-def sum_of_products(jaxpr: Any) -> float | None:
-    """FLOPs of the matrix products of a program; None where it has a kernel, whose are not known."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            return None
-        if equation.primitive.name == "dot_general":
-            contracted = equation.params["dimension_numbers"][0][0]
-            shape = equation.invars[0].aval.shape
-            total += 2 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
-        for inner in _inner(equation.params):
-            flops = sum_of_products(inner)
-            if flops is None:
-                return None
-            total += flops * equation.params.get("length", 1)
-    return total
-
-
-def _inner(params: dict) -> Iterator[Any]:
-    """The programs that an equation holds."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(item, "eqns"):
-                yield item
-            elif hasattr(getattr(item, "jaxpr", None), "eqns"):
-                yield item.jaxpr
+    return Workload(flops, attention_flops(unet_config, config.data.images_per_set, side, tokens))

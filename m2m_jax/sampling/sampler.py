@@ -86,10 +86,10 @@ class Sampler(SetSampler):
 
     @property
     def static(self) -> Programs:
-        """The programs without their parameters."""
-        return Programs(
-            self.unet_config, self.models, self.schedule, self.settings, self.clean_timestep, self.image_size
-        )
+        """The programs without their parameters. Their attention is plain XLA, whatever kernel the network trained
+        with: they run on any platform, and XLA may split them over devices."""
+        unet_config = dataclasses.replace(self.unet_config, attention_backend="prefix")
+        return Programs(unet_config, self.models, self.schedule, self.settings, self.clean_timestep, self.image_size)
 
     @property
     def params(self) -> AllParams:

@@ -1,0 +1,93 @@
+"""The products of attention: of what the mask allows, and what a backend computes. XLA sees none of a kernel's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from m2m_jax.attention.backends import BACKENDS
+from m2m_jax.attention.layout import SetLayout
+from m2m_jax.attention.splash import visited_pairs
+from m2m_jax.models.unet import UNetConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionFlops:
+    """Of the two products of attention, forward, of one set.
+
+    Attributes:
+      allowed: of Image-Set Attention, of the pairs of images that the mask allows.
+      executed: of those that the backend computes.
+      within_images: of attn1.
+    """
+
+    allowed: float = 0.0
+    executed: float = 0.0
+    within_images: float = 0.0
+
+
+def attention_flops(config: UNetConfig, num_images: int, side: int, tokens: int | None = None) -> AttentionFlops:
+    """Of a set of `num_images` in training, with latents of `side` by `side`.
+
+    tokens: of an image of an encoder; None: the network's own features are attended to.
+    """
+    layout = SetLayout.training(num_images, config.clean_sees, config.attends_to_encoded)
+    has_sets = config.attn2 == "image_set"
+    total = AttentionFlops()
+    last = len(config.block_out_channels) - 1
+    for level, channels in enumerate(config.block_out_channels):
+        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        blocks = attends * (2 * config.layers_per_block + 1) + (level == last)  # down and up; the middle's is the last
+        count = blocks * config.transformer_layers_per_block
+        if not count:
+            continue
+        t = (side // 2**level) ** 2
+        s = tokens or t
+        a_pair = count * 4 * channels  # of tokens: two products of two FLOPs a channel
+        total = AttentionFlops(
+            total.allowed + has_sets * a_pair * int(layout.mask_qk().sum()) * t * s,
+            total.executed + has_sets * a_pair * _computed_pairs(config, layout, t, s),
+            total.within_images + a_pair * layout.num_images * t * t,
+        )
+    return total
+
+
+def _computed_pairs(config: UNetConfig, layout: SetLayout, t: int, s: int) -> float:
+    """Pairs of a query's and a key's token whose product the backend computes, of one head."""
+    if config.attention_backend == "splash":
+        return visited_pairs(layout, t, s)
+    # cuDNN computes all of the slices that it is given, which are those of plain XLA.
+    backend = BACKENDS["prefix" if config.attention_backend == "prefix_cudnn" else config.attention_backend]
+    shapes = [
+        jax.ShapeDtypeStruct((1, images, n, 1, 1), jnp.float32)
+        for images, n in ((layout.num_images, t), (len(layout.clean), s), (len(layout.clean), s))
+    ]
+    return _sum_of_products(jax.make_jaxpr(lambda *qkv: backend(*qkv, layout))(*shapes).jaxpr) / 4
+
+
+def _sum_of_products(jaxpr: Any) -> float:
+    """FLOPs of the matrix products of a program."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
+        for inner in _inner(equation.params):
+            total += _sum_of_products(inner) * equation.params.get("length", 1)
+    return total
+
+
+def _inner(params: dict) -> Iterator[Any]:
+    """The programs that an equation holds."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+            elif hasattr(getattr(item, "jaxpr", None), "eqns"):
+                yield item.jaxpr
