@@ -121,7 +121,7 @@ endef
 	$(call install,.venv-plan,-r requirements-tpu.txt,about 1.9 GB and 2 minutes)
 
 .venv-test/.installed-$(VERSION): requirements.txt requirements-test.txt
-	$(call install,.venv-test,-r requirements-test.txt,about 1.3 GB and 2 minutes)
+	$(call install,.venv-test,-r requirements-test.txt,about 2 GB and 3 minutes)
 
 .venv-test/.installed-$(VERSION)-parity: requirements.txt requirements-test.txt requirements-parity.txt
-	$(call install,.venv-test,-r requirements-test.txt -r requirements-parity.txt,PyTorch included: about 2.5 GB and 4 minutes)
+	$(call install,.venv-test,-r requirements-test.txt -r requirements-parity.txt,PyTorch included: about 3.2 GB and 5 minutes)

@@ -1,4 +1,4 @@
-"""Plans training: `python -m m2m_jax.plan --config configs/mis_sd21_self.py --topology v5p:4x4x4`.
+"""Plans training, and sampling: `python -m m2m_jax.plan --config configs/mis_sd21_self.py --topology v5p:4x4x4`.
 
 Compiles the training step of a config for TPUs, on a machine that has none, and says whether it fits into their memory,
 what takes it, how fast a step can be at most and what limits it. Needs `pip install -r requirements-tpu.txt`, and
@@ -7,6 +7,7 @@ Stable Diffusion's autoencoder and DINOv2. The evaluation, which keeps no gradie
 
 Exit code 0: it fits; 1: it does not, and what to change is said; 2: bad input.
 
+    --job sample             what sampling takes, sets shared evenly by the devices: --sets_per_device
     --topology v5p:4x4x4     chips of v4, v5e, v5p, v6e or tpu7x, and how they are connected
     --slices 2               as many such slices, connected by the data-centre network
     --search                 tries meshes and batch sizes, and says which promises most images a second
@@ -15,15 +16,18 @@ Exit code 0: it fits; 1: it does not, and what to change is said; 2: bad input.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
 from absl import flags
 
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.errors import UserError
 from m2m_jax.planning.compile import Plan, get_machine, make_plan, prepare
 from m2m_jax.planning.memory import gib
 from m2m_jax.planning.report import as_dict, as_text
+from m2m_jax.planning.sampling import plan_sampling, sampling_as_text
 from m2m_jax.planning.search import search
 from m2m_jax.planning.workload import NOT_READ, count_flops
 from m2m_jax.program import run_program
@@ -32,6 +36,8 @@ CONFIG = define_config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and how they are connected: v5p:4x4x4.", required=True)
 SLICES = flags.DEFINE_integer("slices", 1, "How many of that topology, side by side.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Find the mesh and the batch size that promise most.")
+JOB = flags.DEFINE_enum("job", "train", ["train", "sample"], "What is planned.")
+SETS = flags.DEFINE_integer("sets_per_device", 1, "Of --job=sample: sets that a device samples at once.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 
@@ -42,6 +48,16 @@ def main(argv) -> int:
     prepare()
     machine = get_machine(TOPOLOGY.value, SLICES.value)
     print(f"compiling for {len(machine.devices)} devices; Stable Diffusion takes many minutes", file=sys.stderr)
+    if JOB.value == "sample":
+        if SEARCH.value:
+            raise UserError("--search is for training; try values of --sets_per_device")
+        sampling = plan_sampling(config, machine, SETS.value)
+        print(
+            json.dumps(dataclasses.asdict(sampling), indent=1)
+            if JSON.value
+            else sampling_as_text(sampling, TOPOLOGY.value)
+        )
+        return 0 if sampling.fits else 1
     workload = count_flops(config)
 
     overrides = []

@@ -352,11 +352,12 @@ def test_without_libtpu_one_line_says_so(monkeypatch):
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu: requirements-tpu.txt"
 )
-def test_a_tiny_plan():
+
+
+def _plan_tiny(*arguments) -> dict:
     result = run(
         "plan",
         TINY,
@@ -366,12 +367,30 @@ def test_a_tiny_plan():
         "--config.data.image_size=64",
         "--topology=v5e:2x2",
         "--json",
+        *arguments,
     )
     assert result.code == 0, result.err
-    plan = json.loads(result.out)
+    return json.loads(result.out)
+
+
+@needs_libtpu
+def test_a_tiny_plan():
+    plan = _plan_tiny()
     assert plan["fits"]
     assert plan["devices"] == 4
     assert plan["memory"]["needed"] > plan["memory"]["parameters"] > 0
     assert "none: Stable Diffusion's autoencoder" in plan["notes"][0]
     assert {c["kind"] for c in plan["work"]["collectives"]} >= {"all-reduce"}
     assert 0 < plan["work"]["mfu"] < 1
+    # Seven transformer blocks, two attentions each, a kernel forward and two backward.
+    assert plan["work"]["kernels"] == 7 * 2 * 3
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_tiny_plan_of_sampling():
+    plan = _plan_tiny("--job=sample", "--sets_per_device=2")
+    assert (plan["devices"], plan["sets_per_device"], plan["context_images"], plan["steps"]) == (4, 2, 3, 2)
+    assert plan["programs"]["denoise"]["seconds"] > 0
+    assert plan["images_per_second"] == pytest.approx(8 / plan["image_seconds"])
+    assert 0 < plan["cache"] < plan["parameters"] < plan["limit"]

@@ -117,3 +117,14 @@ def test_sharded_steps_equal_those_of_one_device():
     split = P(None, None, None, "fsdp")
     followers = [state.params, state.ema_params, state.opt_state[1][0].mu, state.opt_state[1][0].nu]
     assert [tree["conv_in.kernel"].sharding.spec for tree in followers] == [split] * 4
+
+
+def test_whole_arrays_for_one_process():
+    mesh = _mesh(2, 4)
+    rows, same = jax.sharding.NamedSharding(mesh, P("fsdp")), sharding.replicated(mesh)
+    x = np.arange(64, dtype=np.float32).reshape(8, 8)
+    found = sharding.on_this_process({"split": jax.device_put(x, rows), "copied": jax.device_put(x, same)}, mesh)
+    np.testing.assert_array_equal(found["split"], x)
+    np.testing.assert_array_equal(found["copied"], x)
+    assert isinstance(found["split"], np.ndarray)
+    assert found["copied"].devices() == {jax.local_devices()[0]}

@@ -92,6 +92,12 @@ class FrozenModels:
             shapes[IMAGE_ENCODER] = self._encoder_and_shapes[1]
         return shapes
 
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens of an image by the image encoder; None: the U-Net attends to its own features."""
+        encoder = self.image_encoder
+        return (self.image_encoder_size // encoder.patch_size) ** 2 + 1 if encoder else None
+
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of an image of so many pixels a side."""
         side = image_size // self.autoencoder.downsampling

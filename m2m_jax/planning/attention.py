@@ -39,14 +39,7 @@ def attention_flops(config: UNetConfig, num_images: int, side: int, tokens: int 
     layout = SetLayout.training(num_images, config.clean_sees, config.attends_to_encoded)
     has_sets = config.attn2 == "image_set"
     total = AttentionFlops()
-    last = len(config.block_out_channels) - 1
-    for level, channels in enumerate(config.block_out_channels):
-        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
-        blocks = attends * (2 * config.layers_per_block + 1) + (level == last)  # down and up; the middle's is the last
-        count = blocks * config.transformer_layers_per_block
-        if not count:
-            continue
-        t = (side // 2**level) ** 2
+    for count, t, channels, _ in attentions(config, side):
         s = tokens or t
         a_pair = count * 4 * channels  # of tokens: two products of two FLOPs a channel
         total = AttentionFlops(
@@ -55,6 +48,17 @@ def attention_flops(config: UNetConfig, num_images: int, side: int, tokens: int 
             total.within_images + a_pair * layout.num_images * t * t,
         )
     return total
+
+
+def attentions(config: UNetConfig, side: int) -> Iterator[tuple[int, int, int, int]]:
+    """(transformer blocks, tokens of an image, channels, heads) of each level that has any."""
+    last = len(config.block_out_channels) - 1
+    for level, channels in enumerate(config.block_out_channels):
+        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        blocks = attends * (2 * config.layers_per_block + 1) + (level == last)  # down and up; the middle's is the last
+        if blocks:
+            count = blocks * config.transformer_layers_per_block
+            yield count, (side // 2**level) ** 2, channels, config.num_attention_heads[level]
 
 
 def _computed_pairs(config: UNetConfig, layout: SetLayout, t: int, s: int) -> float:

@@ -98,6 +98,5 @@ def count_flops(config: ConfigDict) -> Workload:
     backend = resolve(config.model.attention_backend, PLATFORM, config.model.dtype)
     unet_config = dataclasses.replace(task.unet_config, attention_backend=backend)
     side = task.models.latent_shape(config.data.image_size)[0]
-    encoder = task.models.image_encoder
-    tokens = (task.models.image_encoder_size // encoder.patch_size) ** 2 + 1 if encoder else None
-    return Workload(flops, attention_flops(unet_config, config.data.images_per_set, side, tokens))
+    attention = attention_flops(unet_config, config.data.images_per_set, side, task.models.context_tokens)
+    return Workload(flops, attention)

@@ -119,11 +119,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def on_this_process(params: Params, mesh: Mesh) -> Params:
-    """Whole copies on the first device of this process; all processes must call."""
-    if mesh.size == 1:
-        return params
-    whole = jax.jit(lambda params: params, out_shardings=replicated(mesh))(params)
-    return {name: x.addressable_data(0) for name, x in whole.items()}
+    """Whole arrays: on the first device of this process where it has all of them, else in its own memory.
+
+    All processes must call. One after another: gathered together they would need room on every device.
+    """
+    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+    def whole(x: jax.Array) -> jax.Array | np.ndarray:
+        return x.addressable_data(0) if x.is_fully_replicated else np.asarray(gather(x).addressable_data(0))
+
+    return {name: whole(x) for name, x in params.items()}
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
