@@ -19,7 +19,7 @@ from absl import flags
 
 from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
-from m2m_jax.data.pipeline import batches, make_dataset
+from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
 from m2m_jax.models.parameters import count
@@ -49,12 +49,13 @@ def main(argv):
     sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
 
     # Data
-    def dataset(split, batch_size):
-        rows = sharding.local_rows(mesh, batch_size)
-        return make_dataset(config.data, split=split, seed=config.seed, batch_size=batch_size, rows=rows)
+    def batched(examples, batch_size):
+        return make_dataset(examples, batch_size=batch_size, rows=sharding.local_rows(mesh, batch_size))
 
-    train_data = dataset(config.data.train_split, config.data.batch_size)
-    eval_data = dataset(config.data.eval_split, config.eval.batch_size)
+    train_examples = open_examples(config.data, split=config.data.train_split, seed=config.seed)
+    eval_examples = open_examples(config.data, split=config.data.eval_split, seed=config.seed)
+    train_data = batched(train_examples, config.data.batch_size)
+    eval_data = batched(eval_examples, config.eval.batch_size)
 
     # Task, optimizer, state; restored where the workdir holds a checkpoint
     task = TASKS[config.task](config)
@@ -86,7 +87,9 @@ def main(argv):
     def evaluate(step):
         held_out = [eval_data[i] for i in range(config.eval.batches)]
         results = [
-            eval_step(state.ema_params, frozen, sharding.make_global_batch(mesh, batch, config.eval.batch_size), i)
+            eval_step(
+                state.ema_params, frozen, sharding.make_global_batch(mesh, inputs(batch), config.eval.batch_size), i
+            )
             for i, batch in enumerate(held_out)
         ]
         means = {f"eval/{name}": np.mean([float(r[name]) for r in results]) for name in results[0]}
@@ -106,7 +109,8 @@ def main(argv):
     compiled, metrics, data_wait, steps_timed, clock = None, None, 0.0, 0, time.monotonic()
     for step in range(first_step + 1, config.train.steps + 1):
         waited = time.monotonic()
-        batch = sharding.make_global_batch(mesh, next(stream), config.data.batch_size)
+        host_batch = next(stream)
+        batch = sharding.make_global_batch(mesh, inputs(host_batch), config.data.batch_size)
         data_wait += time.monotonic() - waited
         previous_metrics = metrics
         if compiled is None:

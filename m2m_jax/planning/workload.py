@@ -75,13 +75,11 @@ def frozen_models(config: ConfigDict) -> tuple[FrozenModels, list[str]]:
 
 
 def batch_shapes(config: ConfigDict, task: SetDiffusion | Autoencoding, batch_size: int) -> dict:
-    """A batch as the input pipeline makes it; see `data.pipeline.make_dataset`."""
+    """A batch as it reaches the devices; see `data.pipeline.make_dataset` and `inputs`."""
     sets, size = (batch_size, config.data.images_per_set), config.data.image_size
     if config.data.name == "precomputed":
         return {"latents_bnhwc": jax.ShapeDtypeStruct((*sets, *task.models.latent_shape(size)), jnp.float32)}
-    # The index of an example is int64 in NumPy and becomes int32 on the device.
-    index = jax.ShapeDtypeStruct(sets[:1], jnp.int32)
-    return {"images_bnhwc": jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8), "example_index_b": index}
+    return {"images_bnhwc": jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)}
 
 
 def count_flops(config: ConfigDict) -> Workload:
