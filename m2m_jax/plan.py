@@ -9,7 +9,8 @@ Exit code 0: it fits; 1: it does not, and what to change is said; 2: bad input.
 
     --job sample             what sampling takes, sets shared evenly by the devices: --sets_per_device
     --topology v5p:4x4x4     chips of v4, v5e, v5p, v6e or tpu7x, and how they are connected
-    --slices 2               as many such slices, connected by the data-centre network
+                             a100, h100, h200, l4 and how many a node has: h100:8, planned by formula
+    --slices 2               as many such slices or nodes, connected by the data-centre network
     --search                 tries meshes and batch sizes, and says which promises most images a second
     --json                   for machines
 """
@@ -24,12 +25,14 @@ from absl import flags
 
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.errors import UserError
+from m2m_jax.planning.chips import gpus_of
 from m2m_jax.planning.compile import Plan, get_machine, make_plan, prepare
+from m2m_jax.planning.formula import plan_by_formula
 from m2m_jax.planning.memory import gib
 from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.sampling import plan_sampling, sampling_as_text
 from m2m_jax.planning.search import search
-from m2m_jax.planning.workload import NOT_READ, count_flops
+from m2m_jax.planning.workload import NOT_READ, Workload, count_flops
 from m2m_jax.program import run_program
 
 CONFIG = define_config_flag()
@@ -46,17 +49,21 @@ def main(argv) -> int:
     config.data.path = config.data.path or NOT_READ
     validate(config)
     prepare()
+    gpus, samples = gpus_of(TOPOLOGY.value), JOB.value == "sample"
+    if samples and SEARCH.value:
+        raise UserError("--search is for training; try values of --sets_per_device")
+    if gpus and (samples or SEARCH.value):
+        raise UserError(f"--topology={TOPOLOGY.value}: of GPUs, one training step is planned, by formula")
+    if gpus:
+        chip, per_node = gpus
+        workload = count_flops(config, "gpu")
+        return _report(plan_by_formula(config, chip, per_node * SLICES.value, SLICES.value, workload), workload, [])
     machine = get_machine(TOPOLOGY.value, SLICES.value)
     print(f"compiling for {len(machine.devices)} devices; Stable Diffusion takes many minutes", file=sys.stderr)
-    if JOB.value == "sample":
-        if SEARCH.value:
-            raise UserError("--search is for training; try values of --sets_per_device")
+    if samples:
         sampling = plan_sampling(config, machine, SETS.value)
-        print(
-            json.dumps(dataclasses.asdict(sampling), indent=1)
-            if JSON.value
-            else sampling_as_text(sampling, TOPOLOGY.value)
-        )
+        as_json = json.dumps(dataclasses.asdict(sampling), indent=1)
+        print(as_json if JSON.value else sampling_as_text(sampling, TOPOLOGY.value))
         return 0 if sampling.fits else 1
     workload = count_flops(config)
 
@@ -69,10 +76,14 @@ def main(argv) -> int:
         plan, overrides = found
     else:
         plan = make_plan(config, machine, workload)
+    return _report(plan, workload, overrides)
+
+
+def _report(plan: Plan, workload: Workload, overrides: list[str]) -> int:
     if JSON.value:
-        print(json.dumps(as_dict(plan, machine, workload, overrides), indent=1))
+        print(json.dumps(as_dict(plan, TOPOLOGY.value, workload, overrides), indent=1))
     else:
-        print(as_text(plan, machine, workload, overrides))
+        print(as_text(plan, TOPOLOGY.value, workload, overrides))
     return 0 if plan.fits else 1
 
 

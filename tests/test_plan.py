@@ -16,7 +16,7 @@ from m2m_jax.errors import UserError
 from m2m_jax.models.unet import UNetConfig
 from m2m_jax.planning import compile, hlo
 from m2m_jax.planning.attention import AttentionFlops, attention_flops
-from m2m_jax.planning.chips import CHIPS, GIB, chip_of
+from m2m_jax.planning.chips import CHIPS, GIB, chip_of, gpus_of
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
 from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.roofline import mfu, roofline
@@ -241,7 +241,9 @@ def _plan(gibibytes: float, images_per_second: float) -> compile.Plan:
     gather = hlo.Collective("all-gather", 4, 1, 7, 2e9, 0.0)
     work = compile.Work(1e12, 1e9, (gather,), 3, times, images_per_second, 0.5)
     needs = Memory(GIB, 2 * GIB, GIB, 0, 0, peak=gibibytes * GIB, beside=0, limit=16 * GIB)
-    return compile.Plan({"data": 4, "fsdp": 1}, 8, 2, needs, work, ("--config.model.remat=blocks",), ("a note",), 60.0)
+    return compile.Plan(
+        {"slice": 1, "data": 4, "fsdp": 1}, 8, 2, needs, work, ("--config.model.remat=blocks",), ("a note",), 60.0
+    )
 
 
 def test_search_takes_the_fastest_of_what_fits(monkeypatch):
@@ -269,14 +271,13 @@ def test_search_finds_nothing(monkeypatch):
 
 @pytest.mark.parametrize(("gibibytes", "said"), [(12, "of 16.0 GiB: fits"), (20, "too large by 4.0 GiB")])
 def test_what_is_said(gibibytes, said):
-    machine = compile.Machine("v5e:2x2", (None,) * 4, CHIPS["v5e"], 1)
     plan, workload = _plan(gibibytes, 1.0), Workload(1e12, AttentionFlops(1e9, 1e9))
-    text = as_text(plan, machine, workload, [])
+    text = as_text(plan, "v5e:2x2", workload, [])
     assert said in text
     assert ("--config.model.remat=blocks" in text) == (not plan.fits)
     for words in ("mesh data 4", "note: a note", "7 x between 4 devices", "3 calls of kernels", "MFU"):
         assert words in text
-    values = json.loads(json.dumps(as_dict(plan, machine, workload, [])))
+    values = json.loads(json.dumps(as_dict(plan, "v5e:2x2", workload, [])))
     assert values["fits"] == plan.fits
     assert values["work"]["times"]["limiter"] == "compute"
     assert values["memory"]["gradients_and_activations"] == (gibibytes - 4) * GIB
@@ -325,6 +326,38 @@ def test_model_flops_do_not_depend_on_remat_or_batch():
     assert count_flops(config).model_flops == one
 
 
+# GPUs
+
+
+def _plan_gpus(*arguments) -> dict:
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote bfloat16
+        result = run(
+            "plan", TINY, "--config.autoencoder.path=none", "--config.model.dtype=bfloat16", "--json", *arguments
+        )
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def test_gpus_are_planned_by_formula():
+    plan = _plan_gpus("--topology=h100:2", "--slices=2")
+    assert (plan["devices"], plan["mesh"]["slice"], plan["mesh"]["data"]) == (4, 2, 2)
+    assert "by formula" in plan["notes"][0]
+    assert plan["compile_seconds"] is None
+    memory, (within, between) = plan["memory"], plan["work"]["collectives"]
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-3)
+    assert memory["parameters"] == memory["ema"]
+    # The gradients are summed within a node, and each half of them between the nodes.
+    assert (within["group_size"], within["ici_bytes"], within["dcn_bytes"]) == (2, memory["parameters"], 0)
+    assert (between["slices"], between["dcn_bytes"]) == (2, memory["parameters"] / 2)
+
+
+def test_gpus_share_the_state_by_fsdp_and_keep_less_by_remat():
+    copies = _plan_gpus("--topology=h100:4")["memory"]
+    shares = _plan_gpus("--topology=h100:4", "--config.mesh.fsdp=4", "--config.model.remat=blocks")["memory"]
+    assert shares["ema"] < 0.3 * copies["ema"]
+    assert shares["gradients_and_activations"] < 0.5 * copies["gradients_and_activations"]
+
+
 # The program
 
 
@@ -333,13 +366,14 @@ def test_model_flops_do_not_depend_on_remat_or_batch():
     [
         ("v5q:2x2", "did you mean v5"),
         ("v5e", "says nothing of how many chips"),
-        ("h100:8", "plans TPUs alone"),
-        ("abacus:1", "is unknown; the chips are v4, v5e, v5p, v6e, tpu7x"),
+        ("h1000:8", "did you mean h100"),
+        ("h100", "say how many a node has"),
+        ("abacus:1", "is unknown; the chips are v4, v5e, v5p, v6e, tpu7x, a100"),
     ],
 )
 def test_unknown_topologies_are_refused(topology, words):
     with pytest.raises(UserError, match=words):
-        chip_of(topology)
+        gpus_of(topology) or chip_of(topology)
 
 
 def test_without_libtpu_one_line_says_so(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a TPU chip can do at most, as Google publishes it, and the peaks of GPUs.
+"""What a TPU chip can do at most, as Google publishes it, and GPUs as NVIDIA does.
 
 Sources, read in November 2026: Cloud TPU documentation, "System architecture" of each chip (cloud.google.com/tpu/docs
 /v5e, /v6e and /tpu7x; the last has a table of v5p, v6e and tpu7x, which is followed where pages round differently).
@@ -73,12 +73,20 @@ KINDS: dict[str, str] = {
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
 }
-# Beginning of what JAX calls a GPU -> FLOPs a second at most, in bfloat16, of dense matrices.
-GPU_FLOPS: dict[str, float] = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,  # SXM; the PCIe card and the NVL are slower
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
+# What a program can have of a GPU's memory is 0.92 of it, as the scripts in launch/ set it. Links: NVLink, of the L4
+# PCIe. The network: one adapter a GPU, as in NVIDIA's own machines.
+GPUS: dict[str, Chip] = {
+    "a100": Chip(312e12, 0.92 * 80 * GIB, 2039e9, 600e9 / 2, 200e9 / 8),  # SXM, 80 GB
+    "h100": Chip(989e12, 0.92 * 79.6 * GIB, 3350e9, 900e9 / 2, 400e9 / 8),  # SXM; the PCIe card and the NVL are slower
+    "h200": Chip(989e12, 0.92 * 140.4 * GIB, 4800e9, 900e9 / 2, 400e9 / 8),
+    "l4": Chip(121e12, 0.92 * 22.5 * GIB, 300e9, 64e9 / 2, None),
+}
+# Beginning of what JAX calls them.
+GPU_KINDS: dict[str, str] = {
+    "NVIDIA A100": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA L4": "l4",
 }
 
 
@@ -89,8 +97,18 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
         chips = {tuple(device.coords) for device in devices}
         return CHIPS[KINDS[kind]].flops * len(chips) / len(devices)
     # Not a part of one (MIG), and "NVIDIA L4" is no L40.
-    whole = [name for name in GPU_FLOPS if f"{kind} ".replace("-", " ").startswith(f"{name} ") and "MIG" not in kind]
-    return GPU_FLOPS[whole[0]] if whole else None
+    whole = [name for name in GPU_KINDS if f"{kind} ".replace("-", " ").startswith(f"{name} ") and "MIG" not in kind]
+    return GPUS[GPU_KINDS[whole[0]]].flops if whole else None
+
+
+def gpus_of(topology: str) -> tuple[Chip, int] | None:
+    """The GPU of a topology's name and how many a node has ("h100:8"); None: it is no GPU's."""
+    name, _, count = topology.partition(":")
+    if name not in GPUS:
+        return None
+    if not count.isdecimal() or not int(count):
+        raise UserError(f"--topology={topology}: say how many a node has, for example {name}:8")
+    return GPUS[name], int(count)
 
 
 def chip_of(topology: str) -> Chip:
@@ -98,12 +116,8 @@ def chip_of(topology: str) -> Chip:
     name, _, shape = topology.partition(":")
     if name in CHIPS and shape:
         return CHIPS[name]
-    known = f"the chips are {', '.join(CHIPS)}, for example --topology=v5p:4x4x4"
+    known = f"the chips are {', '.join([*CHIPS, *GPUS])}, for example --topology=v5p:4x4x4, or h100:8"
     if name in CHIPS:
         raise UserError(f"--topology={topology} says nothing of how many chips; {known}")
-    if name[:1].lower() in "abhlr" and name[1:2].isdigit():
-        raise UserError(
-            f"--topology={topology}: XLA compiles for a GPU only where there is one, so this plans TPUs alone; {known}"
-        )
-    near = difflib.get_close_matches(name, CHIPS, 1)
+    near = difflib.get_close_matches(name.lower(), [*CHIPS, *GPUS], 1)
     raise UserError(f"--topology={topology} is unknown{f'; did you mean {near[0]}?' if near else ''}; {known}")

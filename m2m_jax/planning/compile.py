@@ -72,6 +72,7 @@ class Plan:
       work: None where the step is too large to be compiled.
       advice: what to change where it does not fit.
       notes: what was assumed, and what else a run would trip over.
+      compile_seconds: None where it was planned by formula.
     """
 
     mesh: dict[str, int]
@@ -81,7 +82,11 @@ class Plan:
     work: Work | None
     advice: tuple[str, ...]
     notes: tuple[str, ...]
-    compile_seconds: float
+    compile_seconds: float | None
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh.values())
 
     @property
     def fits(self) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from m2m_jax.planning.compile import Machine, Plan
+from m2m_jax.planning.compile import Plan
 from m2m_jax.planning.memory import gib
 from m2m_jax.planning.workload import Workload
 
 
-def as_dict(plan: Plan, machine: Machine, workload: Workload, overrides: list[str]) -> dict:
+def as_dict(plan: Plan, topology: str, workload: Workload, overrides: list[str]) -> dict:
     """All numbers; bytes and FLOPs of one device and one step, where nothing else is said."""
     values = dataclasses.asdict(plan) | {"fits": plan.fits}
     values["memory"] |= {"gradients_and_activations": plan.memory.rest, "needed": plan.memory.needed}
@@ -19,22 +19,23 @@ def as_dict(plan: Plan, machine: Machine, workload: Workload, overrides: list[st
             "limiter": plan.work.times.limiter,
         }
     return {
-        "topology": machine.topology,
-        "slices": machine.slices,
-        "devices": len(machine.devices),
+        "topology": topology,
+        "slices": plan.mesh["slice"],
+        "devices": plan.devices,
         "per_set": dataclasses.asdict(workload),
         "overrides": overrides,
         **values,
     }
 
 
-def as_text(plan: Plan, machine: Machine, workload: Workload, overrides: list[str]) -> str:
+def as_text(plan: Plan, topology: str, workload: Workload, overrides: list[str]) -> str:
     """The same, to be read."""
     axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
-    slices = f" x {machine.slices} slices" if machine.slices > 1 else ""
+    slices = f" x {plan.mesh['slice']} slices" if plan.mesh["slice"] > 1 else ""
+    how = "by formula" if plan.compile_seconds is None else f"compiled in {plan.compile_seconds:.0f} s"
     lines = [
-        f"{machine.topology}{slices}: {len(machine.devices)} devices, mesh {axes}; "
-        f"{plan.batch_size} sets a step, {plan.sets_per_device} a device; compiled in {plan.compile_seconds:.0f} s"
+        f"{topology}{slices}: {plan.devices} devices, mesh {axes}; "
+        f"{plan.batch_size} sets a step, {plan.sets_per_device} a device; {how}"
     ]
     if overrides:
         lines.append(f"  found: {' '.join(overrides)}")
@@ -56,13 +57,13 @@ def as_text(plan: Plan, machine: Machine, workload: Workload, overrides: list[st
         lines.append(f"too large by {gib(m.needed - m.limit)}; what would help:")
         lines += [f"  {line}" for line in plan.advice]
     if plan.work:
-        lines += _work_lines(plan, machine, workload)
+        lines += _work_lines(plan, workload)
     return "\n".join(lines)
 
 
-def _work_lines(plan: Plan, machine: Machine, workload: Workload) -> list[str]:
+def _work_lines(plan: Plan, workload: Workload) -> list[str]:
     work, times = plan.work, plan.work.times
-    model = workload.model_flops * plan.batch_size / len(machine.devices)
+    model = workload.model_flops * plan.batch_size / plan.devices
     lines = [
         "work of a device in a step",
         f"  FLOPs                    {work.flops / 1e12:9.2f} T executed, {model / 1e12:.2f} T of the model itself",
@@ -74,7 +75,7 @@ def _work_lines(plan: Plan, machine: Machine, workload: Workload) -> list[str]:
         for c in work.collectives
     ]
     kernels = f"{work.kernels} calls of kernels" if work.kernels else "no kernels, plain XLA"
-    if workload.attention.allowed:
+    if workload.attention.allowed and plan.compile_seconds is not None:
         ratio = workload.attention.executed / workload.attention.allowed
         lines.append(f"  Image-Set Attention      {ratio:.3f} times the allowed products; {kernels} in the program")
     dcn = "unknown" if times.dcn is None else f"{times.dcn:.4f}"

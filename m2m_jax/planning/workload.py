@@ -93,12 +93,12 @@ def count_model_flops(config: ConfigDict) -> float:
     return lowered.cost_analysis()["flops"]
 
 
-def count_flops(config: ConfigDict) -> Workload:
-    """Of one set of a run of `config`; see `count_model_flops`."""
+def count_flops(config: ConfigDict, platform: str = PLATFORM) -> Workload:
+    """Of one set of a run of `config` on "tpu" or "gpu"; see `count_model_flops`."""
     task, flops = _plain_task(config), count_model_flops(config)
     if config.task == "autoencoder":
         return Workload(flops, AttentionFlops())
-    backend = resolve(config.model.attention_backend, PLATFORM, config.model.dtype)
+    backend = resolve(config.model.attention_backend, platform, config.model.dtype)
     unet_config = dataclasses.replace(task.unet_config, attention_backend=backend)
     side = task.models.latent_shape(config.data.image_size)[0]
     attention = attention_flops(unet_config, config.data.images_per_set, side, task.models.context_tokens)

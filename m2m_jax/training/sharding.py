@@ -51,15 +51,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     Raises UserError where the axes do not multiply to the number of devices, or `slice` is not how these are connected.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config[axis] for axis in AXES]
-    named = [(axis, size) for axis, size in zip(AXES, sizes, strict=True) if size != 1 or axis in ("data", "fsdp")]
-    asked = ", ".join(f"config.mesh.{axis}={size}" for axis, size in named)
-    if sizes.count(-1) > 1:
-        raise UserError(f"{asked}: only one axis can be -1")
-    fixed = math.prod(size for size in sizes if size != -1)
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise UserError(f"{asked}: they make {fixed} devices, and there are {len(devices)}; set one of them to -1")
-    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    sizes = mesh_sizes(config, len(devices))
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) > 1 and sizes[0] != len(slices):
         raise UserError(f"config.mesh.slice={sizes[0]}: these devices are in {len(slices)} slices; set it to that")
@@ -72,6 +64,19 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto: XLA derives all shardings between; under Explicit axes a convolution with a sharded kernel raises.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: ConfigDict, num_devices: int) -> tuple[int, ...]:
+    """The devices along each of `AXES`. Raises UserError where they do not multiply to `num_devices`."""
+    sizes = [config[axis] for axis in AXES]
+    named = [(axis, size) for axis, size in zip(AXES, sizes, strict=True) if size != 1 or axis in ("data", "fsdp")]
+    asked = ", ".join(f"config.mesh.{axis}={size}" for axis, size in named)
+    if sizes.count(-1) > 1:
+        raise UserError(f"{asked}: only one axis can be -1")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if num_devices % fixed or (-1 not in sizes and fixed != num_devices):
+        raise UserError(f"{asked}: they make {fixed} devices, and there are {num_devices}; set one of them to -1")
+    return tuple(num_devices // fixed if size == -1 else size for size in sizes)
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -1,0 +1,153 @@
+"""Plans a training step on GPUs by formula: XLA compiles for CUDA only where there is a GPU.
+
+What a step keeps for its backward pass is counted exactly, before XLA optimises anything: fusions keep less of it, and
+convolutions take room for themselves. FLOPs are those of the model, and of what `model.remat` computes again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Var
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+
+from m2m_jax.attention.backends import resolve
+from m2m_jax.errors import UserError
+from m2m_jax.models.initialization import TRAINED
+from m2m_jax.planning import hlo, memory
+from m2m_jax.planning.chips import Chip
+from m2m_jax.planning.compile import Plan, Work
+from m2m_jax.planning.memory import Memory
+from m2m_jax.planning.roofline import mfu, roofline
+from m2m_jax.planning.workload import Workload, batch_shapes, make_task
+from m2m_jax.training import sharding
+from m2m_jax.training.optimizer import make_optimizer
+from m2m_jax.training.state import TrainState
+
+NOTE = (
+    "by formula, nothing was compiled: activations before fusion and without workspace, HBM and network at least what "
+    "state, gradients and activations take"
+)
+
+
+def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, workload: Workload) -> Plan:
+    """A plan like that of `compile.make_plan`, with `NOTE` among its notes.
+
+    Args:
+      devices: of all nodes together; config.mesh.slice is the number of nodes.
+
+    Raises:
+      UserError: the config splits tensors or rows; or does not go with so many devices.
+    """
+    config = ConfigDict(config.to_dict())
+    config.mesh.slice = nodes if config.mesh.slice == 1 else config.mesh.slice
+    sizes = sharding.mesh_sizes(config.mesh, devices)
+    if math.prod(sizes[3:]) > 1:
+        raise UserError("GPUs are planned by formula, which knows config.mesh.data, .fsdp and .slice alone")
+    mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    parts, batch_size = config.train.accumulation, config.data.batch_size
+    sharding.check_batch_size(batch_size, mesh, "data.batch_size", parts=parts)
+    sets = batch_size // devices
+
+    # The kernels of both platforms keep the same: queries, keys, values, outputs and a number a row.
+    if resolve(config.model.attention_backend, "gpu", config.model.dtype) == "prefix_cudnn":
+        config.model.attention_backend = "splash"
+    task, notes = make_task(config)
+    state = _state(config, task, mesh)
+    state_bytes = memory.state_bytes(state)
+    trained_bytes = memory.bytes_per_device({n: x for n, x in state.params.items() if _trains(config)(n)})
+    kept_of_one, kept_of_two = (_kept_bytes(config, task, n) for n in (1, 2))
+    kept_of_a_set = kept_of_two - kept_of_one
+    kept = kept_of_one + (sets // parts - 1) * kept_of_a_set
+    frozen_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(task.frozen))
+    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch_shapes(config, task, sets).values())
+    reads_frozen = config.data.name != "precomputed"
+    needs = Memory(
+        **state_bytes,
+        frozen=frozen_bytes,
+        batch=batch,
+        peak=sum(state_bytes.values()) + trained_bytes + kept + batch + reads_frozen * frozen_bytes,
+        beside=0 if reads_frozen else frozen_bytes,
+        limit=chip.hbm,
+    )
+
+    # Forward, and twice that backward; remat computes blocks or what is no product again.
+    again = {"none": 1.0, "dots": 1.0, "blocks": 4 / 3}[config.model.remat]
+    flops = workload.model_flops * sets * again
+    hbm_bytes = 2 * sum(state_bytes.values()) + 2 * trained_bytes + 2 * parts * kept
+    collectives = _collectives(mesh, sum(math.prod(x.shape) * 4 for x in state.params.values()), parts)
+    times = roofline(
+        chip, flops, hbm_bytes, sum(c.ici_bytes for c in collectives), sum(c.dcn_bytes for c in collectives)
+    )
+    work = Work(
+        flops=flops,
+        hbm_bytes=hbm_bytes,
+        collectives=tuple(collectives),
+        kernels=0,
+        times=times,
+        images_per_second=batch_size * config.data.images_per_set / times.step_seconds,
+        mfu=mfu(workload.model_flops * batch_size, times.step_seconds, devices, chip),
+    )
+    advice = []
+    if not needs.fits:
+        per_node = devices // sizes[0]
+        at_fsdp = {
+            n: sum(memory.state_bytes(_state(config, task, _with_fsdp(mesh, n))).values())
+            for n in (2**i for i in range(per_node.bit_length()))
+            if per_node % n == 0
+        }
+        advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, sets, config.model.remat)
+    return Plan(dict(mesh.shape), batch_size, sets, needs, work, tuple(advice), (NOTE, *notes), None)
+
+
+def _trains(config: ConfigDict):
+    return TRAINED[config.train.parameters]
+
+
+def _state(config: ConfigDict, task, mesh: AbstractMesh) -> TrainState:
+    """Shapes and places."""
+    optimizer, _ = make_optimizer(config.optimizer, config.train.steps, task.is_new_parameter)
+    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer, _trains(config)), task.shapes)
+    places = sharding.state_shardings(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+def _with_fsdp(mesh: AbstractMesh, fsdp: int) -> AbstractMesh:
+    slices, data, now = tuple(mesh.shape.values())[:3]
+    return AbstractMesh((slices, data * now // fsdp, fsdp, 1, 1), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def _kept_bytes(config: ConfigDict, task, sets: int) -> int:
+    """What the loss of so many sets keeps for its gradient, beside its inputs."""
+    trains = _trains(config)
+
+    def kept(params, frozen, batch, step):
+        trained = {name: x for name, x in params.items() if trains(name)}
+        draws = task.draw(batch, step)
+        return jax.vjp(lambda trained: task.loss(params | trained, frozen, batch, draws)[0], trained)[1]
+
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    jaxpr = jax.make_jaxpr(kept)(task.shapes, task.frozen, batch_shapes(config, task, sets), step).jaxpr
+    inputs = {*jaxpr.invars, *jaxpr.constvars}
+    arrays = {x for x in jaxpr.outvars if isinstance(x, Var)} - inputs
+    return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in arrays)
+
+
+def _collectives(mesh: AbstractMesh, parameter_bytes: int, parts: int) -> list[hlo.Collective]:
+    """Gradients summed over all devices; parameters gathered forward and backward where fsdp shares them."""
+    slices, data, fsdp = tuple(mesh.shape.values())[:3]
+    share = parameter_bytes / fsdp
+    found = []
+
+    def add(kind: str, between: int, count: int, ici_bytes: float, dcn_bytes: float = 0.0, slices: int = 1) -> None:
+        if ici_bytes or dcn_bytes:
+            found.append(hlo.Collective(kind, between, slices, count, ici_bytes, dcn_bytes))
+
+    add("all-gather", fsdp, 2 * parts, 2 * parts * hlo.wire_bytes("all-gather", parameter_bytes, fsdp))
+    add("reduce-scatter", fsdp, parts, parts * hlo.wire_bytes("reduce-scatter", share, fsdp))
+    add("all-reduce", data, 1, hlo.wire_bytes("all-reduce", share, data))
+    add("all-reduce", slices, 1, 0.0, hlo.wire_bytes("all-reduce", share / data, slices), slices)
+    return found
