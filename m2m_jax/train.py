@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from m2m_jax import runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.configuration import check_arguments, define_config_flag, to_json, validate
 from m2m_jax.data.pipeline import batches, make_dataset
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
@@ -66,13 +66,14 @@ def main(argv):
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
-    checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
+    kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "keep_best", "fallback")}
+    checkpoints = Checkpointer(workdir, **kept)
     if checkpoints.latest_step() is None:
         # From NumPy, which every process holds alike and JAX may place anywhere.
         state = setup.create(jax.tree.map(np.asarray, params or task.init()))
         del params
     else:
-        state = checkpoints.restore_train_state(setup.state)
+        state = checkpoints.restore_train_state(setup.state, config=to_json(config))
     first_step = int(state.step)
     writer = MetricWriter(workdir, config.train.steps, resumed_step=first_step)
     writer.message(sharding.describe(task.shapes, mesh))
@@ -99,6 +100,7 @@ def main(argv):
             writer.image(step, "samples", np.asarray(grid))
             (workdir / "samples").mkdir(exist_ok=True)
             write_png(workdir / "samples" / f"{step:07d}.png", grid)
+        return task.score(means)
 
     # Loop
     images_per_step = config.data.batch_size * config.data.images_per_set
@@ -150,10 +152,9 @@ def main(argv):
 
         # Evaluated before it is saved: a run that dies between the two evaluates again, one that resumes skips nothing.
         last, paused = step == config.train.steps, time.monotonic()
-        if last or step % config.eval.every == 0:
-            evaluate(step)
+        score = evaluate(step) if last or step % config.eval.every == 0 else None
         if last or step % config.checkpoint.every == 0:
-            checkpoints.save(step, state, frozen=frozen, metadata=task.metadata)
+            checkpoints.save(step, state, frozen=frozen, metadata=task.metadata, score=score)
         clock += time.monotonic() - paused
 
     checkpoints.close()
