@@ -12,8 +12,8 @@ WORKDIR/checkpoints/STEP/ holds
 Every item is one flat dict {dotted name: array}. So a checkpoint knows nothing of Optax's or Flax's classes, the
 EMA is restored without either, and names can be compared.
 
-A save is written into STEP.orbax-checkpoint-tmp; the checksums come last, and then the folder gets its name. So what was
-interrupted never has the name, and what has the name is compared with its checksums before anything of it is used.
+A save is written into STEP.orbax-checkpoint-tmp; the checksums come last, and then the folder gets its name. So what
+was interrupted never has the name, and what has the name is compared with its checksums before anything of it is used.
 """
 
 from __future__ import annotations
