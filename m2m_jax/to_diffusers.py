@@ -16,7 +16,7 @@ from absl import flags
 from flax import nnx
 
 from m2m_jax.configuration import from_json
-from m2m_jax.data.pipeline import batches, make_dataset
+from m2m_jax.data.pipeline import batches, make_dataset, open_examples
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float
 from m2m_jax.models.diffusers_folder import save_autoencoder, save_unet
@@ -55,7 +55,8 @@ def scaling_factor(config, autoencoder_config: AutoencoderConfig, params: Params
     graphdef, _ = abstract(lambda: AutoencoderKL(autoencoder_config, rngs=nnx.Rngs(0)))
     encode = jax.jit(lambda params, images: merge(graphdef, params).posterior(pixels_to_float(images))[0])
     data = config.data
-    dataset = make_dataset(data, split=data.train_split, seed=config.seed, batch_size=data.batch_size)
+    examples = open_examples(data, split=data.train_split, seed=config.seed)
+    dataset = make_dataset(examples, batch_size=data.batch_size)
     stream = batches(dataset, 0, prefetch=data.prefetch, threads=data.threads)
     latents = [np.asarray(encode(params, next(stream)["images_bnhwc"])) for _ in range(SCALING_BATCHES)]
     return float(1.0 / np.std(latents))

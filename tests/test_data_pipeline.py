@@ -20,14 +20,12 @@ def config(emoji_directory):
     return data_config(directory=emoji_directory)
 
 
-def _dataset(config, **changes):
-    options = {"split": "train", "seed": 3, "batch_size": 8} | changes
-    return pipeline.make_dataset(config, **options)
-
-
 def _examples(config, *, split="train", seed=3, augment=True):
-    source = pipeline.SOURCES[config.name](config, split)
-    return pipeline.SetExamples(source, config, seed=seed, augment=augment)
+    return pipeline.open_examples(config, split=split, seed=seed, augment=augment)
+
+
+def _dataset(config, *, batch_size=8, rows=None, **options):
+    return pipeline.make_dataset(_examples(config, **options), batch_size=batch_size, rows=rows)
 
 
 def _assert_equal(batch, expected):
@@ -44,6 +42,15 @@ def test_batch_format(config, images_per_set):
     assert batch["images_bnhwc"].dtype == np.uint8
     assert batch["example_index_b"].dtype == np.int64
     np.testing.assert_array_equal(batch["example_index_b"], np.arange(40, 48))
+    assert batch["record_index_b"].dtype == np.int64
+    assert pipeline.inputs(batch).keys() == {"images_bnhwc"}
+
+
+def test_a_batch_says_which_sets_it_holds(config):
+    examples, source = _examples(config), pipeline.SOURCES["emoji"](config, "train")
+    batch = pipeline.make_dataset(examples, batch_size=8)[5]
+    assert batch["record_index_b"].tolist() == [examples.choose(index)[0] for index in range(40, 48)]
+    assert examples.set_ids(batch["record_index_b"]) == [source[int(i)].set_id for i in batch["record_index_b"]]
 
 
 @pytest.mark.parametrize("augment", [False, True])

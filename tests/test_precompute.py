@@ -12,7 +12,7 @@ from data_fixtures import data_config, write_image_folder
 from run_fixtures import ROOT, config_argument, run
 
 from m2m_jax.data import precomputed, records
-from m2m_jax.data.pipeline import SetExamples, make_dataset
+from m2m_jax.data.pipeline import SetExamples, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels
@@ -67,7 +67,7 @@ def _config(name, path, **changes):
 
 
 def _batch(name, path, step=0, split="train", **changes):
-    return make_dataset(_config(name, path, **changes), split=split, seed=3, batch_size=8)[step]
+    return make_dataset(open_examples(_config(name, path, **changes), split=split, seed=3), batch_size=8)[step]
 
 
 def _encode(images_bnhwc):
@@ -92,8 +92,9 @@ def test_batches_are_those_of_encoding_on_the_fly(pictures, latents, images_per_
     for step in (0, 3):
         pixels = _batch("folder", pictures, step, split, images_per_set=images_per_set)
         batch = _batch("precomputed", latents, step, split, images_per_set=images_per_set)
-        assert batch.keys() == {"latents_bnhwc", "example_index_b"}
-        np.testing.assert_array_equal(batch["example_index_b"], pixels["example_index_b"])
+        assert batch.keys() == {"latents_bnhwc", "example_index_b", "record_index_b"}
+        for name in ("example_index_b", "record_index_b"):
+            np.testing.assert_array_equal(batch[name], pixels[name])
         assert batch["latents_bnhwc"].shape == (8, images_per_set, 8, 8, 4)
         assert batch["latents_bnhwc"].dtype == np.float32
         np.testing.assert_allclose(batch["latents_bnhwc"], _encode(pixels["images_bnhwc"]), rtol=0, atol=5e-6)

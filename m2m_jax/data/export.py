@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
-from m2m_jax.data.pipeline import make_dataset
+from m2m_jax.data.pipeline import make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
 from m2m_jax.program import run_program
@@ -33,7 +33,8 @@ def main(argv):
         raise UserError(f"--num_sets must be at least 1, not {NUM_SETS.value}")
     if output.exists():
         raise UserError(f"--output={output} exists already; remove it or name another folder")
-    sets = make_dataset(config.data, split=SPLIT.value, seed=config.seed, batch_size=NUM_SETS.value)[0]
+    examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
+    sets = make_dataset(examples, batch_size=NUM_SETS.value)[0]
 
     aside = output.with_name(f".{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)

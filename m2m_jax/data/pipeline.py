@@ -6,7 +6,7 @@ run resumes from its step alone, also on another number of hosts.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import grain
@@ -23,7 +23,14 @@ _ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM = 0, 1, 2
 # Decoded and resized images are kept up to this much; the whole emoji data set at 32 px takes 75 MB.
 _CACHE_BYTES = 256 * 2**20
 # Names of an example's parts -> of a batch's.
-_BATCHED = {"images_nhwc": "images_bnhwc", "latents_nhwc": "latents_bnhwc", "example_index": "example_index_b"}
+_BATCHED = {
+    "images_nhwc": "images_bnhwc",
+    "latents_nhwc": "latents_bnhwc",
+    "example_index": "example_index_b",
+    "record_index": "record_index_b",
+}
+# What a step computes with. The rest of a batch says what it is, and stays on the host.
+_INPUTS = ("images_bnhwc", "latents_bnhwc")
 _ENDLESS = 2**48  # number of examples: more than any run takes
 
 
@@ -82,7 +89,7 @@ SOURCES: dict[str, Callable[[ConfigDict, str], RecordSource]] = {
 
 
 class SetExamples:
-    """Example i, for any i: {"images_nhwc": uint8 [N, S, S, 3], "example_index": int}.
+    """Example i, for any i: {"images_nhwc": uint8 [N, S, S, 3], "example_index": int, "record_index": int}.
 
     Of precomputed latents, {"latents_nhwc": float32 [N, h, w, c]} in the place of the images.
     With one image a set (N = 1) an epoch goes through all images, otherwise through all sets.
@@ -123,15 +130,19 @@ class SetExamples:
     def __getitem__(self, index: int) -> dict:
         index = int(index)
         record, chosen = self.choose(index)
+        indices = {"example_index": np.int64(index), "record_index": np.int64(record)}
         if self._precomputed:
-            latents = self._source[record].latents[chosen].astype(np.float32)
-            return {"latents_nhwc": latents, "example_index": np.int64(index)}
+            return {"latents_nhwc": self._source[record].latents[chosen].astype(np.float32), **indices}
         images = np.stack([self._load_image(record, image) for image in chosen])
         if self._augment is None:
             images = on_white(images)
         else:
             images = self._augment(images, self._rng(_AUGMENTATION_STREAM, index))
-        return {"images_nhwc": images, "example_index": np.int64(index)}
+        return {"images_nhwc": images, **indices}
+
+    def set_ids(self, record_index_b: Iterable[int]) -> list[str]:
+        """What the records of a batch are called, for messages. Reads those records, and decodes no image."""
+        return [self._source[int(index)].set_id for index in record_index_b]
 
     def choose(self, index: int) -> tuple[int, np.ndarray]:
         """Example index -> (record of the source, which of its images, in order: int [N])."""
@@ -162,30 +173,28 @@ class SetExamples:
         return pixels
 
 
-def make_dataset(
-    data_config: ConfigDict,
-    *,
-    split: str,
-    seed: int,
-    batch_size: int,
-    rows: Sequence[int] | None = None,
-    augment: bool = True,
-) -> grain.MapDataset:
-    """This process's share of every batch: dataset[s] is that of step s, for any s >= 0.
+def open_examples(data_config: ConfigDict, *, split: str, seed: int, augment: bool = True) -> SetExamples:
+    """The examples of a split: "train", "validation" or "test".
 
-    data_config: the `data` part of the configuration. split: "train", "validation" or "test".
-    batch_size: sets a batch, B, all processes together.
-    rows: which of them, 0 to B - 1, are this process's; None: all.
+    data_config: the `data` part of the configuration.
     augment: False composites on white and does nothing else.
-    Elements: {"images_bnhwc": uint8 [b, N, S, S, 3], "example_index_b": int64 [b]} with b = len(rows); of precomputed
-    latents "latents_bnhwc": float32 [b, N, h, w, c] in the place of the images.
     Raises UserError if the data cannot be used as the configuration asks.
     """
-    rows = tuple(range(batch_size) if rows is None else rows)
     if data_config.name not in SOURCES:
         raise UserError(f"data.name={data_config.name!r}: known are {', '.join(SOURCES)}")
-    source = SOURCES[data_config.name](data_config, split)
-    examples = SetExamples(source, data_config, seed=seed, augment=augment)
+    return SetExamples(SOURCES[data_config.name](data_config, split), data_config, seed=seed, augment=augment)
+
+
+def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] | None = None) -> grain.MapDataset:
+    """This process's share of every batch: dataset[s] is that of step s, for any s >= 0.
+
+    batch_size: sets a batch, B, all processes together.
+    rows: which of them, 0 to B - 1, are this process's; None: all.
+    Elements, with b = len(rows): {"images_bnhwc": uint8 [b, N, S, S, 3], "example_index_b": int64 [b],
+    "record_index_b": int64 [b], the records of the source that they were made from}; of precomputed latents
+    "latents_bnhwc": float32 [b, N, h, w, c] in the place of the images.
+    """
+    rows = tuple(range(batch_size) if rows is None else rows)
     share = len(rows)
 
     def global_index(local_index: int) -> int:
@@ -198,6 +207,11 @@ def make_dataset(
         .batch(share, drop_remainder=True)
         .map(lambda batch: {_BATCHED[name]: value for name, value in batch.items()})
     )
+
+
+def inputs(batch: dict) -> dict:
+    """What of a batch goes to the devices: images or latents."""
+    return {name: value for name, value in batch.items() if name in _INPUTS}
 
 
 def batches(dataset: grain.MapDataset, start_step: int, prefetch: int, threads: int) -> Iterator[dict]:
