@@ -38,14 +38,14 @@ from m2m_jax import runtime
 from m2m_jax.errors import UserError, refuse
 from m2m_jax.training.checkpoint import Checkpointer
 runtime.start()
-from checkpoint_fixtures import create, save, target
+from checkpoint_fixtures import create, target
 checkpoints = Checkpointer(sys.argv[1], keep=2, fallback=sys.argv[2] == "True")
 try:
     state = checkpoints.restore_train_state(target(create()))
 except UserError as error:
     refuse(error)
 print("restored", checkpoints.latest_step())
-save(checkpoints, 9, state)
+checkpoints.save(9, state, frozen={}, metadata={})
 checkpoints.close()
 """
 
