@@ -55,7 +55,8 @@ class MetricWriter:
             self._file.write(json.dumps({"step": step} | writable) + "\n")
             self._file.flush()
             for name, value in values.items():
-                self._add(step, summary=summary.scalar(name, value))
+                if math.isfinite(value):
+                    self._add(step, summary=summary.scalar(name, value))
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._flush()
 
