@@ -21,6 +21,7 @@ Exit codes, and what the scripts in launch/ do:
 """
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from m2m_jax import runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.configuration import check_arguments, define_config_flag, to_json, validate
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
@@ -55,12 +56,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics 
 def main(argv):
     validate(CONFIG.value)
     runtime.start()
-    with Interruption() as interruption, Watchdog() as watchdog:
-        return train(CONFIG.value, Path(WORKDIR.value), interruption, watchdog)
+    with Interruption() as interruption, Watchdog() as watchdog, ExitStack() as stack:
+        return train(CONFIG.value, Path(WORKDIR.value), interruption, watchdog, stack)
 
 
-def train(config, workdir, interruption, watchdog):
-    """The whole run, or what is left of it. Returns the exit code."""
+def train(config, workdir, interruption, watchdog, stack):
+    """The whole run, or what is left of it. Returns the exit code. `stack`: closes what was open, however it ends."""
     # Mesh
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size", parts=config.train.accumulation)
@@ -82,16 +83,17 @@ def train(config, workdir, interruption, watchdog):
     # A new run makes its parameters first: where it cannot start, nothing is written.
     params = None if (workdir / FOLDER).exists() else task.init()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
-    checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
+    kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "keep_best", "fallback")}
+    checkpoints = stack.enter_context(Checkpointer(workdir, **kept))
 
     def start_state(params=None):
         if checkpoints.latest_step() is None:
             # From NumPy, which every process holds alike and JAX may place anywhere.
             return setup.create(jax.tree.map(np.asarray, params or task.init()))
-        return checkpoints.restore_train_state(setup.state)
+        return checkpoints.restore_train_state(setup.state, config=to_json(config))
 
     state = start_state(params)
     del params
@@ -121,8 +123,8 @@ def train(config, workdir, interruption, watchdog):
         if jax.process_index() == 0:
             grid = task.preview(ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()}, step)
             writer.image(step, "samples", np.asarray(grid))
-            (workdir / "samples").mkdir(exist_ok=True)
             write_png(workdir / "samples" / f"{step:07d}.png", grid)
+        return task.score(means)
 
     # Loop
     def stream_from(batch_index):
@@ -181,7 +183,7 @@ def train(config, workdir, interruption, watchdog):
 
         if logs:
             scalars = {name: float(value) for name, value in metrics.items() if name != "finite"}
-            updates = step - 1 - int(scalars["skipped_steps"])
+            updates = step - int(scalars["skipped_steps"]) - int(metrics["finite"])  # before this step
             scalars |= {"learning_rate": setup.learning_rate(updates), "gradient_spikes": divergence.take_spikes()}
             timings = throughput.take()
             writer.scalars(step, {f"train/{name}": value for name, value in (scalars | timings).items()})
@@ -190,18 +192,19 @@ def train(config, workdir, interruption, watchdog):
 
         # Evaluated before it is saved: a run that dies between the two evaluates again, one that resumes skips nothing.
         with throughput.paused():
+            score = None
             if evaluates:
                 with watchdog.allowing("the evaluation"):
-                    evaluate(step)
+                    score = evaluate(step)
             if saves:
                 with watchdog.allowing("saving"):
-                    checkpoints.save(step, state, frozen=frozen, metadata=task.metadata)
+                    checkpoints.save(step, state, frozen=frozen, metadata=task.metadata, score=score)
                 divergence.saved()
         if stopping:
             break
 
     with watchdog.allowing("saving"):
-        checkpoints.close()
+        checkpoints.wait()
     complete = step == config.train.steps
     if not complete:
         writer.message(f"stopped after step {step}, which is saved: the same command goes on from there")
