@@ -7,6 +7,7 @@ itself where the workdir holds a checkpoint. The workdir receives
     metrics.jsonl      one JSON object a line: step, train/..., eval/..., timings
     tensorboard/       the same, and the sample grids
     samples/           the sample grids as PNG
+    examples/          with `config.data.log_examples`: which sets each process saw at which step
     profile/           a trace of `config.profile.steps`, for TensorBoard or Perfetto
 """
 
@@ -27,6 +28,7 @@ from m2m_jax.program import run_program
 from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.checkpoint import FOLDER, Checkpointer
+from m2m_jax.training.example_log import ExampleLog
 from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.set_diffusion import SetDiffusion
 from m2m_jax.training.setup import set_up
@@ -76,6 +78,7 @@ def main(argv):
         state = checkpoints.restore_train_state(setup.state)
     first_step = int(state.step)
     writer = MetricWriter(workdir, config.train.steps, resumed_step=first_step)
+    example_log = ExampleLog(workdir, train_examples.set_ids, first_step) if config.data.log_examples else None
     writer.message(sharding.describe(task.shapes, mesh))
     start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
     trained = count({name: shape for name, shape in task.shapes.items() if setup.trains(name)})
@@ -110,6 +113,8 @@ def main(argv):
     for step in range(first_step + 1, config.train.steps + 1):
         waited = time.monotonic()
         host_batch = next(stream)
+        if example_log:
+            example_log.write(step, host_batch["example_index_b"], host_batch["record_index_b"])
         batch = sharding.make_global_batch(mesh, inputs(host_batch), config.data.batch_size)
         data_wait += time.monotonic() - waited
         previous_metrics = metrics
@@ -161,6 +166,8 @@ def main(argv):
         clock += time.monotonic() - paused
 
     checkpoints.close()
+    if example_log:
+        example_log.close()
     writer.close()
 
 

@@ -33,7 +33,7 @@ class MetricWriter:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        _forget_after(workdir / FILE, resumed_step)
+        forget_after(workdir / FILE, resumed_step)
         self._file = open(workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
         self._tty = sys.stdout.isatty()
@@ -105,7 +105,7 @@ class MetricWriter:
             self._line_open = False
 
 
-def _forget_after(path: Path, step: int) -> None:
+def forget_after(path: Path, step: int) -> None:
     """Drops the lines of later steps, and a last line that a crash left unfinished; all at once or not at all."""
     if not path.exists():
         return
