@@ -72,16 +72,35 @@ quoted() {
   echo "${line% }"
 }
 
-# restarting RESTARTS COMMAND...: again while it ends badly, as a preempted or crashed run does: it resumes from its last
-# checkpoint. Exit code 2 is a mistake of the caller's, which no restart mends.
+# restarting RESTARTS COMMAND...: again while it ends badly, as a crashed run does, so often, and as often as it likes where
+# it was preempted (75): it resumes from its last checkpoint. The exit codes are told in m2m_jax/train.py.
+# Signals to this shell are passed on, the command is waited for, and is not started again: a second Ctrl-C, too.
 restarting() {
-  local left=$1 code
+  local left=$1 code pid told='' interrupted
   shift
   while true; do
-    code=0
-    "$@" || code=$?
-    ((code == 0 || code == 2 || left-- == 0)) && return "$code"
-    echo "exit code $code: restarting, $left restarts left" >&2
+    # A process group of its own: Ctrl-C on a terminal reaches it through this shell alone, and once.
+    set -m
+    "$@" &
+    pid=$!
+    set +m
+    trap 'told=1 interrupted=1; kill -TERM -- "-$pid" 2>/dev/null || true' TERM HUP
+    trap 'told=1 interrupted=1; kill -INT -- "-$pid" 2>/dev/null || true' INT
+    while true; do
+      interrupted='' code=0
+      wait "$pid" || code=$?
+      [[ $interrupted ]] || break
+    done
+    trap - TERM HUP INT
+    if [[ $told ]]; then return "$code"; fi
+    case $code in
+      0 | 2 | 130) return "$code" ;;
+      75) echo "preempted: starting again" >&2 ;;
+      *)
+        ((left-- > 0)) || return "$code"
+        echo "exit code $code: restarting, $left restarts left" >&2
+        ;;
+    esac
     sleep 2
   done
 }

@@ -42,8 +42,11 @@ metadata:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
-    # Preempted or crashed: all slices start again, from the last checkpoint.
+    # Preempted or crashed: all slices start again, from the last checkpoint. Not where a pod says that it is of no use.
     maxRestarts: $restarts
+    rules:
+      - action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice
       replicas: $slices
@@ -52,9 +55,16 @@ spec:
           parallelism: $hosts
           completions: $hosts
           backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              # The exit codes are told in m2m_jax/train.py.
+              - action: FailJob
+                onExitCodes: {containerName: train, operator: In, values: [2, 130]}
           template:
             spec:
               restartPolicy: Never
+              # To save in, after SIGTERM; spot VMs give less.
+              terminationGracePeriodSeconds: 300
               hostNetwork: true
               dnsPolicy: ClusterFirstWithHostNet
               nodeSelector:

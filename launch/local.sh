@@ -22,22 +22,26 @@ whole processes devices restarts
 mapfile -t variables < <(environment cpu)
 variables+=("XLA_FLAGS=--xla_force_host_platform_device_count=$devices")
 
-# All processes until the first ends badly, which ends the others: a collective without them would wait for ever.
+# All processes until the first ends badly, which ends the others: a collective without them would wait for ever. Those
+# that stop because they were told to (75, 130) have all saved, and end by themselves.
 together() {
-  local port i code=0 pids=()
+  trap : TERM HUP INT # which `restarting` has sent to the processes, too
+  local port i ended one code=0
+  local -A running=()
   port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
   for ((i = 0; i < processes; i++)); do
     env "${variables[@]}" "JAX_COORDINATOR_ADDRESS=localhost:$port" "M2M_PROCESSES=$i/$processes" \
       "$python" -m m2m_jax.train "${program[@]}" &
-    pids+=($!)
+    running[$!]=$i
   done
-  trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT INT TERM
-  for ((i = 0; i < processes; i++)); do
-    wait -n || { code=$? && break; }
+  while ((${#running[@]})); do
+    ended='' one=0
+    wait -n -p ended "${!running[@]}" || one=$?
+    [[ $ended ]] || continue # it was a signal
+    unset "running[$ended]"
+    ((one == 0 || code != 0)) || code=$one
+    [[ $one =~ ^(0|75|130)$ ]] || kill -KILL "${!running[@]}" 2>/dev/null || true
   done
-  ((code == 0)) || kill -KILL "${pids[@]}" 2>/dev/null || true
-  wait || true
-  trap - EXIT INT TERM
   return "$code"
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A job on GPU nodes under SLURM: one process a GPU, requeued when it is preempted or fails.
+# A job on GPU nodes under SLURM: one process a GPU, requeued when it is preempted, fails or runs out of time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
@@ -29,6 +29,7 @@ job() {
 #SBATCH --exclusive
 #SBATCH --time=$time
 #SBATCH --requeue
+#SBATCH --signal=TERM@300
 #SBATCH --open-mode=append
 #SBATCH --output=$(dirname "$workdir")/slurm-%j.log
 JOB
@@ -43,10 +44,12 @@ JOB
   cat <<JOB
 code=0
 srun --kill-on-bad-exit=1 $(quoted "$python" -m m2m_jax.train "${program[@]}") || code=\$?
-# 2 is a mistake of the caller's, which no restart mends.
-if ((code != 0 && code != 2 && \${SLURM_RESTART_COUNT:-0} < $restarts)); then
-  scontrol requeue "\$SLURM_JOB_ID"
-fi
+# The exit codes are told in m2m_jax/train.py; 143 is a process that SIGTERM found before it could listen.
+case \$code in
+  0 | 2 | 130) ;;
+  75 | 143) scontrol requeue "\$SLURM_JOB_ID" ;;
+  *) ((\${SLURM_RESTART_COUNT:-0} >= $restarts)) || scontrol requeue "\$SLURM_JOB_ID" ;;
+esac
 exit "\$code"
 JOB
 }

@@ -38,6 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule.timestep_spacing": ("leading", "linspace", "trailing"),
     "diffusion.loss_weight": ("uniform", "min_snr"),
     "train.parameters": ("all", "attention", "set_attention"),
+    "train.on_nonfinite": ("stop", "skip", "rollback"),
     "sample.stepper": (
         "dpmpp_2m",
         "ddim",
@@ -199,6 +200,9 @@ def default_config() -> ConfigDict:
     config.train.steps = 10_000
     config.train.log_every = 20
     config.train.accumulation = 1  # parts of a batch that are computed one after another, to save memory
+    # Where loss or gradient are not finite: stop | skip: leave out that step | rollback: to the last checkpoint, and on
+    # with the batches after. No such step changes anything, whatever is chosen.
+    config.train.on_nonfinite = "stop"
     config.train.ema_decay = 0.999  # reached by and by: min(ema_decay, (1 + step) / (10 + step))
 
     config.eval = ConfigDict()

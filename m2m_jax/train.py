@@ -9,6 +9,16 @@ itself where the workdir holds a checkpoint. The workdir receives
     samples/           the sample grids as PNG
     examples/          with `config.data.log_examples`: which sets each process saw at which step
     profile/           a trace of `config.profile.steps`, for TensorBoard or Perfetto
+
+Exit codes, and what the scripts in launch/ do:
+
+    0     the run is complete
+    2     something that starting again does not mend, named in one line: bad input, or numbers that are not finite
+          (`config.train.on_nonfinite`). Not started again.
+    75    stopped by SIGTERM or by a TPU's maintenance, after a step that all processes saved. Started again, however
+          often it happens.
+    130   stopped by Ctrl-C: once, after a step that all processes saved; twice, at once. Not started again.
+    else  it crashed or was killed. Started again, `--restarts` times.
 """
 
 import time
@@ -28,10 +38,14 @@ from m2m_jax.program import run_program
 from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.checkpoint import FOLDER, Checkpointer
+from m2m_jax.training.divergence import Divergence
 from m2m_jax.training.example_log import ExampleLog
+from m2m_jax.training.interruption import Interruption
 from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.set_diffusion import SetDiffusion
 from m2m_jax.training.setup import set_up
+from m2m_jax.training.throughput import Throughput
+from m2m_jax.training.watchdog import Watchdog
 
 PREVIEW_SETS = 8  # in a sample grid
 TASKS = {"autoencoder": Autoencoding, "set_diffusion": SetDiffusion}
@@ -41,10 +55,14 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics 
 
 
 def main(argv):
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
-    validate(config)
+    validate(CONFIG.value)
     runtime.start()
+    with Interruption() as interruption, Watchdog() as watchdog:
+        return train(CONFIG.value, Path(WORKDIR.value), interruption, watchdog)
 
+
+def train(config, workdir, interruption, watchdog):
+    """The whole run, or what is left of it. Returns the exit code."""
     # Mesh
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size", parts=config.train.accumulation)
@@ -70,13 +88,16 @@ def main(argv):
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
     checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
-    if checkpoints.latest_step() is None:
-        # From NumPy, which every process holds alike and JAX may place anywhere.
-        state = setup.create(jax.tree.map(np.asarray, params or task.init()))
-        del params
-    else:
-        state = checkpoints.restore_train_state(setup.state)
-    first_step = int(state.step)
+
+    def start_state(params=None):
+        if checkpoints.latest_step() is None:
+            # From NumPy, which every process holds alike and JAX may place anywhere.
+            return setup.create(jax.tree.map(np.asarray, params or task.init()))
+        return checkpoints.restore_train_state(setup.state)
+
+    state = start_state(params)
+    del params
+    first_step, skipped_batches = int(state.step), int(state.skipped_batches)
     writer = MetricWriter(workdir, config.train.steps, resumed_step=first_step)
     example_log = ExampleLog(workdir, train_examples.set_ids, first_step) if config.data.log_examples else None
     writer.message(sharding.describe(task.shapes, mesh))
@@ -107,25 +128,27 @@ def main(argv):
             write_png(workdir / "samples" / f"{step:07d}.png", grid)
 
     # Loop
-    images_per_step = config.data.batch_size * config.data.images_per_set
-    stream = batches(train_data, first_step, config.data.prefetch, config.data.threads)
-    compiled, metrics, data_wait, steps_timed, clock = None, None, 0.0, 0, time.monotonic()
-    for step in range(first_step + 1, config.train.steps + 1):
-        waited = time.monotonic()
-        host_batch = next(stream)
-        if example_log:
-            example_log.write(step, host_batch["example_index_b"], host_batch["record_index_b"])
-        batch = sharding.make_global_batch(mesh, inputs(host_batch), config.data.batch_size)
-        data_wait += time.monotonic() - waited
-        previous_metrics = metrics
+    def stream_from(batch_index):
+        return batches(train_data, batch_index, config.data.prefetch, config.data.threads)
+
+    divergence = Divergence(config, train_examples, checkpoints, writer.message)
+    throughput = Throughput(config)
+    stream, step, compiled = stream_from(first_step + skipped_batches), first_step, None
+    while step < config.train.steps:
+        step += 1
+        watchdog.step(step)
+        with throughput.waiting():
+            host_batch = next(stream)
+            if example_log:
+                example_log.write(step, host_batch["example_index_b"], host_batch["record_index_b"])
+            batch = sharding.make_global_batch(mesh, inputs(host_batch), config.data.batch_size)
         if compiled is None:
             # Once: a batch of another shape is an error, and not a second compilation.
-            compiled = setup.step.lower(state, frozen, batch).compile()
-            device_flops = compiled.cost_analysis().get("flops", 0.0)
-            writer.message(
-                f"compiled in {time.monotonic() - clock:.0f} s: {device_flops / 1e9:,.1f} GFLOP a device and step"
-            )
-            clock = time.monotonic()
+            began = time.monotonic()
+            with watchdog.allowing("compilation"):
+                compiled = setup.step.lower(state, frozen, batch).compile()
+            writer.message(f"compiled in {time.monotonic() - began:.0f} s")
+            throughput.restart()
         if step == config.profile.steps[0]:
             jax.profiler.start_trace(str(workdir / "profile"))
         with jax.transfer_guard("disallow"):  # what the loop does not place itself would stall every step
@@ -133,42 +156,66 @@ def main(argv):
         if step == config.profile.steps[1]:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
-        # The host stays one step ahead of the device, and no more: a batch in flight holds memory.
-        jax.block_until_ready(previous_metrics)
-        steps_timed += 1
+        throughput.count_step()
 
-        if step % config.train.log_every == 0 or step == config.train.steps:
-            scalars = {name: float(value) for name, value in metrics.items()}
-            seconds = time.monotonic() - clock
-            rate, share = images_per_step * steps_timed / seconds, data_wait / seconds
-            timings = {
-                "images_per_second": rate,
-                "step_seconds": seconds / steps_timed,
-                "data_wait_share": share,
-                "device_flops_per_second": device_flops * steps_timed / seconds,
-            }
-            memory = jax.local_devices()[0].memory_stats()
-            if memory:  # a CPU has none
-                timings["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
-            logged = scalars | timings | {"learning_rate": setup.learning_rate(step - 1)}
-            writer.scalars(step, {f"train/{name}": value for name, value in logged.items()})
-            writer.progress(step, loss=scalars["loss"], images_per_second=rate, data_wait_share=share)
-            if not np.isfinite(scalars["loss"]):
-                raise FloatingPointError(f"the loss of step {step} is {scalars['loss']}; the last checkpoint is whole")
-            data_wait, steps_timed, clock = 0.0, 0, time.monotonic()
+        last, stopping = step == config.train.steps, interruption.requested(step)
+        logs = last or step % config.train.log_every == 0
+        evaluates = last or step % config.eval.every == 0
+        saves = last or stopping or step % config.checkpoint.every == 0
+        # The host stays one step ahead of the device, and no more: a batch in flight holds memory. But what is written
+        # of a step, its numbers have been looked at.
+        divergence.add(step, metrics)
+        bad_step = divergence.look(until=step if logs or evaluates or saves else step - 1)
+
+        if bad_step:
+            # Back to the last checkpoint, and on with the batch after the bad one.
+            with watchdog.allowing("the rollback"):
+                state = batch = metrics = None  # first, for there is no room for two
+                checkpoints.wait()
+                state = start_state()
+                step = int(state.step)
+                skipped_batches += bad_step - step
+                state = state.replace(
+                    skipped_batches=jax.device_put(np.int32(skipped_batches), sharding.replicated(mesh))
+                )
+            writer.rewind(step)
+            if example_log:
+                example_log.rewind(step)
+            writer.message(f"rolled back to step {step}; {skipped_batches} batches are left out by now")
+            stream = stream_from(step + skipped_batches)
+            throughput.restart()
+            continue
+
+        if logs:
+            scalars = {name: float(value) for name, value in metrics.items() if name != "finite"}
+            updates = step - 1 - int(scalars["skipped_steps"])
+            scalars |= {"learning_rate": setup.learning_rate(updates), "gradient_spikes": divergence.take_spikes()}
+            timings = throughput.take()
+            writer.scalars(step, {f"train/{name}": value for name, value in (scalars | timings).items()})
+            shown = {name: timings[name] for name in ("images_per_second", "data_wait_share")}
+            writer.progress(step, loss=scalars["loss"], **shown)
 
         # Evaluated before it is saved: a run that dies between the two evaluates again, one that resumes skips nothing.
-        last, paused = step == config.train.steps, time.monotonic()
-        if last or step % config.eval.every == 0:
-            evaluate(step)
-        if last or step % config.checkpoint.every == 0:
-            checkpoints.save(step, state, frozen=frozen, metadata=task.metadata)
-        clock += time.monotonic() - paused
+        with throughput.paused():
+            if evaluates:
+                with watchdog.allowing("the evaluation"):
+                    evaluate(step)
+            if saves:
+                with watchdog.allowing("saving"):
+                    checkpoints.save(step, state, frozen=frozen, metadata=task.metadata)
+                divergence.saved()
+        if stopping:
+            break
 
-    checkpoints.close()
+    with watchdog.allowing("saving"):
+        checkpoints.close()
     if example_log:
         example_log.close()
+    complete = step == config.train.steps
+    if not complete:
+        writer.message(f"stopped after step {step}, which is saved: the same command goes on from there")
     writer.close()
+    return 0 if complete else interruption.exit_code()
 
 
 if __name__ == "__main__":

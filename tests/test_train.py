@@ -18,8 +18,12 @@ from run_fixtures import ROOT, run, train_tiny
 
 from m2m_jax.training.checkpoint import load_for_sampling
 
-TRAIN = {"loss", "loss_first", "loss_last", "gradient_norm", "learning_rate"}
-TIMINGS = {"images_per_second", "step_seconds", "data_wait_share", "device_flops_per_second"}
+MODULES = ("conv_in", "time_embedding", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
+MODULES += ("conv_norm_out", "conv_out")
+NORMS = {"gradient_norm", *(f"gradient_norm/{module}" for module in MODULES)}
+COUNTS = {"skipped_steps", "skipped_batches", "gradient_spikes"}
+TRAIN = {"loss", "loss_first", "loss_last", "learning_rate"} | NORMS | COUNTS
+TIMINGS = {"images_per_second", "step_seconds", "data_wait_share"}
 EVAL = {"loss_own_context", "loss_other_context", *(f"loss_by_context_size/{k}" for k in range(4))}
 
 # The training program, killed with no chance to say goodbye: in step 5, when the checkpoint of step 3 is there.
@@ -73,6 +77,9 @@ def test_metrics(tiny_run):
         assert set(line) == {"step", *(f"train/{name}" for name in TRAIN | TIMINGS)}
         assert 0.0 < line["train/loss"] < 10.0
         assert 0.0 <= line["train/data_wait_share"] <= 1.0
+        of_modules = [line[f"train/gradient_norm/{module}"] for module in MODULES]
+        assert line["train/gradient_norm"] == pytest.approx(np.linalg.norm(of_modules), rel=1e-5)
+        assert not any(line[f"train/{name}"] for name in COUNTS)
     for line in evaluated:
         assert set(line) == {"step", *(f"eval/{name}" for name in EVAL)}
         # The whole context of a set of four is three images.

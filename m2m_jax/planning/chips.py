@@ -1,4 +1,4 @@
-"""What a TPU chip can do at most, as Google publishes it.
+"""What a TPU chip can do at most, as Google publishes it, and the peaks of GPUs.
 
 Sources, read in November 2026: Cloud TPU documentation, "System architecture" of each chip (cloud.google.com/tpu/docs
 /v5e, /v6e and /tpu7x; the last has a table of v5p, v6e and tpu7x, which is followed where pages round differently).
@@ -13,8 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from m2m_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 GIB = 2**30
 
@@ -56,6 +61,36 @@ CHIPS: dict[str, Chip] = {
     "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 800e9 / 2, 100e9 / 8),
     "tpu7x": Chip(2307e12, 2 * 94.75 * GIB, 7380e9, 1200e9 / 2, 100e9 / 8),
 }
+
+# What JAX calls their devices.
+KINDS: dict[str, str] = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+# Beginning of what JAX calls a GPU -> FLOPs a second at most, in bfloat16, of dense matrices.
+GPU_FLOPS: dict[str, float] = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM; the PCIe card and the NVL are slower
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """FLOPs a second of one of these devices, which are alike, in bfloat16; None: they are not in the tables."""
+    kind = devices[0].device_kind
+    if kind in KINDS:
+        chips = {tuple(device.coords) for device in devices}
+        return CHIPS[KINDS[kind]].flops * len(chips) / len(devices)
+    # Not a part of one (MIG), and "NVIDIA L4" is no L40.
+    whole = [name for name in GPU_FLOPS if f"{kind} ".replace("-", " ").startswith(f"{name} ") and "MIG" not in kind]
+    return GPU_FLOPS[whole[0]] if whole else None
 
 
 def chip_of(topology: str) -> Chip:

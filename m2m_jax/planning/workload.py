@@ -82,11 +82,9 @@ def batch_shapes(config: ConfigDict, task: SetDiffusion | Autoencoding, batch_si
     return {"images_bnhwc": jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)}
 
 
-def count_flops(config: ConfigDict) -> Workload:
-    """Of one set of a run of `config`. Traces the whole model: half a minute at the size of Stable Diffusion."""
-    plain = ConfigDict(config.to_dict())
-    plain.model.update({"remat": "none", "attention_backend": "prefix"})
-    task, _ = make_task(plain)
+def count_model_flops(config: ConfigDict) -> float:
+    """`Workload.model_flops`. Traces the whole model: half a minute at the size of Stable Diffusion."""
+    task = _plain_task(config)
     trains = TRAINED[config.train.parameters]
 
     def gradient(params: dict, frozen: dict, batch: dict, step: jax.Array) -> dict:
@@ -95,8 +93,15 @@ def count_flops(config: ConfigDict) -> Workload:
         return jax.grad(lambda trained: task.loss(params | trained, frozen, batch, draws)[0])(trained)
 
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = jax.jit(gradient).lower(task.shapes, task.frozen, batch_shapes(config, task, 1), step)
-    flops = lowered.cost_analysis()["flops"]
+    # An accelerator's client counts nothing; the CPU's is asked, whatever the model runs on.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        lowered = jax.jit(gradient).lower(task.shapes, task.frozen, batch_shapes(config, task, 1), step)
+    return lowered.cost_analysis()["flops"]
+
+
+def count_flops(config: ConfigDict) -> Workload:
+    """Of one set of a run of `config`; see `count_model_flops`."""
+    task, flops = _plain_task(config), count_model_flops(config)
     if config.task == "autoencoder" or config.model.attn2 != "image_set":
         return Workload(flops, 0.0, 0.0)
     backend = resolve(config.model.attention_backend, PLATFORM, config.model.dtype)
@@ -105,6 +110,13 @@ def count_flops(config: ConfigDict) -> Workload:
     encoder = task.models.image_encoder
     tokens = (task.models.image_encoder_size // encoder.patch_size) ** 2 + 1 if encoder else None
     return Workload(flops, *set_attention_flops(unet_config, config.data.images_per_set, side, tokens))
+
+
+def _plain_task(config: ConfigDict) -> SetDiffusion | Autoencoding:
+    """Nothing is computed twice, and nothing by a kernel."""
+    plain = ConfigDict(config.to_dict())
+    plain.model.update({"remat": "none", "attention_backend": "prefix"})
+    return make_task(plain)[0]
 
 
 def set_attention_flops(

@@ -13,6 +13,7 @@ EMA is restored without either, and names can be compared.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,7 +141,7 @@ def _handlers() -> dict[str, Any]:
 
 
 def _resumed(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "ema_params"}
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

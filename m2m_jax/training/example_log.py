@@ -26,14 +26,9 @@ class ExampleLog:
             set_ids: of the records with these indices, as `SetExamples.set_ids`.
             resumed_step: of the restored checkpoint. What was written of later steps is forgotten: they come again.
         """
-        folder = Path(workdir) / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        # The run may have had more processes: each of today's looks after every so-manieth file, its own among them.
-        for path in folder.glob("*.jsonl"):
-            if int(path.stem) % jax.process_count() == jax.process_index():
-                forget_after(path, resumed_step)
-        self._file = open(folder / f"{jax.process_index()}.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (by close)
-        self._set_ids = set_ids
+        self._folder, self._set_ids = Path(workdir) / FOLDER, set_ids
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._open(resumed_step)
 
     def write(self, step: int, example_index_b: np.ndarray, record_index_b: np.ndarray) -> None:
         """The rows of this process in the batch of `step`; on disk before the step is computed."""
@@ -41,6 +36,18 @@ class ExampleLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
+    def rewind(self, step: int) -> None:
+        """The run goes back behind that step: what was written of later ones is forgotten."""
+        self._file.close()
+        self._open(step)
+
     def close(self) -> None:
         """Lets go of the file."""
         self._file.close()
+
+    def _open(self, resumed_step: int) -> None:
+        # The run may have had more processes: each of today's looks after every so-manieth file, its own among them.
+        for path in self._folder.glob("*.jsonl"):
+            if int(path.stem) % jax.process_count() == jax.process_index():
+                forget_after(path, resumed_step)
+        self._file = open(self._folder / f"{jax.process_index()}.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (by close)

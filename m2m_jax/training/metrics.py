@@ -31,13 +31,11 @@ class MetricWriter:
         self._first: tuple[int, float] | None = None  # step and time of the first progress line
         if not self._active:
             return
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        forget_after(workdir / FILE, resumed_step)
-        self._file = open(workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+        self._workdir = Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
         self._tty = sys.stdout.isatty()
         self._line_open = False
+        self._open(resumed_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """`values`: {"train/loss": number or array []}. One line of metrics.jsonl, on disk when this returns."""
@@ -91,6 +89,15 @@ class MetricWriter:
         self._end_line()
         print(text, flush=True)
 
+    def rewind(self, step: int) -> None:
+        """The run goes back behind that step: what was written of later ones is forgotten."""
+        if not self._active:
+            return
+        self._file.close()
+        self._tensorboard.close()
+        self._first = None
+        self._open(step)
+
     def close(self) -> None:
         """Everything is on disk, and the terminal on a new line."""
         if not self._active:
@@ -98,6 +105,11 @@ class MetricWriter:
         self._end_line()
         self._file.close()
         self._tensorboard.close()
+
+    def _open(self, resumed_step: int) -> None:
+        forget_after(self._workdir / FILE, resumed_step)
+        self._file = open(self._workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=resumed_step + 1)
 
     def _end_line(self) -> None:
         if self._line_open:

@@ -17,9 +17,19 @@ if TYPE_CHECKING:
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 []; params and ema_params: flat dicts of the same names and shapes, the EMA in float32."""
+    """All that a step changes.
+
+    Attributes:
+      step: int32 [], steps that were taken.
+      skipped_steps: int32 [], those of them that changed nothing because their numbers were not finite.
+      skipped_batches: int32 [], that no step has seen: `config.train.on_nonfinite=rollback` leaves some out. A step's
+        data and noise are those of `step + skipped_batches`.
+      params, ema_params: flat dicts of the same names and shapes, the EMA in float32.
+    """
 
     step: jax.Array
+    skipped_steps: jax.Array
+    skipped_batches: jax.Array
     params: Params
     opt_state: Any
     ema_params: Params
@@ -34,6 +44,8 @@ class TrainState:
         """
         return cls(
             step=jnp.zeros((), jnp.int32),
+            skipped_steps=jnp.zeros((), jnp.int32),
+            skipped_batches=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init({name: value for name, value in params.items() if trains(name)}),
             # Copies: a donated state must not hold one buffer twice.
@@ -51,4 +63,13 @@ class TrainState:
         step = self.step.astype(jnp.float32)
         decay = jnp.minimum(jnp.float32(ema_decay), (1.0 + step) / (10.0 + step))
         ema_params = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p.astype(jnp.float32) - e), self.ema_params, params)
-        return TrainState(step=self.step + jnp.int32(1), params=params, opt_state=opt_state, ema_params=ema_params)
+        return self.replace(step=self.step + jnp.int32(1), params=params, opt_state=opt_state, ema_params=ema_params)
+
+    def skipping_to(self, after: TrainState, finite: jax.Array) -> TrainState:
+        """`after`, the state one step later, or where that step was not `finite` (bool []) this one, one step older.
+
+        A select in every element and no branch: XLA computes it in the loops that update parameters, moments and
+        average, which have both values at hand.
+        """
+        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, self)
+        return kept.replace(step=after.step, skipped_steps=self.skipped_steps + (~finite).astype(jnp.int32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """What a step needs of `SetDiffusion` or `Autoencoding`."""
+    """What a step needs of `SetDiffusion` or `Autoencoding`. Metrics have a "loss"."""
 
     def draw(self, batch: dict, step: jax.Array) -> Any: ...
 
     def loss(self, params: Params, frozen: FrozenParams, batch: dict, draws: Any) -> tuple[jax.Array, dict]: ...
 
+
+# Of a parameter's name: the module, and which one of a list of modules.
+_OUTERMOST = re.compile(r"[^.]+(\.\d+)?")
 
 Step = Callable[[TrainState, FrozenParams, dict], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -39,6 +43,9 @@ def make_train_step(
     accumulation: int = 1,
 ) -> Step:
     """(state, frozen, batch) -> (next state, scalars for the log). The state is donated: its buffers are reused.
+
+    Where loss or gradient are not finite the next state is the last one, a step older: nothing bad gets into
+    parameters, moments or average, and so into no checkpoint. `training/divergence.py` decides how the run goes on.
 
     Args:
       shardings: of the state, as from `sharding.state_shardings`.
@@ -57,7 +64,8 @@ def make_train_step(
 
             return jax.grad(loss, has_aux=True)(trained)
 
-        inputs = (batch, task.draw(batch, state.step))
+        # By the batch and not by the step: after a rollback the same steps see other batches, and other noise.
+        inputs = (batch, task.draw(batch, state.step + state.skipped_batches))
         if accumulation == 1:
             gradients, metrics = gradients_of(inputs)
         else:
@@ -68,11 +76,24 @@ def make_train_step(
                 return jax.tree.map(lambda a, b: a + b / accumulation, total, gradients_of(part)), None
 
             (gradients, metrics), _ = jax.lax.scan(add, zero, parts)
-        metrics["gradient_norm"] = jnp.sqrt(sum(jnp.sum(g**2) for g in gradients.values()))
-        return state.apply_gradients(gradients, optimizer, ema_decay), metrics
+        metrics |= gradient_norms(gradients)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        state = state.skipping_to(state.apply_gradients(gradients, optimizer, ema_decay), finite)
+        counts = {"skipped_steps": state.skipped_steps, "skipped_batches": state.skipped_batches}
+        return state, metrics | counts | {"finite": finite}
 
     train_step = sharding.traced_on(mesh, train_step)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+
+def gradient_norms(gradients: Params) -> dict[str, jax.Array]:
+    """{"gradient_norm": of everything, "gradient_norm/down_blocks.0": of one of the model's outermost modules, ...}."""
+    squares: dict[str, jax.Array] = {}
+    for name, gradient in gradients.items():
+        module = _OUTERMOST.match(name)[0]
+        squares[module] = squares.get(module, jnp.float32(0.0)) + jnp.sum(gradient.astype(jnp.float32) ** 2)
+    norms = {f"gradient_norm/{module}": jnp.sqrt(square) for module, square in squares.items()}
+    return {"gradient_norm": jnp.sqrt(sum(squares.values())), **norms}
 
 
 def _in_parts(x: jax.Array, parts: int) -> jax.Array:

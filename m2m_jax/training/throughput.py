@@ -1,0 +1,75 @@
+"""How fast a run is: what took the time since the last line of its log, and the model FLOPs utilisation."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+from ml_collections import ConfigDict
+
+from m2m_jax.planning import chips
+from m2m_jax.planning.workload import count_model_flops
+
+
+class Throughput:
+    """Times the steps of a run of `config`.
+
+    On an accelerator the model's FLOPs are counted, too, by a thread, for at the size of Stable Diffusion it takes half
+    a minute, most of it beside the compilation. Until it has them, the log goes without. On a CPU, whose peak nobody
+    asks for, that time is saved.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self._config = config
+        self._flops: concurrent.futures.Future | None = None
+        if jax.default_backend() != "cpu":
+            counting = concurrent.futures.ThreadPoolExecutor(1, "flops")
+            self._flops = counting.submit(count_model_flops, config)
+            counting.shutdown(wait=False)
+        self._peak = chips.peak_flops(jax.local_devices())
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the time until now."""
+        self._waited, self._steps, self._clock = 0.0, 0, time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not that of steps."""
+        began = time.monotonic()
+        yield
+        self._clock += time.monotonic() - began
+
+    def count_step(self) -> None:
+        """One more was taken."""
+        self._steps += 1
+
+    def take(self) -> dict[str, float]:
+        """Metrics of the steps since the last call, or `restart`."""
+        seconds, data = time.monotonic() - self._clock, self._config.data
+        sets_per_second = data.batch_size * self._steps / seconds
+        metrics = {
+            "images_per_second": sets_per_second * data.images_per_set,
+            "step_seconds": seconds / self._steps,
+            "data_wait_share": self._waited / seconds,
+        }
+        if self._flops is not None and self._flops.done():
+            rate = self._flops.result() * sets_per_second / jax.device_count()
+            metrics["model_flops_per_second"] = rate  # of a device
+            if self._peak:
+                metrics["mfu"] = rate / self._peak
+        memory = jax.local_devices()[0].memory_stats()
+        if memory:  # a CPU has none
+            metrics["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+        self.restart()
+        return metrics
