@@ -7,6 +7,8 @@ images = sampler(["a.png", "b.png"], num_images=4, seed=0)   # uint8 [4, size, s
 
 import importlib
 
+__version__ = "0.1.0"
+
 _PUBLIC = {
     "AutoencoderKL": "m2m_jax.models.autoencoder",
     "NoiseSchedule": "m2m_jax.diffusion.schedule",

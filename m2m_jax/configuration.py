@@ -98,6 +98,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "sample.guidance_scale": (0.0, math.inf),
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
+    "checkpoint.keep_every": (0, math.inf),
+    "checkpoint.keep_best": (0, math.inf),
 }
 
 
@@ -220,6 +222,9 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 1_000  # steps between checkpoints; the last step is saved in any case
     config.checkpoint.keep = 2  # the newest so many stay on disk
+    config.checkpoint.keep_every = 0  # steps: those of its multiples stay for ever; 0: none do
+    config.checkpoint.keep_best = 1  # so many stay that their own evaluation found best
+    config.checkpoint.fallback = False  # where the newest is damaged, go on from the newest whole one
 
     config.profile = ConfigDict()
     config.profile.steps = (0, 0)  # first and last step of a profiler trace, WORKDIR/profile; 0: none

@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from m2m_jax import runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.configuration import check_arguments, define_config_flag, to_json, validate
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
@@ -87,13 +87,14 @@ def train(config, workdir, interruption, watchdog):
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
-    checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
+    kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "keep_best", "fallback")}
+    checkpoints = Checkpointer(workdir, **kept)
 
     def start_state(params=None):
         if checkpoints.latest_step() is None:
             # From NumPy, which every process holds alike and JAX may place anywhere.
             return setup.create(jax.tree.map(np.asarray, params or task.init()))
-        return checkpoints.restore_train_state(setup.state)
+        return checkpoints.restore_train_state(setup.state, config=to_json(config))
 
     state = start_state(params)
     del params
@@ -126,6 +127,7 @@ def train(config, workdir, interruption, watchdog):
             writer.image(step, "samples", np.asarray(grid))
             (workdir / "samples").mkdir(exist_ok=True)
             write_png(workdir / "samples" / f"{step:07d}.png", grid)
+        return task.score(means)
 
     # Loop
     def stream_from(batch_index):
@@ -197,12 +199,13 @@ def train(config, workdir, interruption, watchdog):
 
         # Evaluated before it is saved: a run that dies between the two evaluates again, one that resumes skips nothing.
         with throughput.paused():
+            score = None
             if evaluates:
                 with watchdog.allowing("the evaluation"):
-                    evaluate(step)
+                    score = evaluate(step)
             if saves:
                 with watchdog.allowing("saving"):
-                    checkpoints.save(step, state, frozen=frozen, metadata=task.metadata)
+                    checkpoints.save(step, state, frozen=frozen, metadata=task.metadata, score=score)
                 divergence.saved()
         if stopping:
             break

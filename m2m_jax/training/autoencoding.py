@@ -81,6 +81,11 @@ class Autoencoding:
         squared = jnp.mean((jnp.clip(model.decode(latents), -1.0, 1.0) - images) ** 2)
         return {"psnr_db": 10.0 * jnp.log10(4.0 / squared), "latent_std": jnp.std(latents)}
 
+    @staticmethod
+    def score(means: dict[str, float]) -> float:
+        """Which checkpoint is best, by the means over an evaluation's batches: lower is better."""
+        return -means["eval/psnr_db"]
+
     def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
         """Held-out images above their reconstructions."""
         images_bhwc = np.asarray(batch["images_bnhwc"])[:, 0]

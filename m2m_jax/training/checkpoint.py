@@ -1,35 +1,50 @@
 """Checkpoints: the only module that imports Orbax.
 
 WORKDIR/checkpoints/STEP/ holds
-    train_state   what resuming needs: step, parameters, optimizer state
+    train_state   what resuming needs: the state but for the average
     ema           what sampling needs: the averaged parameters, float32
     autoencoder   the frozen first stage, so that a checkpoint samples on its own (absent where there is none)
     image_encoder what encodes the context in M2M-DINO, likewise
-    about         JSON: what the caller wants to be told later (its config), and which of the above there are
+    about         JSON: what the caller wants to be told later (its config), which of the above there are, the code's
+                  version and the score of the evaluation
+    SHA256SUMS    what every file of these was: m2m_jax/training/checksums.py
 
 Every item is one flat dict {dotted name: array}. So a checkpoint knows nothing of Optax's or Flax's classes, the
 EMA is restored without either, and names can be compared.
+
+A save is written into STEP.orbax-checkpoint-tmp; the checksums come last, and then the folder gets its name. So what
+was interrupted never has the name, and what has the name is compared with its checksums before anything of it is used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, FrozenParams
 from m2m_jax.models.parameters import Params
+from m2m_jax.training import checksums, save_errors
+from m2m_jax.training.config_changes import code_version, config_changes
 from m2m_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
-_FROZEN = (AUTOENCODER, IMAGE_ENCODER)
-_ARRAYS = ("train_state", "ema", *_FROZEN)
-_ABOUT = "about"
+_STATE, _EMA, _ABOUT = "train_state", "ema", "about"
+_ARRAYS = (_STATE, _EMA, AUTOENCODER, IMAGE_ENCODER)
+_UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
 
 
 class SavedModel(NamedTuple):
@@ -44,20 +59,68 @@ class SavedModel(NamedTuple):
 class Checkpointer:
     """Saves in the background and restores the train state, in WORKDIR/checkpoints.
 
-    `wait` or `close` before another program reads, or another Checkpointer of the same folder saves.
+    All processes make one and call the same methods. `wait` or `close` before another program reads, or another
+    Checkpointer of the same folder saves.
     """
 
-    def __init__(self, workdir: str | Path, keep: int):
-        """keep: the newest so many checkpoints stay on disk."""
-        self._folder = (Path(workdir) / FOLDER).resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=_handlers())
+    def __init__(
+        self, workdir: str | Path, *, keep: int, keep_every: int = 0, keep_best: int = 0, fallback: bool = False
+    ):
+        """Removes what an interrupted save left behind, and says so.
+
+        Args:
+            keep: the newest so many checkpoints stay on disk.
+            keep_every: those whose step is a multiple of it stay, too; 0: none do.
+            keep_best: so many of the lowest `score` stay, too.
+            fallback: where the newest is damaged, the newest whole one is used. Otherwise that is an error.
+
+        Raises:
+            UserError: the folder cannot be made or written.
+        """
+        self._folder, self._fallback = (Path(workdir) / FOLDER).resolve(), fallback
+        self._scores: dict[int, float] = {}
+        self._saving = 0  # the step that is being written
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                for leftover in sorted(self._folder.glob(f"*{_UNFINISHED}*")):
+                    shutil.rmtree(leftover)
+                    print(f"{leftover} was not saved to its end; it is removed", flush=True)
+        except OSError as error:
+            raise UserError(f"{self._folder} cannot be written: {error.strerror}") from error
+        stays = [LatestN(keep), _Best(keep_best, self._scores)]
+        if keep_every:
+            stays.append(EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(stays),
+            # Folders are made at once: where that fails, all that waits for them would wait for minutes.
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._seal, create_directories_asynchronously=False
+            ),
+            single_host_load_and_broadcast=True,  # or processes would disagree where one sees the folder later
+            lightweight_initialize=True,  # the rest may be damaged
+        )
+        save_errors.say_once()
+        handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS} | {_ABOUT: ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        for step in self._manager.all_steps():
+            if not checksums.damage(self._folder / str(step), [_ABOUT]):
+                score = _about(self._folder, step)["score"]
+                self._scores |= {step: score} if score is not None else {}
 
     def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint; None where there is none."""
+        """The newest step, whole or damaged; None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, *, frozen: FrozenParams, metadata: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        frozen: FrozenParams,
+        metadata: Mapping[str, Any],
+        score: float | None = None,
+    ) -> None:
         """Begins to save; returns once the arrays are copied, so the caller may donate them.
 
         Args:
@@ -65,83 +128,182 @@ class Checkpointer:
             state: the state after `step` updates.
             frozen: parameters of the frozen models, by their names.
             metadata: can be written as JSON.
+            score: of the evaluation of this step, for `keep_best`: lower is better; None: there was none.
+
+        Raises:
+            UserError: this or the last save failed for want of space or permission.
         """
+        self.wait()
         # A run that ends, or is resumed, on a checkpoint's step would write the same state again.
         if step in self._manager.all_steps():
             return
-        arrays = {"train_state": _flatten(_resumed(state)), "ema": state.ema_params, **frozen}
-        about = {"metadata": dict(metadata), "items": list(arrays)}
+        score = score if score is not None and math.isfinite(score) else None
+        arrays = {_STATE: _flatten(_resumed(state)), _EMA: state.ema_params, **frozen}
+        about = {"metadata": dict(metadata), "items": list(arrays), "code": code_version(), "score": score}
         items = {name: ocp.args.StandardSave(dict(tree)) for name, tree in arrays.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, **{_ABOUT: ocp.args.JsonSave(about)}))
+        self._saving = step
+        self._scores |= {step: score} if score is not None else {}
+        with self._plain_errors():
+            self._manager.save(step, args=ocp.args.Composite(**items, **{_ABOUT: ocp.args.JsonSave(about)}))
 
-    def restore_train_state(self, target: TrainState, step: int | None = None) -> TrainState:
-        """The saved state, placed as `target` says.
+    def restore_train_state(
+        self, target: TrainState, step: int | None = None, config: Mapping[str, Any] | None = None
+    ) -> TrainState:
+        """The saved state, placed as `target` says. Its files are compared with their checksums first.
 
         Args:
             target: a TrainState of ShapeDtypeStructs with shardings; they need not be those it was saved with.
             step: which checkpoint; the latest if None.
+            config: the config in force (`to_json`); what differs from the checkpoint's is printed.
 
         Raises:
-            UserError: no such checkpoint, or its leaves are not those of `target` (names, shapes and dtypes).
+            UserError: no such checkpoint, it is damaged, or its leaves are not those of `target` (names, shapes and
+                dtypes).
         """
-        step = _choose_step(self._manager, self._folder, step)
-        flat = _restore(self._manager, self._folder, step, "train_state", _flatten(_resumed(target)))
-        leaves = [flat[name] for name in _flatten(_resumed(target))]
+        step = self._whole(step, (_STATE, _EMA, _ABOUT))
+        folder, about = self._folder / str(step), _about(self._folder, step)
+        changes = config_changes(about["metadata"].get("config", {}), config) if config else []
+        wanted = _flatten(_resumed(target))
+        _require_same_leaves(folder, {_STATE: wanted, _EMA: target.ema_params}, changes)
+        if changes:
+            _say("\n  ".join([f"the config is not that of {folder}:", *changes]))
+        if config and about["code"] != code_version():
+            _say(f"{folder} was saved by m2m_jax {about['code']}; this is {code_version()}")
+        restored = _restore(folder, _STATE, wanted)
+        leaves = [restored[name] for name in wanted]
         resumed = jax.tree.unflatten(jax.tree.structure(_resumed(target)), leaves)
-        ema_params = _restore(self._manager, self._folder, step, "ema", target.ema_params)
-        return TrainState(**resumed, ema_params=ema_params)
+        return dataclasses.replace(target, **resumed, ema_params=_restore(folder, _EMA, target.ema_params))
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What `save` was given under that name. Raises UserError where there is no such checkpoint."""
-        step = _choose_step(self._manager, self._folder, step)
-        return _about(self._manager, self._folder, step)["metadata"]
+        return _about(self._folder, self._whole(step, (_ABOUT,)))["metadata"]
 
     def wait(self) -> None:
         """Returns when everything is on disk. A failure to save is raised here, or by the next save."""
-        self._manager.wait_until_finished()
+        with self._plain_errors():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """`wait`, and let go of the folder."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+    def _seal(self) -> None:
+        """The last thing before a save gets its name; in the background, in the first process."""
+        checksums.write(self._folder / f"{self._saving}{_UNFINISHED}")
+
+    def _whole(self, step: int | None, items: Sequence[str]) -> int:
+        """`step`, or the newest, whose items were found to be whole; with `fallback`, the newest where they are."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        chosen = _choose(self._folder, steps, step)
+        damaged: dict[int, str] = {}
+        for candidate in steps if step is None and self._fallback else [chosen]:
+            # Every process reads its share of the files, and all hear of what one of them found.
+            share = (jax.process_index(), jax.process_count())
+            found = _of_all_processes(checksums.damage(self._folder / str(candidate), items, share))
+            if not found:
+                self._set_aside(damaged, candidate)
+                return candidate
+            damaged[candidate] = found
+        remedy = "--config.checkpoint.fallback=True sets it aside and goes on from the newest whole one"
+        if len(damaged) == len(steps):
+            remedy = "no other is whole; train into another --workdir"
+        raise UserError(f"the checkpoint {self._folder / str(chosen)} is damaged: {damaged[chosen]}; {remedy}")
+
+    def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
+        """Renames them, not to be found again; their owner may want to look at them. `step` is used instead."""
+        if not damaged:
+            return
+        problem = ""
+        for number, what in damaged.items() if jax.process_index() == 0 else ():
+            folder = self._folder / str(number)
+            aside = next(
+                path for i in itertools.count() if not (path := self._folder / f"{number}.damaged{i or ''}").exists()
+            )
+            try:
+                folder.rename(aside)
+            except OSError as error:
+                problem = f"the damaged checkpoint {folder} cannot be renamed: {error.strerror}"
+                break
+            _say(f"the checkpoint {folder} is damaged: {what}; it is {aside.name} now, and step {step} is used instead")
+        if problem := _of_all_processes(problem):
+            raise UserError(problem)
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """A disk that is full or cannot be written becomes a UserError; what was written of the save is removed."""
+        try:
+            yield
+        except Exception as error:
+            reason = save_errors.reason(error)
+            if not reason:
+                raise
+            if jax.process_index() == 0:
+                shutil.rmtree(self._folder / f"{self._saving}{_UNFINISHED}", ignore_errors=True)
+            raise UserError(
+                f"the checkpoint {self._folder / str(self._saving)} cannot be written: {reason}; the older ones are as "
+                "they were, and the run goes on from there when it is started again"
+            ) from error
+
+
+@dataclasses.dataclass
+class _Best:
+    """Keeps the n checkpoints with the lowest scores. Orbax's own would read every checkpoint's files to know them."""
+
+    n: int
+    scores: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = sorted((step for step in steps if step in self.scores), key=lambda s: (self.scores[s], -s))[: self.n]
+        return [step in best for step in steps]
 
 
 def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
     """The averaged parameters and the frozen models, on the first local device; nothing else is read.
 
     Args:
-        path: WORKDIR or WORKDIR/checkpoints.
+        path: WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP.
         step: which checkpoint; the latest if None.
 
     Raises:
-        UserError: the folder is missing, or has no whole checkpoint (of that step).
+        UserError: the folder is missing, or has no checkpoint (of that step), or it is damaged. An older one is not
+            used in its place.
     """
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {path}; give the --workdir of a training run")
     if (folder / FOLDER).is_dir():
         folder /= FOLDER
-    # Not read_only: that warns three times, and without create nothing is written either.
-    options = ocp.CheckpointManagerOptions(create=False)
-    with ocp.CheckpointManager(folder, options=options, item_handlers=_handlers()) as manager:
-        step = _choose_step(manager, folder, step)
-        about = _about(manager, folder, step)
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        restored: dict[str, Params] = {}
-        for name in about["items"]:
-            if name != "train_state":
-                saved = _saved_leaves(manager, folder, step, name)
-                target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in saved.items()}
-                restored[name] = _restore(manager, folder, step, name, target)
-    return SavedModel(about["metadata"], restored.pop("ema"), restored, step)
+    elif folder.name.isdecimal() and folder.parent.name == FOLDER:
+        folder, step = folder.parent, int(folder.name)
+    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
+    step = _choose(folder, steps, step)
 
+    def require(items: Sequence[str]) -> None:
+        if found := checksums.damage(folder / str(step), items):
+            others = [str(folder / str(other)) for other in sorted(steps, reverse=True) if other != step]
+            remedy = f"another is {others[0]}: name it as the checkpoint" if others else "there is no other"
+            raise UserError(f"the checkpoint {folder / str(step)} is damaged: {found}; {remedy}")
 
-def _handlers() -> dict[str, Any]:
-    return {name: ocp.StandardCheckpointHandler() for name in _ARRAYS} | {_ABOUT: ocp.JsonCheckpointHandler()}
+    require((_ABOUT,))
+    about = _about(folder, step)
+    items = [name for name in about["items"] if name != _STATE]
+    require(items)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    restored: dict[str, Params] = {}
+    for name in items:
+        saved = _saved_leaves(folder / str(step), name)
+        target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in saved.items()}
+        restored[name] = _restore(folder / str(step), name, target)
+    return SavedModel(about["metadata"], restored.pop(_EMA), restored, step)
 
 
 def _resumed(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "ema_params"}
+    """All but the average, which is an item of its own."""
+    fields = (field.name for field in dataclasses.fields(state))
+    return {name: getattr(state, name) for name in fields if name != "ema_params"}
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -150,69 +312,75 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _choose_step(manager: ocp.CheckpointManager, folder: Path, step: int | None) -> int:
-    steps = sorted(manager.all_steps())
+def _choose(folder: Path, steps: Sequence[int], step: int | None) -> int:
     if not steps:
         raise UserError(f"{folder} holds no checkpoint; train until one is saved, or give another folder")
     if step is None:
-        return steps[-1]
+        return max(steps)
     if step not in steps:
-        raise UserError(f"{folder} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        raise UserError(f"{folder} holds no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}")
     return step
 
 
-def _about(manager: ocp.CheckpointManager, folder: Path, step: int) -> dict[str, Any]:
-    if not (folder / str(step) / _ABOUT).is_dir():
-        raise _broken(folder, step, f"{_ABOUT} is missing")
-    try:
-        about = manager.restore(step, args=ocp.args.Composite(**{_ABOUT: ocp.args.JsonRestore()}))[_ABOUT]
-    except (ValueError, KeyError, OSError) as error:
-        raise _broken(folder, step, f"{_ABOUT}: {error}") from error
-    missing = [name for name in about["items"] if not (folder / str(step) / name).is_dir()]
-    if missing:
-        raise _broken(folder, step, f"{', '.join(missing)} missing")
-    return about
+def _about(folder: Path, step: int) -> dict[str, Any]:
+    return json.loads((folder / str(step) / _ABOUT / "metadata").read_text(encoding="utf-8"))
 
 
-def _saved_leaves(manager: ocp.CheckpointManager, folder: Path, step: int, item: str) -> dict[str, Any]:
+def _saved_leaves(folder: Path, item: str) -> dict[str, Any]:
     """{name: metadata with shape and dtype} of one item."""
+    with _unreadable(folder, item), ocp.StandardCheckpointer() as reader:
+        return dict(reader.metadata(folder / item).item_metadata.items())
+
+
+def _restore(folder: Path, item: str, target: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """One item, placed as `target` says."""
+    with _unreadable(folder, item), ocp.StandardCheckpointer() as reader:
+        return dict(reader.restore(folder / item, dict(target)))
+
+
+@contextlib.contextmanager
+def _unreadable(folder: Path, item: str) -> Iterator[None]:
+    """The files are what was saved: the disk fails, or another run removes them now."""
     try:
-        leaves = manager.item_metadata(step)[item]
+        yield
     except (ValueError, KeyError, OSError) as error:
-        raise _broken(folder, step, f"{item}: {error}") from error
-    if leaves is None:
-        raise _broken(folder, step, f"{item} is missing or unreadable")
-    return dict(leaves.items())
-
-
-def _restore(
-    manager: ocp.CheckpointManager, folder: Path, step: int, item: str, target: Mapping[str, Any]
-) -> dict[str, jax.Array]:
-    """One item, placed as `target` says, after its leaves were found to be those of `target`."""
-    saved = _saved_leaves(manager, folder, step, item)
-    differences = [f"{name} (not in the checkpoint)" for name in target if name not in saved]
-    differences += [f"{name} (only in the checkpoint)" for name in saved if name not in target]
-    for name in target:
-        if name in saved:
-            was, now = (f"{x.dtype}{list(x.shape)}" for x in (saved[name], target[name]))
-            if was != now:
-                differences.append(f"{name} ({was} in the checkpoint, {now} now)")
-    if differences:
-        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
-        shown = ", ".join(differences[:8]) + more
+        line = " ".join(str(error).split())[:300]
         raise UserError(
-            f"the checkpoint {folder / str(step)} is of another model or optimizer; {item} differs in {shown}; "
-            "use the config it was trained with, or another --workdir"
-        )
-    try:
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(dict(target))})
-        return dict(manager.restore(step, args=args)[item])
-    except (ValueError, KeyError, OSError) as error:
-        raise _broken(folder, step, f"{item}: {error}") from error
+            f"the checkpoint {folder} cannot be read ({item}: {line}); try again, or an older one"
+        ) from error
 
 
-def _broken(folder: Path, step: int, what: str) -> UserError:
-    line = " ".join(what.split())[:300]
-    return UserError(
-        f"the checkpoint {folder / str(step)} is not whole ({line}); delete that folder to use an older checkpoint"
-    )
+def _require_same_leaves(folder: Path, targets: Mapping[str, Mapping[str, Any]], changes: Sequence[str]) -> None:
+    """Raises UserError where an item's leaves are not those of `targets`: {item: {name: with shape and dtype}}."""
+    for item, target in targets.items():
+        saved = _saved_leaves(folder, item)
+        differences = [f"{name} (not in the checkpoint)" for name in target if name not in saved]
+        differences += [f"{name} (only in the checkpoint)" for name in saved if name not in target]
+        for name in target:
+            if name in saved:
+                was, now = (f"{x.dtype}{list(x.shape)}" for x in (saved[name], target[name]))
+                if was != now:
+                    differences.append(f"{name} ({was} in the checkpoint, {now} now)")
+        if differences:
+            more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
+            why = f"; since then {'; '.join(changes)}" if changes else ""
+            raise UserError(
+                f"the checkpoint {folder} is of another model or optimizer; {item} differs in "
+                f"{', '.join(differences[:8])}{more}{why}; use the config it was trained with, or another --workdir"
+            )
+
+
+def _of_all_processes(text: str) -> str:
+    """The first text, by process, that is not empty; all processes must call, and all get the same."""
+    if jax.process_count() == 1:
+        return text
+    encoded = np.zeros(1024, np.uint8)
+    written = text.encode()[: encoded.size]
+    encoded[: len(written)] = list(written)
+    texts = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(encoded))
+    return next(filter(None, texts), "")
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)

@@ -106,6 +106,11 @@ class SetDiffusion:
             unet, self.schedule, *inputs, seed=config.seed, batch_index=batch_index, config=config.diffusion
         )
 
+    @staticmethod
+    def score(means: dict[str, float]) -> float:
+        """Which checkpoint is best, by the means over an evaluation's batches: lower is better."""
+        return means["eval/loss_own_context"]
+
     def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
         """Held-out sets: their context, and as many images again generated from it (for single images: a grid)."""
         if "latents_bnhwc" in batch:
