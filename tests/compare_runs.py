@@ -8,24 +8,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 # Of a line of metrics.jsonl: what no two runs have in common.
-TIMINGS = {"images_per_second", "step_seconds", "data_wait_share", "device_flops_per_second"}
+TIMINGS = {"images_per_second", "step_seconds", "data_wait_share"}
 
 
-def metrics(workdir: pathlib.Path) -> list[dict]:
+def metric_lines(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_timings(lines: list[dict]) -> list[dict]:
-    """`lines`, each with what another run must log, too."""
+def without_timings(workdir: pathlib.Path) -> list[dict]:
+    """The same, each with what another run must log, too."""
     timings = {f"train/{name}" for name in TIMINGS}
-    return [{name: value for name, value in line.items() if name not in timings} for line in lines]
+    return [{key: value for key, value in line.items() if key not in timings} for line in metric_lines(workdir)]
 
 
 def losses(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
     """{(step, name): value} of the training and evaluation losses; an error where one was logged twice."""
     found = {}
-    for line in metrics(workdir):
+    for line in metric_lines(workdir):
         for name, value in line.items():
             if "loss" in name:
                 assert (line["step"], name) not in found, f"{name} of step {line['step']} was logged twice"
@@ -70,7 +70,9 @@ def differences(expected: pathlib.Path, found: pathlib.Path, step: int) -> list[
             result.append(f"checkpoint {step}: {name} differs")
     if _about(expected, step) != _about(found, step):
         result.append(f"checkpoint {step}: about differs")
-    result += _compare_lines("metrics.jsonl", without_timings(metrics(expected)), without_timings(metrics(found)))
+    result += _compare_lines(
+        "metrics.jsonl", without_timings(metric_lines(expected)), without_timings(metric_lines(found))
+    )
     if examples(expected) != examples(found):
         result.append("the examples differ")
     names = sorted({path.name for workdir in (expected, found) for path in (workdir / "samples").iterdir()})
@@ -88,7 +90,7 @@ def summary(workdir: pathlib.Path, step: int) -> str:
     grids = len(list((workdir / "samples").iterdir()))
     ids = sum(len(of_step) for of_step in examples(workdir).values())
     return (
-        f"{len(arrays)} arrays ({scalars:,} numbers) of checkpoint {step}, {len(metrics(workdir))} lines of "
+        f"{len(arrays)} arrays ({scalars:,} numbers) of checkpoint {step}, {len(metric_lines(workdir))} lines of "
         f"metrics.jsonl, the ids of {ids} examples, {grids} sample grids"
     )
 

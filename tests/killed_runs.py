@@ -1,5 +1,6 @@
 """Runs that are started, watched from outside, and killed with SIGKILL: what tests/soak.py and the tests share."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.002
+UNFINISHED = ".orbax-checkpoint-tmp"  # how the name of a checkpoint ends while it is written
 
 
 class Leg:
@@ -30,7 +32,7 @@ class Leg:
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a process group of its own, which dies as one
+                start_new_session=True,  # whose processes are found again, in whatever groups
             )
         self._started, self._ended, self.killed = time.monotonic(), None, False
         self._writing_since: float | None = None
@@ -80,13 +82,18 @@ class Leg:
     def unfinished(self) -> str:
         """The checkpoint that is not whole yet, or was not when the run died; '' where there is none."""
         try:
-            return next((name for name in os.listdir(self._checkpoints) if not name.isdigit()), "")
+            return next((name for name in os.listdir(self._checkpoints) if name.endswith(UNFINISHED)), "")
         except FileNotFoundError:
             return ""
 
     def kill(self) -> None:
         """All its processes at once, with no chance to say goodbye."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        # The launcher first, or it would see what happens to the others.
+        self._process.kill()
+        for name in os.listdir("/proc"):
+            with contextlib.suppress(ProcessLookupError):
+                if name.isdigit() and os.getsid(int(name)) == self._process.pid:
+                    os.kill(int(name), signal.SIGKILL)
         self._end()
         self.killed = True
 
