@@ -4,9 +4,9 @@
     python tests/soak.py --kills=20 --processes=2                # both processes are killed at once
 
 An unbroken run of `configs/emoji.py:tiny` first, twice, and the two compared: what they do not share no resumed run
-could. Then one that is killed at moments drawn from --seed, uniformly over the life of the unbroken run: while it
-starts, compiles, trains, evaluates, samples and ends; every fourth while a checkpoint is written. At last it is left to
-finish, and compared with the unbroken one bit for bit: see `compare_runs.differences`.
+could. Then one that is killed at moments drawn from --seed, evenly over the life of the unbroken run: while it starts,
+compiles, trains, evaluates, samples and ends; every fourth while a checkpoint is written. At last it is left to finish,
+and compared with the unbroken one bit for bit: see `compare_runs.differences`.
 """
 
 import pathlib
