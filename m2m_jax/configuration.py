@@ -122,6 +122,7 @@ def default_config() -> ConfigDict:
     config.data.kinds = ("style", "content")  # which kinds of emoji sets: rows of one style, of one content
     config.data.prefetch = 2  # batches made ahead in the background
     config.data.threads = 2  # that read and decode
+    config.data.log_examples = False  # whether each process writes which sets it saw when, WORKDIR/examples
     # Augmentations are drawn once a set and shared by its images.
     config.data.augment = ConfigDict()
     config.data.augment.enabled = True

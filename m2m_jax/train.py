@@ -7,6 +7,7 @@ itself where the workdir holds a checkpoint. The workdir receives
     metrics.jsonl      one JSON object a line: step, train/..., eval/..., timings
     tensorboard/       the same, and the sample grids
     samples/           the sample grids as PNG
+    examples/          with `config.data.log_examples`: which sets each process saw at which step
     profile/           a trace of `config.profile.steps`, for TensorBoard or Perfetto
 
 Exit codes, and what the scripts in launch/ do:
@@ -38,6 +39,7 @@ from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.checkpoint import FOLDER, Checkpointer
 from m2m_jax.training.divergence import Divergence
+from m2m_jax.training.example_log import ExampleLog
 from m2m_jax.training.interruption import Interruption
 from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.set_diffusion import SetDiffusion
@@ -98,6 +100,7 @@ def train(config, workdir, interruption, watchdog):
     del params
     first_step, skipped_batches = int(state.step), int(state.skipped_batches)
     writer = MetricWriter(workdir, config.train.steps, resumed_step=first_step)
+    example_log = ExampleLog(workdir, train_examples.set_ids, first_step) if config.data.log_examples else None
     writer.message(sharding.describe(task.shapes, mesh))
     start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
     trained = count({name: shape for name, shape in task.shapes.items() if setup.trains(name)})
@@ -138,6 +141,8 @@ def train(config, workdir, interruption, watchdog):
         watchdog.step(step)
         with throughput.waiting():
             host_batch = next(stream)
+            if example_log:
+                example_log.write(step, host_batch["example_index_b"], host_batch["record_index_b"])
             batch = sharding.make_global_batch(mesh, inputs(host_batch), config.data.batch_size)
         if compiled is None:
             # Once: a batch of another shape is an error, and not a second compilation.
@@ -176,6 +181,8 @@ def train(config, workdir, interruption, watchdog):
                     skipped_batches=jax.device_put(np.int32(skipped_batches), sharding.replicated(mesh))
                 )
             writer.rewind(step)
+            if example_log:
+                example_log.rewind(step)
             writer.message(f"rolled back to step {step}; {skipped_batches} batches are left out by now")
             stream = stream_from(step + skipped_batches)
             throughput.restart()
@@ -205,6 +212,8 @@ def train(config, workdir, interruption, watchdog):
 
     with watchdog.allowing("saving"):
         checkpoints.close()
+    if example_log:
+        example_log.close()
     complete = step == config.train.steps
     if not complete:
         writer.message(f"stopped after step {step}, which is saved: the same command goes on from there")

@@ -108,7 +108,7 @@ class MetricWriter:
         self._tensorboard.close()
 
     def _open(self, resumed_step: int) -> None:
-        _forget_after(self._workdir / FILE, resumed_step)
+        forget_after(self._workdir / FILE, resumed_step)
         self._file = open(self._workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -118,7 +118,7 @@ class MetricWriter:
             self._line_open = False
 
 
-def _forget_after(path: Path, step: int) -> None:
+def forget_after(path: Path, step: int) -> None:
     """Drops the lines of later steps, and a last line that a crash left unfinished; all at once or not at all."""
     if not path.exists():
         return
