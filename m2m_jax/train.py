@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
@@ -107,9 +108,11 @@ def main(argv):
     images_per_step = config.data.batch_size * config.data.images_per_set
     stream = batches(train_data, first_step, config.data.prefetch, config.data.threads)
     compiled, metrics, data_wait, steps_timed, clock = None, None, 0.0, 0, time.monotonic()
+    substituted = 0  # sets of this process since the last line of the log
     for step in range(first_step + 1, config.train.steps + 1):
         waited = time.monotonic()
         host_batch = next(stream)
+        substituted += int(host_batch["substituted_b"].sum())
         batch = sharding.make_global_batch(mesh, inputs(host_batch), config.data.batch_size)
         data_wait += time.monotonic() - waited
         previous_metrics = metrics
@@ -145,6 +148,9 @@ def main(argv):
             memory = jax.local_devices()[0].memory_stats()
             if memory:  # a CPU has none
                 timings["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+            if config.data.on_error == "skip":
+                timings["substituted_sets"] = multihost_utils.process_allgather(np.int32(substituted)).sum()
+                substituted = 0
             logged = scalars | timings | {"learning_rate": setup.learning_rate(step - 1)}
             writer.scalars(step, {f"train/{name}": value for name, value in logged.items()})
             writer.progress(step, loss=scalars["loss"], images_per_second=rate, data_wait_share=share)
