@@ -37,7 +37,7 @@ together() {
   while ((${#running[@]})); do
     ended='' one=0
     wait -n -p ended "${!running[@]}" || one=$?
-    [[ $ended ]] || continue # it was a signal
+    [[ ${ended-} ]] || continue # it was a signal
     unset "running[$ended]"
     ((one == 0 || code != 0)) || code=$one
     [[ $one =~ ^(0|75|130)$ ]] || kill -KILL "${!running[@]}" 2>/dev/null || true

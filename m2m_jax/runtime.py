@@ -1,14 +1,20 @@
 """What is set before JAX starts: the compilation cache, one CPU device a core, and the other processes of a launch."""
 
+import functools
 import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from jax._src import distributed
 
 from m2m_jax.errors import UserError
 
 MAX_CPU_DEVICES = 8
-JOIN_TIMEOUT = 300  # seconds
+JOIN_TIMEOUT = 300  # seconds, where M2M_JOIN_TIMEOUT does not say otherwise
 
 
 def start() -> None:
@@ -35,25 +41,50 @@ def _join_processes() -> None:
     """Waits for the other processes of a launch, if the variable M2M_PROCESSES says that there are any.
 
     "auto" on TPU pods, under SLURM and on Kubernetes, where JAX finds out who they are; "1/4": the second of four,
-    which meet at JAX_COORDINATOR_ADDRESS. The scripts in launch/ set it.
+    which meet at JAX_COORDINATOR_ADDRESS. The scripts in launch/ set it. Where one does not come, JAX ends the others,
+    with SIGABRT: an exit code that the launchers start again.
 
     Raises:
-      UserError: they did not all come.
+      UserError: the variables say nothing that can be understood.
     """
     processes = os.environ.get("M2M_PROCESSES")
     if processes is None:
         return
-    who = {}
+    who, seconds = {}, os.environ.get("M2M_JOIN_TIMEOUT", str(JOIN_TIMEOUT))
+    if not seconds.isdecimal() or int(seconds) < 1:
+        raise UserError(f"M2M_JOIN_TIMEOUT={seconds}: it must be a number of seconds")
     if processes != "auto":
         try:
             who["process_id"], who["num_processes"] = map(int, processes.split("/"))
         except ValueError:
             raise UserError(f"M2M_PROCESSES={processes}: it must be auto, or like 1/4") from None
     try:
-        jax.distributed.initialize(**who, initialization_timeout=JOIN_TIMEOUT)
+        with _saying_who_is_missing(processes, int(seconds)):
+            jax.distributed.initialize(**who, initialization_timeout=int(seconds))
     except (RuntimeError, ValueError) as error:
-        address = os.environ.get("JAX_COORDINATOR_ADDRESS", "an address that JAX found")
-        raise UserError(
-            f"M2M_PROCESSES={processes}: the processes of this launch did not all meet at {address} within "
-            f"{JOIN_TIMEOUT} s: {error}"
-        ) from error
+        raise UserError(f"M2M_PROCESSES={processes}: the processes of this launch cannot meet: {error}") from error
+
+
+@contextmanager
+def _saying_who_is_missing(processes: str, seconds: int) -> Iterator[None]:
+    """After so many seconds a line of ours is followed by JAX's error, with the numbers of those who did not come.
+
+    JAX knows them where it is the service in process 0 that gives up. But `initialize` only tells the processes how
+    long to wait, and the service waits for an hour: each process would say no more than that time is up.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "an address that JAX found")
+    line = (
+        f"M2M_PROCESSES={processes}: the processes of this launch have not all met at {address} within {seconds} s. "
+        'JAX names those that did not come, under "timed out task names"; where it does not, it is process 0'
+    )
+    told = threading.Timer(seconds, print, [line], {"file": sys.stderr, "flush": True})
+    told.daemon = True
+    library = distributed._jax
+    start_service = library.get_distributed_runtime_service
+    library.get_distributed_runtime_service = functools.partial(start_service, cluster_register_timeout=seconds)
+    told.start()
+    try:
+        yield
+    finally:
+        told.cancel()
+        library.get_distributed_runtime_service = start_service

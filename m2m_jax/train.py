@@ -190,7 +190,7 @@ def train(config, workdir, interruption, watchdog):
 
         if logs:
             scalars = {name: float(value) for name, value in metrics.items() if name != "finite"}
-            updates = step - 1 - int(scalars["skipped_steps"])
+            updates = step - int(scalars["skipped_steps"]) - int(metrics["finite"])  # before this step
             scalars |= {"learning_rate": setup.learning_rate(updates), "gradient_spikes": divergence.take_spikes()}
             timings = throughput.take()
             writer.scalars(step, {f"train/{name}": value for name, value in (scalars | timings).items()})

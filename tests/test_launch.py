@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def test_slurm():
     for line in ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=big", "--requeue"):
         assert f"#SBATCH {line}\n" in job
     assert "export M2M_PROCESSES=auto\n" in job and "export JAX_PLATFORMS=cuda,cpu\n" in job
-    assert "< 7" in job
+    assert ">= 7" in job and "75 | 143) scontrol requeue" in job and "#SBATCH --signal=TERM@300\n" in job
     subprocess.run(["bash", "-n"], input=job, text=True, check=True)
 
 
@@ -76,6 +77,12 @@ def test_gke():
     (job,) = jobset["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert (job["replicas"], spec["parallelism"], spec["completions"]) == (1, 16, 16)
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 130])
+    assert jobset["spec"]["failurePolicy"]["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
+    assert rule["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"]
     (container,) = spec["template"]["spec"]["containers"]
     assert container["args"] == list(PROGRAM[1:])
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
@@ -97,6 +104,83 @@ def test_gke():
 def test_bad_options(arguments, words):
     result = launch("local", *arguments)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
+
+
+# What the launchers make of an exit code and of a signal; shell functions are in the place of the program.
+
+
+def shell(script, **options):
+    script = f"set -euo pipefail; cd '{ROOT}'; source launch/common.sh; sleep() {{ :; }}; {script}"
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60, **options)
+
+
+@pytest.mark.parametrize(
+    ("codes", "runs"),
+    [
+        ((0,), 1),
+        ((2,), 1),  # a mistake of the caller's
+        ((130,), 1),  # Ctrl-C
+        ((9, 9, 9), 3),  # two restarts
+        ((9, 75, 75, 75, 9, 0), 6),  # preemption takes none of them
+    ],
+)
+def test_restarts(tmp_path, codes, runs):
+    script = f"""
+    train() {{ local codes=({" ".join(map(str, codes))}); echo >> runs; return "${{codes[$(wc -l < runs) - 1]}}"; }}
+    cd '{tmp_path}'; restarting 2 train
+    """
+    result = shell(script)
+    assert result.returncode == codes[-1]
+    assert (tmp_path / "runs").read_text().count("\n") == runs
+
+
+@pytest.mark.parametrize(("name", "code"), [("TERM", 75), ("INT", 130)])
+def test_a_signal_is_passed_on_and_the_program_waited_for(name, code):
+    result = shell(f"""
+    train() {{ trap 'echo saved; exit {code}' {name}; kill -{name} $$; while true; do :; done; }}
+    restarting 2 train
+    """)
+    assert (result.returncode, result.stdout) == (code, "saved\n"), result.stderr
+
+
+# In the place of Python: the first process of a launch is told to stop, and the second takes longer to save.
+STUB = """#!/usr/bin/env bash
+case $1 in
+  -c) echo 12345 ;;
+  *)
+    trap 'sleep "${M2M_PROCESSES%/*}"; echo "${M2M_PROCESSES%/*} saved"; exit 75' TERM
+    if [[ $M2M_PROCESSES == 1/2 ]]; then sleep 1 && kill -TERM "$LAUNCHER"; fi
+    while true; do sleep 0.1; done ;;
+esac
+"""
+
+
+def test_local_passes_sigterm_on_and_waits_until_all_have_saved(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    command = f"export LAUNCHER=$$; exec '{ROOT}/launch/local.sh' --python='{stub}' -- --config x --workdir={tmp_path}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (75, "0 saved\n1 saved\n"), result.stderr
+
+
+def test_a_process_that_does_not_come_is_named():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {
+        "M2M_PROCESSES": "0/2",
+        "M2M_JOIN_TIMEOUT": "2",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", "from m2m_jax import runtime; runtime.start()"]
+    result = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert result.returncode == -signal.SIGABRT
+    assert f"M2M_PROCESSES=0/2: the processes of this launch have not all met at {address} within 2 s" in result.stderr
+    assert "timed out task names:\n1\n" in result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from m2m_jax.configuration import default_config
 from m2m_jax.errors import UserError
 from m2m_jax.models.unet import UNetConfig
 from m2m_jax.planning import compile, hlo
-from m2m_jax.planning.chips import CHIPS, GIB, chip_of
+from m2m_jax.planning.chips import CHIPS, GIB, chip_of, peak_flops
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
 from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.roofline import mfu, roofline
@@ -230,6 +231,29 @@ def test_two_devices_on_a_chip_share_it():
     half = CHIPS["tpu7x"].share(2)
     assert (half.hbm, half.flops) == (94.75 * GIB, 2307e12 / 2)
     assert CHIPS["v4"].share(1) == CHIPS["v4"]
+
+
+class Device(NamedTuple):
+    device_kind: str
+    coords: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("devices", "flops"),
+    [
+        ([Device("TPU v5 lite", (i, 0, 0)) for i in range(4)], 197e12),
+        ([Device("TPU7x", (i // 2, 0, 0)) for i in range(8)], 2307e12 / 2),  # two devices a chip
+        ([Device("NVIDIA A100-SXM4-80GB")] * 2, 312e12),
+        ([Device("NVIDIA H200")], 989e12),
+        ([Device("NVIDIA L4")], 121e12),
+        ([Device("NVIDIA L40S")], None),
+        ([Device("NVIDIA H100 80GB HBM3 MIG 1g.10gb")], None),
+        ([Device("NVIDIA H100 PCIe")], None),
+        ([Device("cpu")], None),
+    ],
+)
+def test_peak_of_a_device(devices, flops):
+    assert peak_flops(devices) == flops
 
 
 # Search, and what is printed

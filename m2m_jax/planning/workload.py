@@ -84,7 +84,13 @@ def batch_shapes(config: ConfigDict, task: SetDiffusion | Autoencoding, batch_si
 
 def count_model_flops(config: ConfigDict) -> float:
     """`Workload.model_flops`. Traces the whole model: half a minute at the size of Stable Diffusion."""
-    task = _plain_task(config)
+    # An accelerator's client counts nothing; the CPU's is asked, whatever the model runs on.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return _lowered_gradient(_plain_task(config), config).cost_analysis()["flops"]
+
+
+def _lowered_gradient(task: SetDiffusion | Autoencoding, config: ConfigDict) -> jax.stages.Lowered:
+    """The gradient of the loss of one set."""
     trains = TRAINED[config.train.parameters]
 
     def gradient(params: dict, frozen: dict, batch: dict, step: jax.Array) -> dict:
@@ -93,10 +99,7 @@ def count_model_flops(config: ConfigDict) -> float:
         return jax.grad(lambda trained: task.loss(params | trained, frozen, batch, draws)[0])(trained)
 
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    # An accelerator's client counts nothing; the CPU's is asked, whatever the model runs on.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        lowered = jax.jit(gradient).lower(task.shapes, task.frozen, batch_shapes(config, task, 1), step)
-    return lowered.cost_analysis()["flops"]
+    return jax.jit(gradient).lower(task.shapes, task.frozen, batch_shapes(config, task, 1), step)
 
 
 def count_flops(config: ConfigDict) -> Workload:

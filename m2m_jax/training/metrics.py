@@ -47,7 +47,8 @@ class MetricWriter:
         self._file.write(json.dumps({"step": step} | writable) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._tensorboard.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
         """`image_hwc`: uint8 [height, width, 3], to TensorBoard."""

@@ -1,0 +1,178 @@
+"""A run that is told to stop saves the step it is at, and goes on from there as if nothing had happened."""
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from run_fixtures import ROOT, Result, run, train_tiny
+from test_train import _metrics, _saved, _without_timings
+
+from m2m_jax.training.interruption import INTERRUPTED, PREEMPTED
+
+STEPS = 40
+LONG = (f"--config.train.steps={STEPS}", "--config.eval.every=100", "--config.checkpoint.every=100")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return train_tiny(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    result = run("train", *tiny.arguments, *LONG, f"--workdir={workdir}")
+    assert result.code == 0, result.err
+    return workdir
+
+
+@contextlib.contextmanager
+def _signalled(number: int, metrics: pathlib.Path, lines: int):
+    """Sends the signal to this process once that file has so many lines."""
+    over = threading.Event()
+
+    def send():
+        while not over.wait(0.005):
+            if metrics.exists() and metrics.read_text().count("\n") >= lines:
+                os.kill(os.getpid(), number)
+                return
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _assert_same(run, other):
+    assert _without_timings(_metrics(run)) == _without_timings(_metrics(other))
+    expected, found = _saved(run, STEPS), _saved(other, STEPS)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tiny, unbroken, tmp_path):
+    """By SIGTERM, then by Ctrl-C, then to its end."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    arguments = (*tiny.arguments, *LONG, f"--workdir={tmp_path}")
+    stopped_at = 0
+    for number, code in ((signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)):
+        with _signalled(number, tmp_path / "metrics.jsonl", stopped_at + 3):
+            result = run("train", *arguments)
+        assert result.code == code, result.err
+        assert ("Ctrl-C again: at once" in result.err) == (number == signal.SIGINT)
+        stopped_at = _stopped_after(result)
+        assert _metrics(tmp_path)[-1]["step"] == stopped_at < STEPS
+        assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == stopped_at
+    result = run("train", *arguments)
+    assert result.code == 0 and f"resumed at step {stopped_at}" in result.out
+    _assert_same(unbroken, tmp_path)
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def _stopped_after(result: Result) -> int:
+    return int(re.search(r"stopped after step (\d+), which is saved", result.out)[1])
+
+
+def test_a_stop_at_a_step_that_is_saved_anyway(tiny, tmp_path):
+    with _signalled(signal.SIGTERM, tmp_path / "metrics.jsonl", 2):
+        result = run("train", *tiny.arguments, *LONG, "--config.checkpoint.every=1", f"--workdir={tmp_path}")
+    assert result.code == PREEMPTED, result.err
+    assert (tmp_path / "checkpoints" / str(_stopped_after(result))).exists()
+
+
+# A program that is busy with one long call, as training is with compiling, in which Python runs no handler.
+BUSY = """
+import hashlib
+from m2m_jax.training.interruption import Interruption
+with Interruption():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+def test_the_second_ctrl_c_is_obeyed_at_once():
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY], env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signal.SIGINT)
+        assert program.stderr.readline() == "stopping after this step; Ctrl-C again: at once\n"
+        assert program.poll() is None
+        began = time.monotonic()
+        program.send_signal(signal.SIGINT)
+        assert program.wait() == INTERRUPTED
+        assert time.monotonic() - began < 5.0
+
+
+def _environment(**more: str) -> dict[str, str]:
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    return os.environ | cache | {"PYTHONPATH": str(ROOT)} | more
+
+
+def _start(arguments, log: pathlib.Path, devices: int, **environment: str) -> subprocess.Popen:
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "m2m_jax.train", *arguments],
+            env=_environment(**environment),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)])
+def test_two_processes_one_of_which_is_told_and_then_one(tiny, tmp_path, number, code):
+    """Both save the same step; one process with four devices goes on, with the losses of one that was never stopped."""
+    steps = 150
+    long = (*tiny.arguments, *LONG, f"--config.train.steps={steps}")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    workdir = tmp_path / "run"
+    logs = [tmp_path / f"log{i}" for i in range(2)]
+    programs = [
+        _start(
+            (*long, f"--workdir={workdir}"),
+            log,
+            devices=2,
+            M2M_PROCESSES=f"{i}/2",
+            JAX_COORDINATOR_ADDRESS=address,
+        )
+        for i, log in enumerate(logs)
+    ]
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert all(program.poll() is None for program in programs), [log.read_text() for log in logs]
+        time.sleep(0.05)
+    programs[1].send_signal(number)
+    assert [program.wait(timeout=300) for program in programs] == [code, code], [log.read_text() for log in logs]
+    stopped_at = int(re.search(r"stopped after step (\d+)", logs[0].read_text())[1])
+    assert 2 <= stopped_at < steps
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(stopped_at)]
+
+    alone = _start((*long, f"--workdir={workdir}"), tmp_path / "log", devices=4)
+    assert alone.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert f"resumed at step {stopped_at}" in (tmp_path / "log").read_text()
+    result = run("train", *long, f"--workdir={tmp_path / 'unbroken'}")
+    assert result.code == 0, result.err
+    expected, found = (
+        [line["train/loss"] for line in _metrics(folder) if "train/loss" in line]
+        for folder in (tmp_path / "unbroken", workdir)
+    )
+    assert len(expected) == steps
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
