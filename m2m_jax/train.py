@@ -28,6 +28,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, to_json, validate
@@ -136,11 +137,13 @@ def train(config, workdir, interruption, watchdog, stack):
     divergence = Divergence(config, train_examples, checkpoints, writer.message)
     throughput = Throughput(config)
     stream, step, compiled = stream_from(first_step + skipped_batches), first_step, None
+    substituted = 0  # sets of this process since the last line of the log
     while step < config.train.steps:
         step += 1
         watchdog.step(step)
         with throughput.waiting():
             host_batch = next(stream)
+            substituted += int(host_batch["substituted_b"].sum())
             if example_log:
                 example_log.write(step, host_batch["example_index_b"], host_batch["record_index_b"])
             batch = sharding.make_global_batch(mesh, inputs(host_batch), config.data.batch_size)
@@ -184,7 +187,7 @@ def train(config, workdir, interruption, watchdog, stack):
             if example_log:
                 example_log.rewind(step)
             writer.message(f"rolled back to step {step}; {skipped_batches} batches are left out by now")
-            stream = stream_from(step + skipped_batches)
+            stream, substituted = stream_from(step + skipped_batches), 0
             throughput.restart()
             continue
 
@@ -192,6 +195,9 @@ def train(config, workdir, interruption, watchdog, stack):
             scalars = {name: float(value) for name, value in metrics.items() if name != "finite"}
             updates = step - int(scalars["skipped_steps"]) - int(metrics["finite"])  # before this step
             scalars |= {"learning_rate": setup.learning_rate(updates), "gradient_spikes": divergence.take_spikes()}
+            if config.data.on_error == "skip":
+                scalars["substituted_sets"] = multihost_utils.process_allgather(np.int32(substituted)).sum()
+                substituted = 0
             timings = throughput.take()
             writer.scalars(step, {f"train/{name}": value for name, value in (scalars | timings).items()})
             shown = {name: timings[name] for name in ("images_per_second", "data_wait_share")}

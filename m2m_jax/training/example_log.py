@@ -50,7 +50,7 @@ class ExampleLog:
         folder, process = self._workdir / FOLDER, jax.process_index()
         with plain_errors(self._workdir):
             folder.mkdir(parents=True, exist_ok=True)
-            # The run may have had more processes: each of today's looks after every so-manieth file, its own among them.
+            # The run may have had more processes: those of today share their files, too.
             for path in folder.glob("*.jsonl"):
                 if int(path.stem) % jax.process_count() == process:
                     forget_after(path, resumed_step)
