@@ -22,6 +22,7 @@ Exit codes, and what the scripts in launch/ do:
 """
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -58,12 +59,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics 
 def main(argv):
     validate(CONFIG.value)
     runtime.start()
-    with Interruption() as interruption, Watchdog() as watchdog:
-        return train(CONFIG.value, Path(WORKDIR.value), interruption, watchdog)
+    with Interruption() as interruption, Watchdog() as watchdog, ExitStack() as stack:
+        return train(CONFIG.value, Path(WORKDIR.value), interruption, watchdog, stack)
 
 
-def train(config, workdir, interruption, watchdog):
-    """The whole run, or what is left of it. Returns the exit code."""
+def train(config, workdir, interruption, watchdog, stack):
+    """The whole run, or what is left of it. Returns the exit code. `stack`: closes what was open, however it ends."""
     # Mesh
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size", parts=config.train.accumulation)
@@ -85,11 +86,11 @@ def train(config, workdir, interruption, watchdog):
     # A new run makes its parameters first: where it cannot start, nothing is written.
     params = None if (workdir / FOLDER).exists() else task.init()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
     kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "keep_best", "fallback")}
-    checkpoints = Checkpointer(workdir, **kept)
+    checkpoints = stack.enter_context(Checkpointer(workdir, **kept))
 
     def start_state(params=None):
         if checkpoints.latest_step() is None:
@@ -126,7 +127,6 @@ def train(config, workdir, interruption, watchdog):
         if jax.process_index() == 0:
             grid = task.preview(ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()}, step)
             writer.image(step, "samples", np.asarray(grid))
-            (workdir / "samples").mkdir(exist_ok=True)
             write_png(workdir / "samples" / f"{step:07d}.png", grid)
         return task.score(means)
 
@@ -187,7 +187,7 @@ def train(config, workdir, interruption, watchdog):
             if example_log:
                 example_log.rewind(step)
             writer.message(f"rolled back to step {step}; {skipped_batches} batches are left out by now")
-            stream = stream_from(step + skipped_batches)
+            stream, substituted = stream_from(step + skipped_batches), 0
             throughput.restart()
             substituted = 0
             continue
@@ -218,7 +218,7 @@ def train(config, workdir, interruption, watchdog):
             break
 
     with watchdog.allowing("saving"):
-        checkpoints.close()
+        checkpoints.wait()
     if example_log:
         example_log.close()
     complete = step == config.train.steps

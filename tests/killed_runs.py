@@ -135,8 +135,10 @@ class Kill:
 
 
 def draw_moments(unbroken: Leg, kills: int, seed: int) -> list[Moment]:
-    """One in each of as many equal parts of the life of `unbroken`, in its order; but a start-up is as good as any other
-    for its kills. Every fourth is moved into the next write of a checkpoint."""
+    """One in each of as many equal parts of the life of `unbroken`; every fourth waits for the write of a checkpoint.
+
+    In the order of that life; but a start-up is as good as any other for the kills of the first.
+    """
     rng = random.Random(seed)
     times, life = unbroken.step_seconds, unbroken.seconds
     moments, starts = [], []

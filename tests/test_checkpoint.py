@@ -1,129 +1,168 @@
-"""Checkpoints: bit-exact, on any mesh, and clear about what is wrong with a folder."""
+"""Checkpoints: bit-exact, on any mesh; which of them stay; and clear about what a run that goes on has changed."""
 
-import shutil
+import hashlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from checkpoint_fixtures import (
+    FROZEN,
+    METADATA,
+    assert_bit_equal,
+    create,
+    save,
+    save_three,
+    steps_in,
+    target,
+)
 
-from m2m_jax.configuration import default_config
+import m2m_jax
+from m2m_jax.configuration import default_config, to_json
 from m2m_jax.errors import UserError
-from m2m_jax.training import sharding
 from m2m_jax.training.checkpoint import Checkpointer, load_for_sampling
-from m2m_jax.training.optimizer import make_optimizer
-from m2m_jax.training.state import TrainState
-
-CONFIG = default_config().optimizer
-CONFIG.warmup_steps = 1
-OPTIMIZER, _ = make_optimizer(CONFIG, 100, lambda name: "attn2" in name)
-FROZEN = {"autoencoder": {"decoder.conv_in.kernel": jnp.full((3, 3, 4, 8), 0.3)}}
-METADATA = {"config": {"task": "set_diffusion", "sizes": [1, 2]}}
-
-
-def _create(names=("a.0.kernel", "a.1.attn2.kernel", "a.1.norm.bias")):
-    shapes = {name: (16, 8) if name.endswith("kernel") else (8,) for name in names}
-    keys = jax.random.split(jax.random.key(0), len(names))
-    params = {name: jax.random.normal(key, shapes[name]) for name, key in zip(names, keys, strict=True)}
-    return TrainState.create(params, OPTIMIZER)
-
-
-def _advance(state):
-    gradients = jax.tree.map(lambda x: jnp.sin(x) / 3.0, state.params)
-    return state.apply_gradients(gradients, OPTIMIZER, 0.9)
-
-
-def _target(state, mesh):
-    placed = sharding.state_shardings(state, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
-
-
-def _mesh(data, fsdp):
-    config = default_config().mesh
-    config.update({"data": data, "fsdp": fsdp})
-    return sharding.make_mesh(config)
-
-
-def _assert_bit_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+from m2m_jax.training.config_changes import code_version, config_changes
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A workdir with checkpoints of steps 2 and 3 (1 was dropped), the states, and what was asked to be kept: 2."""
+    """A workdir with checkpoints of steps 2 and 3 (1 was dropped), and the states."""
     workdir = tmp_path_factory.mktemp("run")
-    checkpoints = Checkpointer(workdir, keep=2)
-    assert checkpoints.latest_step() is None
-    step = jax.jit(_advance, donate_argnums=0)
-    state, states = _create(), {}
-    for i in (1, 2, 3):
-        state = step(state)
-        states[i] = jax.tree.map(np.array, state)
-        # The next step overwrites the state while it is written: what is saved must be a copy.
-        checkpoints.save(i, state, frozen=FROZEN, metadata=METADATA)
-    jax.block_until_ready(step(state))
-    checkpoints.close()
-    return workdir, states
+    return workdir, save_three(workdir)
 
 
 @pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
 def test_round_trip_is_bit_exact_on_any_mesh(saved, mesh):
     workdir, states = saved
-    target = _target(states[3], _mesh(*mesh))
-    checkpoints = Checkpointer(workdir, keep=2)
-    assert checkpoints.latest_step() == 3
-    restored = checkpoints.restore_train_state(target)
-    _assert_bit_equal(restored, states[3])
-    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, target)
-    _assert_bit_equal(checkpoints.restore_train_state(target, 2), states[2])
-    assert checkpoints.metadata() == METADATA
-    checkpoints.close()
+    wanted = target(states[3], *mesh)
+    with Checkpointer(workdir, keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 3
+        restored = checkpoints.restore_train_state(wanted)
+        assert_bit_equal(restored, states[3])
+        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, wanted)
+        assert_bit_equal(checkpoints.restore_train_state(wanted, 2), states[2])
+        assert checkpoints.metadata() == METADATA
 
 
 def test_older_checkpoints_are_dropped(saved):
-    assert sorted(p.name for p in (saved[0] / "checkpoints").iterdir()) == ["2", "3"]
+    assert steps_in(saved[0]) == ["2", "3"]
 
 
-@pytest.mark.parametrize("folder", ["", "checkpoints"])
+@pytest.mark.parametrize("folder", ["", "checkpoints", "checkpoints/3"])
 def test_sampling_restores_the_average(saved, folder):
     workdir, states = saved
     model = load_for_sampling(workdir / folder)
     assert (model.metadata, model.step) == (METADATA, 3)
-    _assert_bit_equal(model.ema_params, states[3].ema_params)
-    _assert_bit_equal(model.frozen, FROZEN)
-    _assert_bit_equal(load_for_sampling(workdir, 2).ema_params, states[2].ema_params)
+    assert_bit_equal(model.ema_params, states[3].ema_params)
+    assert_bit_equal(model.frozen, FROZEN)
+
+
+def test_sampling_from_an_older_one(saved):
+    for model in (load_for_sampling(saved[0], 2), load_for_sampling(saved[0] / "checkpoints" / "2")):
+        assert model.step == 2
+        assert_bit_equal(model.ema_params, saved[1][2].ema_params)
 
 
 def test_saving_a_step_again_keeps_the_first(saved):
-    checkpoints = Checkpointer(saved[0], keep=2)
-    checkpoints.save(3, _create(), frozen=FROZEN, metadata=METADATA)
-    checkpoints.close()
-    _assert_bit_equal(load_for_sampling(saved[0]).ema_params, saved[1][3].ema_params)
+    with Checkpointer(saved[0], keep=2) as checkpoints:
+        save(checkpoints, 3, create())
+    assert_bit_equal(load_for_sampling(saved[0]).ema_params, saved[1][3].ema_params)
 
 
 def test_without_frozen_models(tmp_path):
-    checkpoints = Checkpointer(tmp_path, keep=1)
-    checkpoints.save(0, _create(), frozen={}, metadata={})
-    checkpoints.close()
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(0, create(), frozen={}, metadata={})
     assert load_for_sampling(tmp_path).frozen == {}
 
 
-def test_other_leaves_are_named(saved):
-    checkpoints = Checkpointer(saved[0], keep=2)
-    other = _create(("a.0.kernel", "a.1.norm.bias", "a.2.kernel"))
-    with pytest.raises(UserError) as error:
-        checkpoints.restore_train_state(_target(other, _mesh(-1, 1)))
-    assert "params.a.2.kernel (not in the checkpoint)" in str(error.value)
-    assert "params.a.1.attn2.kernel (only in the checkpoint)" in str(error.value)
+def test_sha256sum_can_check_a_checkpoint(saved):
+    """Every file of every item, in the format of coreutils."""
+    folder = saved[0] / "checkpoints" / "3"
+    lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent != folder]
+    assert sorted(name for _, name in lines) == sorted(str(path.relative_to(folder)) for path in files)
+    for digest, name in lines:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"train_state", "ema", "autoencoder", "about"}
 
-    state = _create()
-    state.params["a.0.kernel"] = jnp.zeros((16, 9))
-    with pytest.raises(UserError, match=r"a\.0\.kernel \(float32\[16, 8\] in the checkpoint, float32\[16, 9\] now\)"):
-        checkpoints.restore_train_state(_target(state, _mesh(-1, 1)))
-    checkpoints.close()
+
+def test_which_stay(tmp_path):
+    """The last two, the multiples of four, the best two; also of those that an earlier run saved."""
+    state, rules = create(), {"keep": 2, "keep_every": 4, "keep_best": 2}
+    scores = {1: 0.5, 2: 0.3, 3: float("nan"), 4: 0.9, 5: None, 6: 0.4}
+    with Checkpointer(tmp_path, **rules) as checkpoints:
+        for step, score in scores.items():
+            save(checkpoints, step, state, score)
+    assert steps_in(tmp_path) == ["2", "4", "5", "6"]
+    with Checkpointer(tmp_path, **rules) as checkpoints:
+        for step, score in {7: None, 9: 0.2, 10: None, 11: None}.items():
+            save(checkpoints, step, state, score)
+    assert steps_in(tmp_path) == ["10", "11", "2", "4", "9"]
+
+
+def test_other_leaves_are_named(saved, capsys):
+    now = METADATA["config"] | {"sizes": [1, 3]}
+    with Checkpointer(saved[0], keep=2) as checkpoints:
+        other = create(("a.0.kernel", "a.1.norm.bias", "a.2.kernel"))
+        with pytest.raises(UserError) as error:
+            checkpoints.restore_train_state(target(other), config=now)
+        assert "params.a.2.kernel (not in the checkpoint)" in str(error.value)
+        assert "params.a.1.attn2.kernel (only in the checkpoint)" in str(error.value)
+        assert "since then config.sizes: [1, 2] -> [1, 3]" in str(error.value)
+
+        state = create()
+        state.params["a.0.kernel"] = jnp.zeros((16, 9))
+        with pytest.raises(UserError, match=r"a\.0\.kernel \(float32\[16, 8\] in the checkpoint, float32\[16, 9\] now"):
+            checkpoints.restore_train_state(target(state))
+        assert capsys.readouterr().out == ""
+
+        # The same leaves: the difference is printed, and does not stop the run.
+        checkpoints.restore_train_state(target(create()), config=now)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("the config is not that of ") and lines[1:] == ["  config.sizes: [1, 2] -> [1, 3]"]
+        checkpoints.restore_train_state(target(create()), config=METADATA["config"])
+        assert capsys.readouterr().out == ""
+
+
+def test_config_changes():
+    was = to_json(default_config())
+    assert config_changes(was, was) == []
+
+    config = default_config()
+    config.checkpoint.every, config.mesh.fsdp, config.data.threads, config.profile.steps = 7, 2, 3, (1, 2)
+    assert config_changes(was, to_json(config)) == []
+
+    config.optimizer.learning_rate, config.data.directory = 1e-3, "elsewhere"
+    plain = ['config.data.directory: "data" -> "elsewhere"', "config.optimizer.learning_rate: 0.0003 -> 0.001"]
+    assert config_changes(was, to_json(config)) == plain
+
+    config.seed, config.data.batch_size = 1, 32
+    *fields, consequence = config_changes(was, to_json(config))
+    assert fields == [
+        plain[0].replace("directory", "batch_size").replace('"data" -> "elsewhere"', "16 -> 32"),
+        *plain,
+        "config.seed: 0 -> 1",
+    ]
+    assert (
+        consequence == "data.batch_size, seed decide on data and noise: the run will not be the one it would have been"
+    )
+
+    # Of another version: with other fields, and a group where there was one value.
+    old = to_json(default_config())
+    old["train"]["momentum"] = 0.5
+    old["model"] = "unet"
+    del old["diffusion"]["clean_timestep"]
+    lines = config_changes(old, was)
+    assert "config.train.momentum: 0.5 -> (no such field)" in lines
+    assert "config.diffusion.clean_timestep: (no such field) -> 0" in lines
+    assert 'config.model: "unet" -> (no such field)' in lines
+
+
+def test_the_codes_version(saved, capsys, monkeypatch):
+    assert code_version().startswith(m2m_jax.__version__)
+    monkeypatch.setattr("m2m_jax.training.checkpoint.code_version", lambda: "99.0")
+    with Checkpointer(saved[0], keep=2) as checkpoints:
+        checkpoints.restore_train_state(target(create()), config=METADATA["config"])
+    assert f"was saved by m2m_jax {code_version()}; this is 99.0" in capsys.readouterr().out
 
 
 def test_missing_and_empty_folders(tmp_path, saved):
@@ -134,18 +173,3 @@ def test_missing_and_empty_folders(tmp_path, saved):
     assert not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="no checkpoint of step 7; it has 2, 3"):
         load_for_sampling(saved[0], 7)
-
-
-@pytest.mark.parametrize("item", ["ema", "autoencoder", "about"])
-@pytest.mark.parametrize("damage", ["folder", "content", "bytes"])
-def test_partial_checkpoints_name_the_folder_and_the_remedy(tmp_path, saved, item, damage):
-    shutil.copytree(saved[0], tmp_path / "run")
-    folder = tmp_path / "run" / "checkpoints" / "3" / item
-    if damage == "folder":
-        shutil.rmtree(folder)
-    else:
-        for file in [f for f in folder.rglob("*") if f.is_file()]:
-            file.unlink() if damage == "content" else file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(UserError, match=r"checkpoints/3 is not whole.*delete that folder"):
-        load_for_sampling(tmp_path / "run")
-    assert load_for_sampling(tmp_path / "run", 2).step == 2

@@ -60,7 +60,8 @@ class Checkpointer:
     """Saves in the background and restores the train state, in WORKDIR/checkpoints.
 
     All processes make one and call the same methods. `wait` or `close` before another program reads, or another
-    Checkpointer of the same folder saves.
+    Checkpointer of the same folder saves. As a context manager it is closed at the end: where that is an error, what is
+    being saved is finished first.
     """
 
     def __init__(
@@ -188,6 +189,13 @@ class Checkpointer:
         self.wait()
         self._manager.close()
 
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(*([UserError] if kind else [])):  # the first error is the one to be told
+            self.close()
+
     def _seal(self) -> None:
         """The last thing before a save gets its name; in the background, in the first process."""
         checksums.write(self._folder / f"{self._saving}{_UNFINISHED}")
@@ -242,8 +250,8 @@ class Checkpointer:
             if jax.process_index() == 0:
                 shutil.rmtree(self._folder / f"{self._saving}{_UNFINISHED}", ignore_errors=True)
             raise UserError(
-                f"the checkpoint {self._folder / str(self._saving)} cannot be written: {reason}; the older ones are as "
-                "they were, and the run goes on from there when it is started again"
+                f"the checkpoint {self._folder / str(self._saving)} cannot be written: {reason}; what was saved before "
+                "is whole, and the run goes on from there when it is started again"
             ) from error
 
 

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from m2m_jax.errors import UserError
 
 FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+FLUSH_SECONDS = 60
 
 
 class MetricWriter:
     """Writes the metrics of one run; on every process but the first its methods do nothing.
 
     WORKDIR/metrics.jsonl has one object a line: `step` and the metrics of one call. WORKDIR/tensorboard has the same,
-    and images.
+    and images. A disk that is full or cannot be written is a UserError of every method.
     """
 
     def __init__(self, workdir: str | Path, total_steps: int, resumed_step: int = 0):
@@ -32,7 +40,6 @@ class MetricWriter:
         if not self._active:
             return
         self._workdir = Path(workdir)
-        self._workdir.mkdir(parents=True, exist_ok=True)
         self._tty = sys.stdout.isatty()
         self._line_open = False
         self._open(resumed_step)
@@ -44,18 +51,22 @@ class MetricWriter:
         values = {name: float(value) for name, value in values.items()}
         # JSON knows neither NaN nor infinity.
         writable = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | writable) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, step)
+        with plain_errors(self._workdir):
+            self._file.write(json.dumps({"step": step} | writable) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self._add(step, summary=summary.scalar(name, value))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._flush()
 
     def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
         """`image_hwc`: uint8 [height, width, 3], to TensorBoard."""
         if not self._active:
             return
-        self._tensorboard.add_image(name, image_hwc, step, dataformats="HWC")
-        self._tensorboard.flush()
+        with plain_errors(self._workdir):
+            self._add(step, summary=summary.image(name, image_hwc, dataformats="HWC"))
+            self._flush()
 
     def progress(self, step: int, *, loss: float, images_per_second: float, data_wait_share: float) -> None:
         """One line: drawn over the last one on a terminal, a line of its own in a file.
@@ -94,8 +105,7 @@ class MetricWriter:
         """The run goes back behind that step: what was written of later ones is forgotten."""
         if not self._active:
             return
-        self._file.close()
-        self._tensorboard.close()
+        self._close()
         self._first = None
         self._open(step)
 
@@ -104,18 +114,46 @@ class MetricWriter:
         if not self._active:
             return
         self._end_line()
-        self._file.close()
-        self._tensorboard.close()
+        self._close()
 
     def _open(self, resumed_step: int) -> None:
-        forget_after(self._workdir / FILE, resumed_step)
-        self._file = open(self._workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=resumed_step + 1)
+        with plain_errors(self._workdir):
+            (self._workdir / TENSORBOARD).mkdir(parents=True, exist_ok=True)
+            forget_after(self._workdir / FILE, resumed_step)
+            self._file = open(self._workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by _close)
+            # Not a SummaryWriter: its thread dies of a full disk, and who writes next waits for it for ever.
+            self._events = EventsWriter(str(self._workdir / TENSORBOARD / "events"))
+            self._add(resumed_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what it had of them
+            self._flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._events.write_event(Event(step=step, wall_time=time.time(), **what))
+
+    def _flush(self) -> None:
+        self._events.flush()
+        self._flushed = time.monotonic()
+
+    def _close(self) -> None:
+        with plain_errors(self._workdir):
+            self._file.close()
+            self._events.close()
 
     def _end_line(self) -> None:
         if self._line_open:
             print(flush=True)
             self._line_open = False
+
+
+@contextlib.contextmanager
+def plain_errors(workdir: Path) -> Iterator[None]:
+    """Makes a disk that is full or cannot be written a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{workdir} cannot be written: {error.strerror}; what was saved before is whole, and the run goes on from "
+            "there when it is started again"
+        ) from error
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -38,6 +38,7 @@ def reason(error: BaseException | None) -> str:
 def say_once() -> None:
     """Keeps from the terminal the traces of a save that failed: Orbax raises the same error to whoever waits for it."""
     logging.getLogger("absl").addFilter(_is_news)
+    logging.getLogger("asyncio").addFilter(_is_awaited)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _unraisable
 
@@ -47,7 +48,12 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and raised_too)
 
 
+def _is_awaited(record: logging.LogRecord) -> bool:
+    # One array could not be written, which is raised; nobody waits for what became of the others.
+    return not (record.exc_info and "never retrieved" in record.getMessage() and reason(record.exc_info[1]))
+
+
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    # One array could not be written; the others' writers find nobody who waits for them any more.
+    # Likewise, of those whose writing ends after that of the one that failed.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
