@@ -14,8 +14,8 @@ import time
 import jax
 import numpy as np
 import pytest
+from compare_runs import metric_lines, saved_arrays, without_timings
 from run_fixtures import ROOT, Result, run, train_tiny
-from test_train import _metrics, _saved, _without_timings
 
 from m2m_jax.training.interruption import INTERRUPTED, PREEMPTED
 
@@ -57,8 +57,8 @@ def _signalled(number: int, metrics: pathlib.Path, lines: int):
 
 
 def _assert_same(run, other):
-    assert _without_timings(_metrics(run)) == _without_timings(_metrics(other))
-    expected, found = _saved(run, STEPS), _saved(other, STEPS)
+    assert without_timings(run) == without_timings(other)
+    expected, found = saved_arrays(run, STEPS), saved_arrays(other, STEPS)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
@@ -75,7 +75,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, unbroken, tmp_path):
         assert result.code == code, result.err
         assert ("Ctrl-C again: at once" in result.err) == (number == signal.SIGINT)
         stopped_at = _stopped_after(result)
-        assert _metrics(tmp_path)[-1]["step"] == stopped_at < STEPS
+        assert metric_lines(tmp_path)[-1]["step"] == stopped_at < STEPS
         assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == stopped_at
     result = run("train", *arguments)
     assert result.code == 0 and f"resumed at step {stopped_at}" in result.out
@@ -171,7 +171,7 @@ def test_two_processes_one_of_which_is_told_and_then_one(tiny, tmp_path, number,
     result = run("train", *long, f"--workdir={tmp_path / 'unbroken'}")
     assert result.code == 0, result.err
     expected, found = (
-        [line["train/loss"] for line in _metrics(folder) if "train/loss" in line]
+        [line["train/loss"] for line in metric_lines(folder) if "train/loss" in line]
         for folder in (tmp_path / "unbroken", workdir)
     )
     assert len(expected) == steps
