@@ -79,15 +79,34 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
+        if version == FORMAT:
+            _check_manifest(manifest)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no bundle: {MANIFEST} is missing; write one with m2m_jax.export") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): export the bundle again") from error
     if version != FORMAT:
         raise UserError(
-            f"{folder} is of bundle format {version}, and this program reads format {FORMAT}: get its match"
+            f"{folder} is of bundle format {version!r:.40}, and this program reads format {FORMAT}: get its match"
         )
     return manifest
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError, KeyError or TypeError for what `m2m_jax.export` does not write."""
+    for name in ("image_size", "num_steps", "cache_size"):
+        if type(manifest[name]) is not int or not 1 <= manifest[name] < 2**31:
+            raise ValueError(f"{name} is {manifest[name]!r:.40}")
+    for name in ("slide", "encodes_generated"):
+        if type(manifest[name]) is not bool:
+            raise ValueError(f"{name} is {manifest[name]!r:.40}")
+    if not isinstance(manifest["about"], dict) or not isinstance(manifest["jax"], str):
+        raise ValueError("about, jax")
+    if not isinstance(manifest["platforms"], list) or not all(isinstance(one, str) for one in manifest["platforms"]):
+        raise ValueError("platforms")
+    for name in (PARAMS, *map(program_file, PROGRAMS)):
+        if type(manifest["files"][name]["bytes"]) is not int or not isinstance(manifest["files"][name]["sha256"], str):
+            raise ValueError(name)
 
 
 def _check_file(folder: Path, name: str, files: Mapping[str, Mapping[str, Any]]) -> None:
