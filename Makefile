@@ -34,7 +34,7 @@ BUILD ?= build
 SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py errors.py images.py runtime.py $(addprefix sampling/, \
   bundle.py bundle_program.py contact_sheet.py html_page.py job.py set_sampler.py))
 
-.PHONY: help demo test test-full lint format parity plan bench bench-context sampler clean
+.PHONY: help demo test test-full lint format parity plan bench bench-context bench-overhead soak sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
@@ -44,6 +44,8 @@ help:
 	@echo 'make bench      the U-Net here and in diffusers, side by side: seconds a forward pass and a training step (likewise)'
 	@echo 'make plan       what training at full size needs and can reach on TPUs, compiled without one: docs/planning.md'
 	@echo 'make bench-context  seconds an image with 0 to 24 context images, cached and uncached'
+	@echo 'make bench-overhead  what checkpoints and guards cost, as shares of training time'
+	@echo 'make soak       kill a run 20 times, and compare it bit for bit with one that nobody killed'
 	@echo 'make sampler    dist/m2m-sample.pyz, which samples from an exported bundle without model code'
 	@echo 'make lint       ruff check and ruff format --check'
 	@echo 'make format     let ruff mend what it can'
@@ -88,6 +90,15 @@ bench:
 
 bench-context: $(DEMO_ENV)
 	$(RUN) benchmarks.context_cost --output=docs/context_cost_cpu.json
+
+# On a machine that does nothing else: the second figure is a fraction of what its noise is.
+bench-overhead: $(DEMO_ENV)
+	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
+	$(RUN) benchmarks.overhead --config $(DEMO_CONFIG)
+
+soak: $(DEMO_ENV)
+	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
+	.venv/bin/python tests/soak.py --kills=20
 
 sampler:
 	rm -rf $(BUILD)/sampler && mkdir -p $(BUILD)/sampler $(dir $(SAMPLER))

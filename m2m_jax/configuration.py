@@ -28,6 +28,7 @@ BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("set_diffusion", "autoencoder"),
     "data.name": ("emoji", "folder", "precomputed"),
+    "data.on_error": ("stop", "skip"),
     "model.attn2": ("image_set", "none"),
     "model.clean_sees": ("preceding", "itself"),
     "model.attention_backend": ("auto", "prefix", "prefix_cudnn", "splash", "dense"),
@@ -122,6 +123,8 @@ def default_config() -> ConfigDict:
     config.data.kinds = ("style", "content")  # which kinds of emoji sets: rows of one style, of one content
     config.data.prefetch = 2  # batches made ahead in the background
     config.data.threads = 2  # that read and decode
+    config.data.log_examples = False  # whether each process writes which sets it saw when, WORKDIR/examples
+    config.data.on_error = "stop"  # a damaged record: stop | skip: another set in its place, always the same, counted
     # Augmentations are drawn once a set and shared by its images.
     config.data.augment = ConfigDict()
     config.data.augment.enabled = True

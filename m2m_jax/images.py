@@ -11,6 +11,8 @@ import contextlib
 import io
 import os
 import pathlib
+import warnings
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,6 +27,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 # Larger ones are refused before they are decoded (a photograph has 10 to 50 million pixels).
 MAX_PIXELS = 80_000_000
+MAX_BYTES = 2**30  # of a file: more than that many pixels take uncompressed
+# A progressive JPEG has some ten scans. Each goes over all pixels, however few its bytes: thousands take hours.
+MAX_SCANS = 100
+
+# What Pillow warns of is either refused below or harmless, and a warning would be a second line beside the error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, size: int) -> np.ndarray:
@@ -54,12 +62,28 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder, and one image file is needed")
     try:
-        return pathlib.Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: is larger than {MAX_BYTES // 2**20} MiB, too large for an image file; scale it down")
+    return data
+
+
+def check_header(path: str | os.PathLike[str]) -> None:
+    """Raises UserError where the file is missing, is no image, or is too large a one. No pixel is decoded."""
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise UserError(f"{path}: the file is empty (0 bytes)")
+            file.seek(0)
+            _open(file, str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -76,17 +100,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """
     if not data:
         raise UserError(f"{name}: the file is empty (0 bytes)")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
-        kinds = ", ".join(FORMATS)
-        raise UserError(f"{name}: not an image that can be read ({kinds}): convert it to PNG") from None
-    except Image.DecompressionBombError:
-        raise UserError(_too_large(name)) from None
-    except Exception as error:
-        raise UserError(_damaged(name, error)) from error
-    if image.width * image.height > MAX_PIXELS:
-        raise UserError(_too_large(name, image))
+    image = _open(io.BytesIO(data), name)
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise UserError(f"{name}: the image has more than {MAX_SCANS} scans: save it again")
     try:
         _refuse_several_frames(image, name)
         image.load()
@@ -139,6 +155,22 @@ def as_pillow(image_hwc: np.ndarray) -> Image.Image:
     if image_hwc.dtype != np.uint8 or image_hwc.ndim != 3 or image_hwc.shape[-1] != 3 or not image_hwc.size:
         raise ValueError(f"expected uint8 [H, W, 3], got {image_hwc.dtype} {list(image_hwc.shape)}")
     return Image.fromarray(image_hwc)
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
+    """An image whose header was read and whose size is allowed."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        kinds = ", ".join(FORMATS)
+        raise UserError(f"{name}: not an image that can be read ({kinds}): convert it to PNG") from None
+    except Image.DecompressionBombError:
+        raise UserError(_too_large(name)) from None
+    except Exception as error:
+        raise UserError(_damaged(name, error)) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(_too_large(name, image))
+    return image
 
 
 def _refuse_several_frames(image: Image.Image, name: str) -> None:

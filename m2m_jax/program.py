@@ -12,9 +12,11 @@ from m2m_jax.errors import UserError, refuse
 def run_program(
     main: Callable[[Sequence[str]], object],
     check_arguments: Callable[[Sequence[str]], None] | None = None,
+    arguments: int = 0,
 ) -> None:
     """Runs `main(argv)` with parsed absl flags; bad input ends in one line on stderr and exit code 2.
 
+    `arguments`: so many may stand beside the flags; `argv[1:]` are those.
     `check_arguments(argv)` may refuse the raw command line with a UserError before absl reads it.
     Every other exception keeps its traceback: it is a fault of ours, and the traceback is the report.
     """
@@ -26,7 +28,10 @@ def run_program(
             refuse(error)
 
     def parse_flags(argv: Sequence[str]) -> list[str]:
-        return _parse_flags(argv, check_arguments)
+        rest = _parse_flags(argv, check_arguments)
+        if len(rest) > 1 + arguments:
+            refuse(UserError(f"unexpected argument {rest[1 + arguments]!r}: every option starts with --"))
+        return rest
 
     app.run(guarded, flags_parser=parse_flags)
 
@@ -42,6 +47,4 @@ def _parse_flags(argv: Sequence[str], check_arguments: Callable[[Sequence[str]],
             flags.FLAGS.verbosity = logging.WARNING
     except (UserError, flags.Error) as error:
         refuse(error)
-    if len(rest) > 1:
-        refuse(UserError(f"unexpected argument {rest[1]!r}: every option starts with --"))
     return rest

@@ -7,6 +7,7 @@ itself where the workdir holds a checkpoint. The workdir receives
     metrics.jsonl      one JSON object a line: step, train/..., eval/..., timings
     tensorboard/       the same, and the sample grids
     samples/           the sample grids as PNG
+    examples/          with `config.data.log_examples`: which sets each process saw at which step
     profile/           a trace of `config.profile.steps`, for TensorBoard or Perfetto
 
 Exit codes, and what the scripts in launch/ do:
@@ -27,6 +28,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, to_json, validate
@@ -39,6 +41,7 @@ from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.checkpoint import FOLDER, Checkpointer
 from m2m_jax.training.divergence import Divergence
+from m2m_jax.training.example_log import ExampleLog
 from m2m_jax.training.interruption import Interruption
 from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.set_diffusion import SetDiffusion
@@ -99,6 +102,7 @@ def train(config, workdir, interruption, watchdog, stack):
     del params
     first_step, skipped_batches = int(state.step), int(state.skipped_batches)
     writer = MetricWriter(workdir, config.train.steps, resumed_step=first_step)
+    example_log = ExampleLog(workdir, train_examples.set_ids, first_step) if config.data.log_examples else None
     writer.message(sharding.describe(task.shapes, mesh))
     start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
     trained = count({name: shape for name, shape in task.shapes.items() if setup.trains(name)})
@@ -133,11 +137,15 @@ def train(config, workdir, interruption, watchdog, stack):
     divergence = Divergence(config, train_examples, checkpoints, writer.message)
     throughput = Throughput(config)
     stream, step, compiled = stream_from(first_step + skipped_batches), first_step, None
+    substituted = 0  # sets of this process since the last line of the log
     while step < config.train.steps:
         step += 1
         watchdog.step(step)
         with throughput.waiting():
             host_batch = next(stream)
+            substituted += int(host_batch["substituted_b"].sum())
+            if example_log:
+                example_log.write(step, host_batch["example_index_b"], host_batch["record_index_b"])
             batch = sharding.make_global_batch(mesh, inputs(host_batch), config.data.batch_size)
         if compiled is None:
             # Once: a batch of another shape is an error, and not a second compilation.
@@ -176,8 +184,10 @@ def train(config, workdir, interruption, watchdog, stack):
                     skipped_batches=jax.device_put(np.int32(skipped_batches), sharding.replicated(mesh))
                 )
             writer.rewind(step)
+            if example_log:
+                example_log.rewind(step)
             writer.message(f"rolled back to step {step}; {skipped_batches} batches are left out by now")
-            stream = stream_from(step + skipped_batches)
+            stream, substituted = stream_from(step + skipped_batches), 0
             throughput.restart()
             continue
 
@@ -185,6 +195,9 @@ def train(config, workdir, interruption, watchdog, stack):
             scalars = {name: float(value) for name, value in metrics.items() if name != "finite"}
             updates = step - int(scalars["skipped_steps"]) - int(metrics["finite"])  # before this step
             scalars |= {"learning_rate": setup.learning_rate(updates), "gradient_spikes": divergence.take_spikes()}
+            if config.data.on_error == "skip":
+                scalars["substituted_sets"] = multihost_utils.process_allgather(np.int32(substituted)).sum()
+                substituted = 0
             timings = throughput.take()
             writer.scalars(step, {f"train/{name}": value for name, value in (scalars | timings).items()})
             shown = {name: timings[name] for name in ("images_per_second", "data_wait_share")}
@@ -205,6 +218,8 @@ def train(config, workdir, interruption, watchdog, stack):
 
     with watchdog.allowing("saving"):
         checkpoints.wait()
+    if example_log:
+        example_log.close()
     complete = step == config.train.steps
     if not complete:
         writer.message(f"stopped after step {step}, which is saved: the same command goes on from there")

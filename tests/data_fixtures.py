@@ -43,6 +43,7 @@ def data_config(**changes) -> ConfigDict:
             "image_size": IMAGE_SIZE,
             "images_per_set": 4,
             "kinds": ("style", "content"),
+            "on_error": "stop",
             "augment": {
                 "enabled": True,
                 "hue_degrees": 180.0,

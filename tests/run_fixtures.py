@@ -108,6 +108,7 @@ def train_tiny(tmp_path_factory) -> Tiny:
     folder = root / "tiny"
     arguments = (
         config_argument("emoji:tiny"),
+        "--config.data.log_examples=True",
         f"--config.data.directory={emoji_directory}",
         f"--config.autoencoder.path={folder / 'vae'}",
     )

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-from data_fixtures import write_image_folder
+from data_fixtures import data_config, write_image_folder
 from PIL import Image
 
 from m2m_jax.data import folder
+from m2m_jax.data.pipeline import open_examples
+from m2m_jax.data.records import BadRecord
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image
 
@@ -95,11 +97,21 @@ def _undecodable_file(root):
     return root, r"set02/broken\.JPEG: not an image"
 
 
-def _truncated_file(root):
-    file = root / "set02" / "noise.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file)
-    file.write_bytes(file.read_bytes()[:-800])
-    return root, r"set02/noise\.jpg: the image is damaged"
+def _empty_file(root):
+    (root / "set02" / "broken.png").write_bytes(b"")
+    return root, r"set02/broken\.png: the file is empty"
+
+
+def _link_to_elsewhere(root):
+    (root.parent / "secret.png").write_bytes((root / "set00" / "0.png").read_bytes())
+    (root / "set02" / "link.png").symlink_to("../../secret.png")
+    return root, r"set02/link\.png: is a link to .*secret\.png, outside of"
+
+
+def _link_to_a_folder_elsewhere(root):
+    (root.parent / "elsewhere").mkdir()
+    (root / "set99").symlink_to(root.parent / "elsewhere")
+    return root, r"set99: is a link to .*elsewhere, outside of"
 
 
 def _too_few_images(root):
@@ -122,7 +134,9 @@ def _caption_is_not_text(root):
         _no_subfolders,
         _empty_subfolder,
         _undecodable_file,
-        _truncated_file,
+        _empty_file,
+        _link_to_elsewhere,
+        _link_to_a_folder_elsewhere,
         _too_few_images,
         _caption_is_not_text,
     ],
@@ -132,6 +146,39 @@ def test_what_cannot_be_used_is_named(root, spoil, split):
     with pytest.raises(UserError, match=message) as error:
         _load(path, split)
     assert "\n" not in str(error.value)
+
+
+def test_links_within_the_folder_are_followed(root):
+    (root / "set00" / "again.png").symlink_to("../set01/0.png")
+    (root.parent / "name").symlink_to(root)
+    assert sum(_load(root.parent / "name", None).num_images) == 12 * 5 + 1
+
+
+def test_what_only_decoding_finds_is_named_when_it_is_read(root):
+    """The header of a file that is cut off is good: a hundred thousand images are not decoded at every start."""
+    file = root / "set02" / "0.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:-800])
+    examples = open_examples(data_config(name="folder", path=str(root), images_per_set=5), split="train", seed=0)
+    with pytest.raises(BadRecord, match=r"set02/0\.png: the image is damaged"):
+        [examples[index] for index in range(examples.epoch_length)]
+    file.unlink()
+    with pytest.raises(BadRecord, match=r"set02/0\.png: no such file"):
+        [examples[index] for index in range(examples.epoch_length)]
+
+
+def test_without_strictness_faults_wait_for_the_reading(root):
+    for spoil in (_empty_subfolder, _undecodable_file, _too_few_images, _caption_is_not_text, _link_to_elsewhere):
+        spoil(root)
+    source = folder.load(str(root), None, 4, strict=False)
+    faults = {}
+    for index in range(len(source)):
+        try:
+            assert source[index].num_images == source.num_images[index]
+        except BadRecord as error:
+            assert source.num_images[index] == 0
+            faults[str(error)] = index
+    assert len(faults) == 3  # the link, the caption and the empty folder; the others are sets to be read
 
 
 def test_empty_path():

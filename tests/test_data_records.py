@@ -62,7 +62,7 @@ def test_record_round_trip(tmp_path):
     source = builder.as_data_source("train")
     assert len(source) == len(RECORDS)
     for index, expected in enumerate(RECORDS):
-        record = records.decode_record(source[index], source="test", index=index)
+        record = records.decode_record(source[index], origin="test")
         assert (record.set_id, record.kind, record.caption) == (expected.set_id, expected.kind, expected.caption)
         assert record.images == expected.images
         assert record.image_captions == expected.image_captions
@@ -97,10 +97,10 @@ def test_decoding_names_source_record_and_set():
     example["image_captions"] = [caption.encode() for caption in example["image_captions"]]
     example["latents_shape"] = np.array([2, 4, 4, 4])
     with pytest.raises(UserError, match=r"shard-7, record 11, set 'set-ü'.*do not fill"):
-        records.decode_record(example, source="shard-7", index=11)
+        records.decode_record(example, origin="shard-7, record 11")
     del example["images"]
     with pytest.raises(UserError, match="shard-7, record 11: not an image-set record"):
-        records.decode_record(example, source="shard-7", index=11)
+        records.decode_record(example, origin="shard-7, record 11")
 
 
 def test_no_tensorflow():

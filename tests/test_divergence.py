@@ -5,8 +5,8 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compare_runs import metric_lines, saved_arrays, without_timings
 from run_fixtures import config_argument, make_autoencoder, run
-from test_train import _metrics, _saved, _without_timings
 
 from m2m_jax.configuration import default_config
 from m2m_jax.data import precomputed
@@ -80,8 +80,8 @@ def _train(latents, workdir, *more):
 
 
 def _assert_same(run, other):
-    assert _without_timings(_metrics(run)) == _without_timings(_metrics(other))
-    expected, found = _saved(run, STEPS), _saved(other, STEPS)
+    assert without_timings(run) == without_timings(other)
+    expected, found = saved_arrays(run, STEPS), saved_arrays(other, STEPS)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
@@ -101,7 +101,7 @@ def test_stop_and_then_skip(latents, tmp_path):
     ):
         assert words in result.err
     assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["3"]
-    assert _metrics(stopped)[-1]["step"] == BAD_STEP - 1
+    assert metric_lines(stopped)[-1]["step"] == BAD_STEP - 1
 
     result = _train(latents, stopped, "--config.train.on_nonfinite=skip")
     assert result.code == 0 and "resumed at step 3" in result.out
@@ -109,7 +109,7 @@ def test_stop_and_then_skip(latents, tmp_path):
     assert result.code == 0, result.err
     assert f"step {BAD_STEP}: the loss is nan" in result.out and latents[1] in result.out
     _assert_same(skipping, stopped)
-    lines = {line["step"]: line for line in _metrics(skipping) if "train/loss" in line}
+    lines = {line["step"]: line for line in metric_lines(skipping) if "train/loss" in line}
     assert sorted(lines) == list(range(1, STEPS + 1))
     for step, line in lines.items():
         assert (line["train/loss"] is None) == (step == BAD_STEP)
@@ -117,7 +117,7 @@ def test_stop_and_then_skip(latents, tmp_path):
         assert line["train/skipped_batches"] == 0
     # The rate is that of the updates.
     assert lines[BAD_STEP]["train/learning_rate"] == lines[BAD_STEP + 1]["train/learning_rate"]
-    for name, value in _saved(skipping, STEPS).items():
+    for name, value in saved_arrays(skipping, STEPS).items():
         assert np.all(np.isfinite(value)), name
 
 
@@ -127,7 +127,7 @@ def test_rollback(latents, tmp_path):
     assert result.code == 0, result.err
     assert f"step {BAD_STEP}: the loss is nan" in result.out and latents[1] in result.out
     assert "rolled back to step 3; 2 batches are left out by now" in result.out
-    lines = [line for line in _metrics(workdir) if "train/loss" in line]
+    lines = [line for line in metric_lines(workdir) if "train/loss" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["train/skipped_batches"] for line in lines] == [0] * 3 + [2] * 6
     assert all(line["train/loss"] for line in lines) and not any(line["train/skipped_steps"] for line in lines)

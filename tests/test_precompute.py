@@ -92,7 +92,7 @@ def test_batches_are_those_of_encoding_on_the_fly(pictures, latents, images_per_
     for step in (0, 3):
         pixels = _batch("folder", pictures, step, split, images_per_set=images_per_set)
         batch = _batch("precomputed", latents, step, split, images_per_set=images_per_set)
-        assert batch.keys() == {"latents_bnhwc", "example_index_b", "record_index_b"}
+        assert batch.keys() == {"latents_bnhwc", "example_index_b", "record_index_b", "substituted_b"}
         for name in ("example_index_b", "record_index_b"):
             np.testing.assert_array_equal(batch[name], pixels[name])
         assert batch["latents_bnhwc"].shape == (8, images_per_set, 8, 8, 4)
@@ -319,20 +319,20 @@ def test_an_incomplete_folder(tmp_path, copy):
     for number in (0, 2):
         _shard(copy, number).unlink()
     line = _train_refused(tmp_path, copy)
-    assert f"{_shard(copy, 0).name}, {_shard(copy, 2).name} of 3 shards of train are missing" in line
-    assert "complete it with: python -m m2m_jax.data.precompute --config" in line
+    assert f"{_shard(copy, 0)} is missing; {_shard(copy, 2)} is missing (2 of 3 files)" in line
+    assert "make it again with: python -m m2m_jax.data.precompute --config" in line
 
 
 def test_a_damaged_folder(tmp_path, copy):
     shard = _shard(copy, 1)
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    assert f"{shard.name} is damaged" in _train_refused(tmp_path, copy)
+    assert f"{shard} is cut off or damaged" in _train_refused(tmp_path, copy)
     flipped = bytearray(whole)
     flipped[1000] ^= 255
     shard.write_bytes(flipped)
     source = precomputed.PrecomputedRecords(str(copy), "train", 32)
-    with pytest.raises(UserError, match=r"\(train\), record \d: damaged"):
+    with pytest.raises(UserError, match=r"train-00001-of-00003.array_record, record \d: damaged"):
         [source[index] for index in range(8)]
     manifest = precomputed.manifest_path(copy, "train")
     values = json.loads(manifest.read_text())

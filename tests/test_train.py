@@ -1,20 +1,11 @@
-"""The training program: what it writes, that a killed run goes on as if nothing had happened, and folders as data."""
+"""The training program: what it writes, and folders as data."""
 
-import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import warnings
-
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from compare_runs import TIMINGS, examples, metric_lines, saved_arrays
 from data_fixtures import write_image_folder
 from PIL import Image
-from run_fixtures import ROOT, run, train_tiny
+from run_fixtures import run, train_tiny
 
 from m2m_jax.training.checkpoint import load_for_sampling
 
@@ -23,25 +14,7 @@ MODULES += ("conv_norm_out", "conv_out")
 NORMS = {"gradient_norm", *(f"gradient_norm/{module}" for module in MODULES)}
 COUNTS = {"skipped_steps", "skipped_batches", "gradient_spikes"}
 TRAIN = {"loss", "loss_first", "loss_last", "learning_rate"} | NORMS | COUNTS
-TIMINGS = {"images_per_second", "step_seconds", "data_wait_share"}
 EVAL = {"loss_own_context", "loss_other_context", *(f"loss_by_context_size/{k}" for k in range(4))}
-
-# The training program, killed with no chance to say goodbye: in step 5, when the checkpoint of step 3 is there.
-KILLED = """
-import os, pathlib, runpy, signal, sys, time
-import run_fixtures
-from m2m_jax.training.metrics import MetricWriter
-checkpoint = pathlib.Path(sys.argv.pop(1))
-progress = MetricWriter.progress
-def progress_until_killed(self, step, **values):
-    progress(self, step, **values)
-    while step == 5:
-        if checkpoint.exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.1)
-MetricWriter.progress = progress_until_killed
-runpy.run_module("m2m_jax.train", run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,26 +22,8 @@ def tiny_run(tmp_path_factory):
     return train_tiny(tmp_path_factory)
 
 
-def _metrics(workdir: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def _without_timings(metrics: list[dict]) -> list[dict]:
-    timings = {f"train/{name}" for name in TIMINGS}
-    return [{name: value for name, value in line.items() if name not in timings} for line in metrics]
-
-
-def _saved(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint: step, parameters, optimizer state, average and autoencoder."""
-    folder = (workdir / "checkpoints" / str(step)).resolve()
-    with warnings.catch_warnings(), ocp.StandardCheckpointer() as reader:
-        warnings.simplefilter("ignore")  # that the devices are not told
-        items = {item: reader.restore(folder / item) for item in ("train_state", "ema", "autoencoder")}
-    return {f"{item}.{name}": np.asarray(x) for item, arrays in items.items() for name, x in arrays.items()}
-
-
 def test_metrics(tiny_run):
-    metrics = _metrics(tiny_run.workdir)
+    metrics = metric_lines(tiny_run.workdir)
     trained = [line for line in metrics if "train/loss" in line]
     evaluated = [line for line in metrics if "eval/loss_own_context" in line]
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
@@ -119,36 +74,17 @@ def test_checkpoints_hold_the_config_and_samples_autoencoder(tiny_run):
     assert saved.metadata["config"]["autoencoder"]["path"] == str(tiny_run.autoencoder)
     assert saved.metadata["frozen"]["autoencoder"]["block_out_channels"] == [16, 16, 16]
     assert "decoder.conv_out.kernel" in saved.frozen["autoencoder"]
-    arrays = _saved(tiny_run.workdir, 6)
+    arrays = saved_arrays(tiny_run.workdir, 6)
     assert arrays["train_state.step"] == 6
     average = {name.removeprefix("ema."): value for name, value in arrays.items() if name.startswith("ema.")}
     moved = [name for name, value in average.items() if not np.array_equal(value, arrays[f"train_state.params.{name}"])]
     assert len(moved) > 0.9 * len(average)
 
 
-def test_killed_run_resumes_bit_for_bit(tiny_run, tmp_path):
-    workdir = tmp_path / "run"
-    command = [sys.executable, "-c", KILLED, workdir / "checkpoints" / "3", *tiny_run.arguments, f"--workdir={workdir}"]
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }
-    killed = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, timeout=300, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [line["step"] for line in _metrics(workdir)][-1] == 5
-
-    resumed = run("train", *tiny_run.arguments, f"--workdir={workdir}")
-    assert resumed.code == 0, resumed.err
-    assert "resumed at step 3" in resumed.out
-
-    # Every logged number once, and the very same.
-    assert _without_timings(_metrics(workdir)) == _without_timings(_metrics(tiny_run.workdir))
-    unbroken, resumed_arrays = _saved(tiny_run.workdir, 6), _saved(workdir, 6)
-    assert unbroken.keys() == resumed_arrays.keys()
-    for name, value in unbroken.items():
-        np.testing.assert_array_equal(resumed_arrays[name], value, err_msg=name)
-    for name in ("0000003.png", "0000006.png"):
-        assert (workdir / "samples" / name).read_bytes() == (tiny_run.workdir / "samples" / name).read_bytes()
+def test_examples(tiny_run):
+    found = examples(tiny_run.workdir)
+    assert [index for step in found for index in found[step]] == list(range(6 * 8))
+    assert all(set_id.startswith(("style/", "content/")) for of_step in found.values() for set_id in of_step.values())
 
 
 def test_any_folder_is_a_data_set(tiny_run, tmp_path):
@@ -157,6 +93,6 @@ def test_any_folder_is_a_data_set(tiny_run, tmp_path):
     data = ("--config.data.name=folder", f"--config.data.path={folder}")
     result = run("train", *tiny_run.arguments, *data, f"--workdir={tmp_path / 'run'}")
     assert result.code == 0, result.err
-    losses = [line["train/loss"] for line in _metrics(tmp_path / "run") if "train/loss" in line]
+    losses = [line["train/loss"] for line in metric_lines(tmp_path / "run") if "train/loss" in line]
     assert len(losses) == 6 and np.all(np.isfinite(losses))
     assert load_for_sampling(tmp_path / "run").metadata["config"]["data"]["path"] == str(folder)

@@ -65,7 +65,8 @@ def training_images(data_config) -> np.ndarray:
     pixels = []
     for i in range(len(source.kinds)):
         record = source[i]
-        pixels += [fit_square(decode_image(data, record.set_id), data_config.image_size) for data in record.images]
+        for image, data in enumerate(record.images):
+            pixels.append(fit_square(decode_image(data, record.image_name(image)), data_config.image_size))
     return on_white(np.stack(pixels))
 
 

@@ -6,7 +6,10 @@ run resumes from its step alone, also on another number of hosts.
 """
 
 import functools
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import grain
@@ -15,11 +18,15 @@ from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from m2m_jax.data import augmentation, folder, precomputed, records
+from m2m_jax.data.records import BadRecord
+from m2m_jax.data.shards import ShardRecords
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white
 
 # Independent random streams of one example.
-_ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM = 0, 1, 2
+_ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM, _SUBSTITUTE_STREAM = 0, 1, 2, 3
+# With data.on_error=skip: so many sets are tried in the place of a damaged one, and so many are told of.
+_MAX_SUBSTITUTES, _MAX_TOLD = 10, 10
 # Decoded and resized images are kept up to this much; the whole emoji data set at 32 px takes 75 MB.
 _CACHE_BYTES = 256 * 2**20
 # Names of an example's parts -> of a batch's.
@@ -28,6 +35,7 @@ _BATCHED = {
     "latents_nhwc": "latents_bnhwc",
     "example_index": "example_index_b",
     "record_index": "record_index_b",
+    "substituted": "substituted_b",
 }
 # What a step computes with. The rest of a batch says what it is, and stays on the host.
 _INPUTS = ("images_bnhwc", "latents_bnhwc")
@@ -41,43 +49,52 @@ class RecordSource(Protocol):
     kinds: Sequence[str]  # of each record
     num_images: Sequence[int]  # of each record
 
-    def __getitem__(self, index: int) -> records.ImageSetRecord: ...
+    def __getitem__(self, index: int) -> records.ImageSetRecord:
+        """Raises BadRecord for what is damaged."""
 
 
-class EmojiRecords:
-    """A split of the prepared emoji data set. Raises UserError if it has not been prepared."""
+def open_emoji(directory: str, image_size: int, split: str, *, strict: bool) -> ShardRecords:
+    """A split of the prepared emoji data set; strict: as for `ShardRecords`. UserError if it has not been prepared."""
+    # Imported here: reading folders needs neither TFDS's builders nor the packages with artwork.
+    from m2m_jax.data import emoji
 
-    def __init__(self, directory: str, image_size: int, split: str):
-        # Imported here: reading folders needs neither TFDS's builders nor the packages with artwork.
-        from m2m_jax.data import emoji
-
+    remedy = f"python -m m2m_jax.data.prepare --size={image_size} --directory={directory}"
+    try:
         builder = emoji.make_builder(image_size, directory)
         if not builder.is_prepared():
-            raise UserError(
-                f"no emoji data set of {image_size} px in {directory!r}: make it with "
-                f"python -m m2m_jax.data.prepare --size={image_size} --directory={directory}"
-            )
+            raise UserError(f"no emoji data set of {image_size} px in {directory!r}: make it with {remedy}")
         if split not in builder.info.splits:
             raise UserError(f"split {split!r}: the emoji data set has {', '.join(builder.info.splits)}")
-        self.name = f"{builder.data_path} ({split})"
-        self.kinds = builder.info.metadata["kinds"][split]
-        self.num_images = builder.info.metadata["num_images"][split]
-        self._examples = builder.as_data_source(split)
-
-    def __getitem__(self, index: int) -> records.ImageSetRecord:
-        return records.decode_record(self._examples[index], source=self.name, index=index)
+        of_split = builder.info.splits[split]
+        files, counts = [Path(path) for path in of_split.filepaths], list(of_split.shard_lengths)
+        kinds, num_images = (list(builder.info.metadata[name][split]) for name in ("kinds", "num_images"))
+    except UserError:
+        raise
+    except Exception as error:  # TFDS reads its JSON files without a check
+        raise UserError(
+            f"the emoji data set of {image_size} px in {directory!r} is damaged ({error!r:.200}): remove it and make "
+            f"it again with {remedy}"
+        ) from error
+    remedy = f"remove {builder.data_path} and make it again with {remedy}"
+    return ShardRecords(
+        f"{builder.data_path} ({split})", files, counts, kinds, num_images, remedy=remedy, strict=strict
+    )
 
 
 def _open_emoji(config: ConfigDict, split: str) -> RecordSource:
-    return EmojiRecords(config.directory, config.image_size, split)
+    return open_emoji(config.directory, config.image_size, split, strict=_strict(config))
 
 
 def _open_folder(config: ConfigDict, split: str) -> RecordSource:
-    return folder.load(config.path, split, config.images_per_set)
+    return folder.load(config.path, split, config.images_per_set, strict=_strict(config))
 
 
 def _open_precomputed(config: ConfigDict, split: str) -> RecordSource:
-    return precomputed.PrecomputedRecords(config.path, split, config.image_size)
+    return precomputed.PrecomputedRecords(config.path, split, config.image_size, strict=_strict(config))
+
+
+def _strict(config: ConfigDict) -> bool:
+    return config.on_error == "stop"
 
 
 # data.name -> opens a split of it.
@@ -89,10 +106,13 @@ SOURCES: dict[str, Callable[[ConfigDict, str], RecordSource]] = {
 
 
 class SetExamples:
-    """Example i, for any i: {"images_nhwc": uint8 [N, S, S, 3], "example_index": int, "record_index": int}.
+    """Example i, for any i: {"images_nhwc": uint8 [N, S, S, 3], "example_index", "record_index", "substituted"}.
 
     Of precomputed latents, {"latents_nhwc": float32 [N, h, w, c]} in the place of the images.
     With one image a set (N = 1) an epoch goes through all images, otherwise through all sets.
+
+    A damaged record raises BadRecord. With data.on_error=skip another one takes its place, which is drawn from
+    (seed, i) alone: the same on every resume and for any number of processes. `substituted` says so.
     """
 
     def __init__(self, source: RecordSource, config: ConfigDict, *, seed: int, augment: bool):
@@ -113,6 +133,11 @@ class SetExamples:
         self._ends = np.cumsum(counts[self._usable])  # where each record's images end in a list of all
         self._epoch_length = int(self._ends[-1]) if wanted == 1 else len(self._usable)
         self._source, self._seed = source, seed
+        self._skip = not _strict(config)
+        self._told, self._lock = 0, threading.Lock()
+        left_out = int((of_kind & (counts < wanted)).sum())
+        if self._skip and left_out:
+            _warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
         self._images_per_set, self._image_size = wanted, config.image_size
         self._precomputed = config.name == "precomputed"
         self._augment = None
@@ -130,15 +155,41 @@ class SetExamples:
     def __getitem__(self, index: int) -> dict:
         index = int(index)
         record, chosen = self.choose(index)
-        indices = {"example_index": np.int64(index), "record_index": np.int64(record)}
+        first_error = None
+        for attempt in range(_MAX_SUBSTITUTES + 1):
+            try:
+                return {
+                    **self._content(index, record, chosen),
+                    "example_index": np.int64(index),
+                    "record_index": np.int64(record),
+                    "substituted": np.bool_(attempt > 0),
+                }
+            except BadRecord as error:
+                if not self._skip:
+                    raise
+                first_error = first_error or error
+                self._tell(index, error)
+            record, chosen = self._substitute(index, attempt)
+        raise UserError(
+            f"example {index}: its set and {_MAX_SUBSTITUTES} others in its place are damaged, the first being "
+            f"{first_error}; see what is wrong with python -m m2m_jax.data.check"
+        )
+
+    def _content(self, index: int, record: int, chosen: np.ndarray) -> dict:
+        """Raises BadRecord."""
         if self._precomputed:
-            return {"latents_nhwc": self._source[record].latents[chosen].astype(np.float32), **indices}
+            return {"latents_nhwc": self._source[record].latents[chosen].astype(np.float32)}
         images = np.stack([self._load_image(record, image) for image in chosen])
         if self._augment is None:
-            images = on_white(images)
-        else:
-            images = self._augment(images, self._rng(_AUGMENTATION_STREAM, index))
-        return {"images_nhwc": images, **indices}
+            return {"images_nhwc": on_white(images)}
+        return {"images_nhwc": self._augment(images, self._rng(_AUGMENTATION_STREAM, index))}
+
+    def _tell(self, index: int, error: BadRecord) -> None:
+        with self._lock:
+            self._told += 1
+            if self._told <= _MAX_TOLD:
+                more = "; further ones are only counted" if self._told == _MAX_TOLD else ""
+                _warn(f"example {index} gets another set: {error}{more}")
 
     def set_ids(self, record_index_b: Iterable[int]) -> list[str]:
         """What the records of a batch are called, for messages. Reads those records, and decodes no image."""
@@ -147,28 +198,41 @@ class SetExamples:
     def choose(self, index: int) -> tuple[int, np.ndarray]:
         """Example index -> (record of the source, which of its images, in order: int [N])."""
         epoch, position = divmod(index, self._epoch_length)
-        shuffled = index_shuffle(position, max_index=self._epoch_length - 1, seed=self._epoch_seed(epoch), rounds=4)
+        place = index_shuffle(position, max_index=self._epoch_length - 1, seed=self._epoch_seed(epoch), rounds=4)
+        return self._choose_at(place, self._rng(_CHOICE_STREAM, index))
+
+    def _substitute(self, index: int, attempt: int) -> tuple[int, np.ndarray]:
+        """Drawn at random, lest the set that comes next be seen twice in a row."""
+        rng = self._rng(_SUBSTITUTE_STREAM, index, attempt)
+        return self._choose_at(int(rng.integers(self._epoch_length)), rng)
+
+    def _choose_at(self, place: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """place: in the list of all usable sets or, with N = 1, of all their images."""
         if self._images_per_set == 1:
-            which = int(np.searchsorted(self._ends, shuffled, side="right"))
+            which = int(np.searchsorted(self._ends, place, side="right"))
             record = int(self._usable[which])
-            return record, np.array([shuffled - (self._ends[which] - self._counts[record])])
-        record = int(self._usable[shuffled])
-        rng = self._rng(_CHOICE_STREAM, index)
+            return record, np.array([place - (self._ends[which] - self._counts[record])])
+        record = int(self._usable[place])
         return record, rng.permutation(self._counts[record])[: self._images_per_set]
 
     def _epoch_seed(self, epoch: int) -> int:
         return int(np.random.SeedSequence([self._seed, _ORDER_STREAM, epoch]).generate_state(1)[0])
 
-    def _rng(self, stream: int, index: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, stream, index])
+    def _rng(self, stream: int, *indices: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, stream, *indices])
 
     def _load_image(self, record_index: int, image_index: int) -> np.ndarray:
         """uint8 RGBA [S, S, 4], read-only because it is shared."""
         record = self._source[record_index]
-        where = f"{self._source.name}, set {record.set_id!r}, image {image_index}"
         if not record.images:
-            raise UserError(f"{where}: holds latents; training on pixels needs encoded images")
-        pixels = fit_square(decode_image(record.images[image_index], where), self._image_size)
+            raise UserError(
+                f"{self._source.name}, set {record.set_id!r}: holds latents; training on pixels needs images"
+            )
+        data = record.images[image_index]
+        try:
+            pixels = fit_square(decode_image(data, record.image_name(image_index)), self._image_size)
+        except UserError as error:
+            raise BadRecord(str(error)) from error
         pixels.flags.writeable = False
         return pixels
 
@@ -191,8 +255,9 @@ def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] 
     batch_size: sets a batch, B, all processes together.
     rows: which of them, 0 to B - 1, are this process's; None: all.
     Elements, with b = len(rows): {"images_bnhwc": uint8 [b, N, S, S, 3], "example_index_b": int64 [b],
-    "record_index_b": int64 [b], the records of the source that they were made from}; of precomputed latents
-    "latents_bnhwc": float32 [b, N, h, w, c] in the place of the images.
+    "record_index_b": int64 [b], the records of the source that they were made from, "substituted_b": bool [b], which of
+    them stand in the place of damaged ones}; of precomputed latents "latents_bnhwc": float32 [b, N, h, w, c] in the
+    place of the images.
     """
     rows = tuple(range(batch_size) if rows is None else rows)
     share = len(rows)
@@ -207,6 +272,10 @@ def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] 
         .batch(share, drop_remainder=True)
         .map(lambda batch: {_BATCHED[name]: value for name, value in batch.items()})
     )
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def inputs(batch: dict) -> dict:

@@ -34,6 +34,7 @@ from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
 from m2m_jax.data import precomputed, records
 from m2m_jax.data.pipeline import SOURCES, RecordSource
+from m2m_jax.data.shards import count_records
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
@@ -58,6 +59,7 @@ def main(argv):
     config, output, split = CONFIG.value, Path(OUTPUT.value), SPLIT.value
     config.autoencoder.path = FOLDER.value or config.autoencoder.path
     config.image_encoder.path = ""  # it has no part in this
+    config.data.on_error = "stop"  # every set has its place
     validate(config)
     check_flags(config, output)
     runtime.start()
@@ -89,7 +91,7 @@ def main(argv):
     for shard in range(index, manifest.num_shards, count):
         path = precomputed.shard_path(output, split, shard, manifest.num_shards)
         indices = manifest.shard_records(shard)
-        if precomputed.count_records(path) == len(indices):
+        if count_records(path) == len(indices):
             print(f"{path.name}: there already", flush=True)
             continue
         started = time.monotonic()
@@ -150,9 +152,9 @@ def encoded_records(
 
     def load(index: int) -> tuple[records.ImageSetRecord, np.ndarray]:
         record = source[indices[int(index)]]
-        where = f"{source.name}, set {record.set_id!r}, image"
         squares = [
-            fit_square(decode_image(image, f"{where} {i}"), data.image_size) for i, image in enumerate(record.images)
+            fit_square(decode_image(image, record.image_name(i)), data.image_size)
+            for i, image in enumerate(record.images)
         ]
         return record, on_white(np.stack(squares))
 

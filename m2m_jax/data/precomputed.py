@@ -8,27 +8,28 @@ split is complete where all its shards exist. Each split has a manifest of its o
 or different shards of one, never change the same file.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
 from m2m_jax.data import records
+from m2m_jax.data.records import BadRecord
+from m2m_jax.data.shards import ShardRecords
 from m2m_jax.errors import UserError
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.parameters import Params
 
 VERSION = 1
-_NAMED_SHARDS = 3  # in messages
+_MAX_SIDE = 2**16  # of images and latents, pixels
 _FEATURES = records.features()
 
 
@@ -62,59 +63,56 @@ class Manifest:
     def num_shards(self) -> int:
         return -(-len(self.kinds) // self.records_per_shard)
 
+    def check(self) -> None:
+        """Raises ValueError for values that `precompute` does not write."""
+        if not all(_whole(x, 1, records.MAX_IMAGES_PER_RECORD) for x in _items(self.num_images)):
+            raise ValueError("num_images")
+        if not all(isinstance(kind, str) for kind in _items(self.kinds)) or len(self.kinds) != len(self.num_images):
+            raise ValueError("kinds")
+        if len(_items(self.latent_shape)) != 3 or not all(_whole(x, 1, _MAX_SIDE) for x in self.latent_shape):
+            raise ValueError("latent_shape")
+        if not _whole(self.image_size, 1, _MAX_SIDE) or not _whole(self.records_per_shard, 1, 2**48):
+            raise ValueError("image_size, records_per_shard")
+        if self.latent_dtype not in records.LATENT_DTYPES or not isinstance(self.autoencoder, dict):
+            raise ValueError("latent_dtype, autoencoder")
+
     def shard_records(self, shard: int) -> range:
         """The records of one shard."""
         first = shard * self.records_per_shard
         return range(first, min(first + self.records_per_shard, len(self.kinds)))
 
 
-class PrecomputedRecords:
+class PrecomputedRecords(ShardRecords):
     """A split of latents: a `pipeline.RecordSource`.
 
-    Raises UserError where the split is missing, incomplete, or of another image size (pixels a side).
+    strict: as for `ShardRecords`. Raises UserError where the split is missing, incomplete (if strict), or of another
+    image size (pixels a side); None takes any.
     """
 
-    def __init__(self, directory: str, split: str, image_size: int):
+    def __init__(self, directory: str, split: str, image_size: int | None, *, strict: bool = True):
         manifest = read_manifest(directory, split)
-        if manifest.image_size != image_size:
+        if image_size not in (None, manifest.image_size):
             raise UserError(
                 f"data.path={directory!r} holds latents of images of {manifest.image_size} px: "
                 f"set --config.data.image_size={manifest.image_size}, not {image_size}"
             )
-        paths = [shard_path(directory, split, i, manifest.num_shards) for i in range(manifest.num_shards)]
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise UserError(
-                f"data.path={directory!r}: {_some(missing)} of {len(paths)} shards of {split} "
-                f"{'is' if len(missing) == 1 else 'are'} missing; complete it with: {manifest.command}"
-            )
-        self.name = f"{directory} ({split})"
-        self.kinds, self.num_images = manifest.kinds, manifest.num_images
         self._latent_shape = tuple(manifest.latent_shape)
-        try:
-            self._examples = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-            whole = len(self._examples) == len(self.kinds)
-        except RuntimeError:
-            whole = False
-        if not whole:
-            counts = [len(manifest.shard_records(i)) for i in range(manifest.num_shards)]
-            damaged = [p.name for p, count in zip(paths, counts, strict=True) if count_records(p) != count]
-            raise UserError(
-                f"data.path={directory!r}: {_some(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged; "
-                f"make it again with: {manifest.command}"
-            )
+        super().__init__(
+            f"{directory} ({split})",
+            [shard_path(directory, split, i, manifest.num_shards) for i in range(manifest.num_shards)],
+            [len(manifest.shard_records(i)) for i in range(manifest.num_shards)],
+            manifest.kinds,
+            manifest.num_images,
+            remedy=f"remove what is damaged and make it again with: {manifest.command}",
+            strict=strict,
+        )
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:
-        try:
-            example = _FEATURES.deserialize_example_np(self._examples[index])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{self.name}, record {index}: damaged ({error}); remove its shard, make it again"
-            ) from error
-        record = records.decode_record(example, source=self.name, index=index)
+        record = super().__getitem__(index)
         expected = (self.num_images[index], *self._latent_shape)
-        if record.latents is None or record.latents.shape != expected:
-            raise UserError(f"{self.name}, record {index}, set {record.set_id!r}: its latents are not {expected}")
+        found = None if record.latents is None else record.latents.shape
+        if found != expected:
+            raise BadRecord(f"{record.origin}, set {record.set_id!r}: its latents are {found}, not {expected}")
         return record
 
 
@@ -124,8 +122,10 @@ def read_manifest(directory: str | Path, split: str) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["version"] != VERSION:
-            raise UserError(f"{path} is of version {values['version']}, not {VERSION}: precompute the latents again")
-        return Manifest(**values)
+            raise UserError(f"{path} is of version {values['version']!r}, not {VERSION}: precompute the latents again")
+        manifest = Manifest(**values)
+        manifest.check()
+        return manifest
     except (FileNotFoundError, NotADirectoryError):
         found = sorted(p.name for p in Path(directory).glob(manifest_path("", "*").name))
         remedy = f"it has {', '.join(found)}" if found else "make them with python -m m2m_jax.data.precompute"
@@ -174,7 +174,7 @@ def write_shard(path: Path, image_sets: Iterable[records.ImageSetRecord]) -> Non
     writer = ArrayRecordWriter(str(aside), "group_size:1")
     try:
         for record in image_sets:
-            writer.write(_serialize(record))
+            writer.write(serialize(record))
         writer.close()
         aside.replace(path)
     except FileNotFoundError:  # taken for a leftover by the other
@@ -183,18 +183,6 @@ def write_shard(path: Path, image_sets: Iterable[records.ImageSetRecord]) -> Non
         aside.unlink(missing_ok=True)
     for leftover in path.parent.glob(leftovers):
         leftover.unlink(missing_ok=True)
-
-
-def count_records(path: Path) -> int:
-    """Records of a shard; 0 for what is missing, cut off or no array_record file."""
-    if not path.is_file():
-        return 0
-    with contextlib.suppress(RuntimeError):
-        reader = ArrayRecordReader(str(path))
-        count = reader.num_records()
-        reader.close()  # raises where the file is cut off
-        return count
-    return 0
 
 
 def manifest_path(directory: str | Path, split: str) -> Path:
@@ -228,13 +216,17 @@ def require_autoencoder(data: ConfigDict, folder: str, config: AutoencoderConfig
             )
 
 
-def _serialize(record: records.ImageSetRecord) -> bytes:
+def serialize(record: records.ImageSetRecord) -> bytes:
     serialized = _FEATURES.serialize_example(records.encode_record(record))
     # The fields of a TFDS example are in an order of each process's own; this one is the same everywhere.
     return tf_example_pb2.Example.FromString(serialized).SerializeToString(deterministic=True)
 
 
-def _some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _NAMED_SHARDS} more" if len(names) > _NAMED_SHARDS else ""
-    return ", ".join(names[:_NAMED_SHARDS]) + more
+def _items(values: Any) -> list:
+    if not isinstance(values, list):
+        raise ValueError(f"{values!r:.40} is no list")
+    return values
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high

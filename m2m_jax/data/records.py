@@ -19,6 +19,7 @@ already multiplied by the first stage's scaling factor. In Python a record is an
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -29,12 +30,20 @@ MAX_IMAGES_PER_RECORD = 25
 LATENT_DTYPES = ("float16", "float32")
 
 
+class BadRecord(UserError):
+    """A record or an image that is damaged, and will be tomorrow: `data.on_error=skip` may pass over it.
+
+    What may be mended by itself, an unreachable disk for one, is a UserError and none of these.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageSetRecord:
     """One image set in memory; fields as in the table above.
 
     images: encoded bytes, one object an image (empty when the record holds only latents).
     latents: float16 or float32 [n, h, w, c], or None.
+    origin: where it was read, for messages; files: its images' paths, where each is a file of its own. Not stored.
     """
 
     set_id: str
@@ -43,11 +52,17 @@ class ImageSetRecord:
     images: tuple[bytes, ...]
     image_captions: tuple[str, ...] = ()
     latents: np.ndarray | None = None
+    origin: str = ""
+    files: tuple[str, ...] = ()
 
     @property
     def num_images(self) -> int:
         """Number of images, encoded or as latents."""
         return len(self.images) if self.images else (0 if self.latents is None else len(self.latents))
+
+    def image_name(self, index: int) -> str:
+        """What messages call one of its images."""
+        return self.files[index] if self.files else f"{self.origin}, set {self.set_id!r}, image {index}"
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -89,14 +104,14 @@ def encode_record(record: ImageSetRecord) -> dict:
     }
 
 
-def decode_record(example: dict, *, source: str, index: int) -> ImageSetRecord:
+def decode_record(example: dict, *, origin: str) -> ImageSetRecord:
     """A TFDS example -> ImageSetRecord.
 
-    source, index: where the example was read, for messages. Raises UserError naming source, record and set.
+    origin: where the example was read, for messages. Raises BadRecord naming origin and set.
     """
     try:
         set_id = bytes(example["set_id"]).decode()
-        where = f"{source}, record {index}, set {set_id!r}"
+        where = f"{origin}, set {set_id!r}"
         record = ImageSetRecord(
             set_id=set_id,
             kind=bytes(example["kind"]).decode(),
@@ -104,10 +119,16 @@ def decode_record(example: dict, *, source: str, index: int) -> ImageSetRecord:
             images=tuple(bytes(image) for image in example["images"]),
             image_captions=tuple(bytes(text).decode() for text in example["image_captions"]),
             latents=_decode_latents(example, where),
+            origin=origin,
         )
-    except (KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}, record {index}: not an image-set record ({error!r})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise BadRecord(f"{origin}: not an image-set record ({error!r})") from error
     _check(record, where)
+    if record.latents is not None and not np.isfinite(record.latents).all():
+        bad = np.flatnonzero(~np.isfinite(record.latents).all((1, 2, 3)))
+        raise BadRecord(f"{where}: the latents of image {', '.join(map(str, bad))} are not finite")
     return record
 
 
@@ -116,26 +137,26 @@ def _decode_latents(example: dict, where: str) -> np.ndarray | None:
     if not dtype:
         return None
     if dtype not in LATENT_DTYPES:
-        raise UserError(f"{where}: latents of type {dtype!r}; expected one of {LATENT_DTYPES}")
+        raise BadRecord(f"{where}: latents of type {dtype!r}; expected one of {LATENT_DTYPES}")
     shape = tuple(int(extent) for extent in example["latents_shape"])
-    data = np.frombuffer(bytes(example["latents"]), np.dtype(dtype).newbyteorder("<"))
-    if data.size != np.prod(shape):
-        raise UserError(f"{where}: {data.size} latent values do not fill the shape {shape}")
-    return data.reshape(shape).astype(dtype)
+    values, data = np.dtype(dtype).newbyteorder("<"), bytes(example["latents"])
+    if min(shape) < 1 or len(data) != math.prod(shape) * values.itemsize:
+        raise BadRecord(f"{where}: {len(data)} bytes of latents do not fill the shape {shape} of {dtype}")
+    return np.frombuffer(data, values).reshape(shape).astype(dtype)
 
 
 def _check(record: ImageSetRecord, where: str) -> None:
     """Refuses records that no reader could use. `where` opens the message."""
     if record.num_images == 0:
-        raise UserError(f"{where}: neither images nor latents")
+        raise BadRecord(f"{where}: empty, neither images nor latents")
     if record.latents is not None:
         if record.latents.ndim != 4 or record.latents.dtype.name not in LATENT_DTYPES:
-            raise UserError(
+            raise BadRecord(
                 f"{where}: latents must be float16 or float32 [n, h, w, c], "
                 f"not {record.latents.dtype.name} {list(record.latents.shape)}"
             )
         if len(record.latents) != record.num_images:
-            raise UserError(f"{where}: {len(record.latents)} latents for {record.num_images} images")
+            raise BadRecord(f"{where}: {len(record.latents)} latents for {record.num_images} images")
     if record.image_captions and len(record.image_captions) != record.num_images:
         captions = len(record.image_captions)
-        raise UserError(f"{where}: {captions} image captions for {record.num_images} images")
+        raise BadRecord(f"{where}: {captions} image captions for {record.num_images} images")

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
@@ -336,8 +337,8 @@ def _about(folder: Path, step: int) -> dict[str, Any]:
 
 def _saved_leaves(folder: Path, item: str) -> dict[str, Any]:
     """{name: metadata with shape and dtype} of one item."""
-    with _unreadable(folder, item), ocp.StandardCheckpointer() as reader:
-        return dict(reader.metadata(folder / item).item_metadata.items())
+    with _unreadable(folder, item):
+        return dict(ocp.StandardCheckpointHandler().metadata(epath.Path(folder / item)).items())
 
 
 def _restore(folder: Path, item: str, target: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -14,7 +14,15 @@ from flax.traverse_util import flatten_dict
 import m2m_jax
 
 # Where, how fast and how often; never what is computed.
-_DO_NOT_MATTER = ("checkpoint.", "mesh.", "profile.", "data.prefetch", "data.threads", "train.log_every")
+_DO_NOT_MATTER = (
+    "checkpoint.",
+    "mesh.",
+    "profile.",
+    "data.prefetch",
+    "data.threads",
+    "data.log_examples",
+    "train.log_every",
+)
 # The same data may have moved.
 _PLACES = ("data.directory", "data.path")
 _ABSENT = object()

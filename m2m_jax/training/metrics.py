@@ -51,7 +51,7 @@ class MetricWriter:
         values = {name: float(value) for name, value in values.items()}
         # JSON knows neither NaN nor infinity.
         writable = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._plain_errors():
+        with plain_errors(self._workdir):
             self._file.write(json.dumps({"step": step} | writable) + "\n")
             self._file.flush()
             for name, value in values.items():
@@ -64,7 +64,7 @@ class MetricWriter:
         """`image_hwc`: uint8 [height, width, 3], to TensorBoard."""
         if not self._active:
             return
-        with self._plain_errors():
+        with plain_errors(self._workdir):
             self._add(step, summary=summary.image(name, image_hwc, dataformats="HWC"))
             self._flush()
 
@@ -117,9 +117,9 @@ class MetricWriter:
         self._close()
 
     def _open(self, resumed_step: int) -> None:
-        with self._plain_errors():
+        with plain_errors(self._workdir):
             (self._workdir / TENSORBOARD).mkdir(parents=True, exist_ok=True)
-            _forget_after(self._workdir / FILE, resumed_step)
+            forget_after(self._workdir / FILE, resumed_step)
             self._file = open(self._workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by _close)
             # Not a SummaryWriter: its thread dies of a full disk, and who writes next waits for it for ever.
             self._events = EventsWriter(str(self._workdir / TENSORBOARD / "events"))
@@ -134,19 +134,9 @@ class MetricWriter:
         self._flushed = time.monotonic()
 
     def _close(self) -> None:
-        with self._plain_errors():
+        with plain_errors(self._workdir):
             self._file.close()
             self._events.close()
-
-    @contextlib.contextmanager
-    def _plain_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self._workdir} cannot be written: {error.strerror}; what was saved before is whole, and the run "
-                "goes on from there when it is started again"
-            ) from error
 
     def _end_line(self) -> None:
         if self._line_open:
@@ -154,7 +144,19 @@ class MetricWriter:
             self._line_open = False
 
 
-def _forget_after(path: Path, step: int) -> None:
+@contextlib.contextmanager
+def plain_errors(workdir: Path) -> Iterator[None]:
+    """Makes a disk that is full or cannot be written a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{workdir} cannot be written: {error.strerror}; what was saved before is whole, and the run goes on from "
+            "there when it is started again"
+        ) from error
+
+
+def forget_after(path: Path, step: int) -> None:
     """Drops the lines of later steps, and a last line that a crash left unfinished; all at once or not at all."""
     if not path.exists():
         return

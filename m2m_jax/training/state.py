@@ -53,23 +53,32 @@ class TrainState:
         )
 
     def apply_gradients(
-        self, gradients: Params, optimizer: optax.GradientTransformation, ema_decay: float
+        self,
+        gradients: Params,
+        optimizer: optax.GradientTransformation,
+        ema_decay: float,
+        finite: jax.Array | bool = True,
     ) -> TrainState:
-        """One update of parameters, optimizer and EMA. `gradients`: of those that train. Traceable."""
+        """One update of parameters, optimizer and EMA. Traceable.
+
+        Args:
+          gradients: of those that train.
+          finite: bool []; False: nothing changes but that `step` and `skipped_steps` count one more. A select in every
+            element and no branch: XLA computes it in the loops of the update, which have old and new at hand.
+        """
         trained = {name: self.params[name] for name in gradients}
         updates, opt_state = optimizer.update(gradients, self.opt_state, trained)
-        params = self.params | jax.tree.map(lambda p, u: p + u.astype(p.dtype), trained, updates)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, self.opt_state)
+        params = self.params | jax.tree.map(lambda p, u: jnp.where(finite, p + u.astype(p.dtype), p), trained, updates)
         # The average of a young run follows its parameters closely, or it would remember the initial ones for long.
         step = self.step.astype(jnp.float32)
-        decay = jnp.minimum(jnp.float32(ema_decay), (1.0 + step) / (10.0 + step))
-        ema_params = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p.astype(jnp.float32) - e), self.ema_params, params)
-        return self.replace(step=self.step + jnp.int32(1), params=params, opt_state=opt_state, ema_params=ema_params)
-
-    def skipping_to(self, after: TrainState, finite: jax.Array) -> TrainState:
-        """`after`, the state one step later, or where that step was not `finite` (bool []) this one, one step older.
-
-        A select in every element and no branch: XLA computes it in the loops that update parameters, moments and
-        average, which have both values at hand.
-        """
-        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, self)
-        return kept.replace(step=after.step, skipped_steps=self.skipped_steps + (~finite).astype(jnp.int32))
+        rate = 1.0 - jnp.minimum(jnp.float32(ema_decay), (1.0 + step) / (10.0 + step))
+        rate = jnp.where(finite, rate, jnp.float32(0.0))
+        ema_params = jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), self.ema_params, params)
+        return self.replace(
+            step=self.step + jnp.int32(1),
+            skipped_steps=self.skipped_steps + jnp.where(finite, jnp.int32(0), jnp.int32(1)),
+            params=params,
+            opt_state=opt_state,
+            ema_params=ema_params,
+        )

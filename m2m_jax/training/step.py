@@ -78,7 +78,7 @@ def make_train_step(
             (gradients, metrics), _ = jax.lax.scan(add, zero, parts)
         metrics |= gradient_norms(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        state = state.skipping_to(state.apply_gradients(gradients, optimizer, ema_decay), finite)
+        state = state.apply_gradients(gradients, optimizer, ema_decay, finite)
         counts = {"skipped_steps": state.skipped_steps, "skipped_batches": state.skipped_batches}
         return state, metrics | counts | {"finite": finite}
 

@@ -1,0 +1,121 @@
+"""Records by their number, from array_record files: what both data sets on disk, emoji and precomputed, read.
+
+The files carry checksums, which their reader compares: a damaged record is an error, never another record.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import itertools
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+
+from array_record.python.array_record_module import ArrayRecordReader
+
+from m2m_jax.data import records
+from m2m_jax.data.records import BadRecord
+from m2m_jax.errors import UserError
+
+_FEATURES = records.features()
+_NAMED = 3  # files in a message
+_OPENED_AT_ONCE = 16
+
+
+class ShardRecords:
+    """The records of one split: a `pipeline.RecordSource`.
+
+    Attributes:
+      name: for messages.
+      kinds, num_images: of each record.
+      faults: {shard: what is wrong with the whole file}; records in it raise BadRecord.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[Path],
+        counts: Sequence[int],
+        kinds: Sequence[str],
+        num_images: Sequence[int],
+        *,
+        remedy: str,
+        strict: bool,
+    ):
+        """counts: records in each file. remedy: ends messages. strict: UserError where a file is missing, is cut off or
+        holds another number of records; otherwise that is found out record by record."""
+        if not sum(counts) == len(kinds) == len(num_images):
+            raise UserError(
+                f"{name}: its files should hold {sum(counts)} records, and {len(kinds)} kinds and "
+                f"{len(num_images)} numbers of images are listed; {remedy}"
+            )
+        self.name, self.kinds, self.num_images = name, kinds, num_images
+        self._paths, self._remedy = list(paths), remedy
+        self._ends = list(itertools.accumulate(counts))
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+        with concurrent.futures.ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+            found = list(pool.map(_fault, self._paths, counts))
+        self.faults = {shard: fault for shard, fault in enumerate(found) if fault}
+        if self.faults and strict:
+            shown = "; ".join(list(self.faults.values())[:_NAMED])
+            more = f" and {len(self.faults) - _NAMED} more" if len(self.faults) > _NAMED else ""
+            raise UserError(f"{name}: {shown}{more} ({len(self.faults)} of {len(self._paths)} files); {remedy}")
+
+    def __getitem__(self, index: int) -> records.ImageSetRecord:
+        """Raises BadRecord, which names the file, the record in it and, where it can be read, the set."""
+        shard = bisect_right(self._ends, index)
+        place = index - (self._ends[shard - 1] if shard else 0)
+        if shard in self.faults:
+            raise BadRecord(f"{self.faults[shard]}; {self._remedy}")
+        origin = f"{self._paths[shard]}, record {place}"
+        try:
+            serialized = self._reader(shard).read([place])[0]
+        except (RuntimeError, IndexError, ValueError) as error:
+            with self._lock:  # a reader that failed may not read on
+                self._readers.pop(shard, None)
+            raise BadRecord(f"{origin}: damaged ({_one_line(error)}); {self._remedy}") from error
+        try:
+            example = _FEATURES.deserialize_example_np(serialized)
+        except Exception as error:  # of protobuf, TFDS or NumPy, whichever comes first
+            raise BadRecord(f"{origin}: not an image-set record ({_one_line(error)}); {self._remedy}") from error
+        record = records.decode_record(example, origin=origin)
+        if record.num_images != self.num_images[index]:
+            raise BadRecord(
+                f"{origin}, set {record.set_id!r}: holds {record.num_images} images, and {self.num_images[index]} are "
+                f"listed; {self._remedy}"
+            )
+        return record
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            if shard not in self._readers:
+                self._readers[shard] = ArrayRecordReader(str(self._paths[shard]))
+            return self._readers[shard]
+
+
+def count_records(path: Path) -> int:
+    """Records of a shard; 0 for what is missing, cut off or no array_record file."""
+    if not path.is_file():
+        return 0
+    with contextlib.suppress(RuntimeError):
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()  # raises where the file is cut off
+        return count
+    return 0
+
+
+def _fault(path: Path, count: int) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    found = count_records(path)
+    if found == count:
+        return None
+    return f"{path} holds {found} records, not {count}" if found else f"{path} is cut off or damaged"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

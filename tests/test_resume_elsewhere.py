@@ -1,0 +1,48 @@
+"""One run on other numbers of processes and devices in turn: the same examples in the same order, the same losses."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from compare_runs import examples, losses
+from killed_runs import Launch
+from run_fixtures import train_tiny
+
+# (processes, devices of each, the checkpoint after which all are killed); the last goes to the end.
+LEGS = ((1, 8, 2), (2, 2, 3), (4, 1, 4), (1, 1, None))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return train_tiny(tmp_path_factory)
+
+
+@pytest.mark.slow
+def test_1_2_4_processes_and_8_4_1_devices(tiny, tmp_path):
+    """Six steps, of which no two legs have the same mesh; each is killed a while after its checkpoint."""
+    workdir = tmp_path / "run"
+    cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    for number, (processes, devices, until) in enumerate(LEGS):
+        launch = Launch([*tiny.arguments, "--config.checkpoint.every=1"], processes, devices, cache)
+        leg = launch.start(workdir, tmp_path / f"{number}.log")
+        if until is None:
+            leg.finish()
+        else:
+            while not (workdir / "checkpoints" / str(until)).exists():
+                assert leg.poll(), leg.printed
+            leg.kill()
+        print(f"{processes} processes of {devices} devices: from step {leg.resumed}, done {sorted(leg.step_seconds)}")
+        if number:
+            assert leg.resumed >= LEGS[number - 1][2]
+
+    expected, found = examples(tiny.workdir), examples(workdir)
+    assert found == expected
+    batch_size = len(expected[1])
+    assert [sorted(found[step]) for step in sorted(found)] == [
+        list(range((step - 1) * batch_size, step * batch_size)) for step in range(1, 7)
+    ]
+    assert len({path.name for path in (workdir / "examples").iterdir()}) == 4
+    expected, found = losses(tiny.workdir), losses(workdir)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-5)
