@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
@@ -338,7 +337,7 @@ def _about(folder: Path, step: int) -> dict[str, Any]:
 def _saved_leaves(folder: Path, item: str) -> dict[str, Any]:
     """{name: metadata with shape and dtype} of one item."""
     with _unreadable(folder, item):
-        return dict(ocp.StandardCheckpointHandler().metadata(epath.Path(folder / item)).items())
+        return dict(ocp.StandardCheckpointHandler().metadata(folder / item).items())
 
 
 def _restore(folder: Path, item: str, target: Mapping[str, Any]) -> dict[str, jax.Array]:
