@@ -189,7 +189,6 @@ def train(config, workdir, interruption, watchdog, stack):
             writer.message(f"rolled back to step {step}; {skipped_batches} batches are left out by now")
             stream, substituted = stream_from(step + skipped_batches), 0
             throughput.restart()
-            substituted = 0
             continue
 
         if logs:
