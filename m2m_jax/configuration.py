@@ -295,8 +295,8 @@ def validate(config: ConfigDict) -> None:
             f"config.diffusion.clean_timestep is {config.diffusion.clean_timestep}; it must be less than "
             f"config.schedule.num_train_timesteps = {config.schedule.num_train_timesteps}"
         )
-    first, *_, last = steps = tuple(config.profile.steps) or (0, 0)
-    if len(steps) != 2 or first > last or (first < 1 and steps != (0, 0)):
+    steps = tuple(config.profile.steps)
+    if len(steps) != 2 or steps[0] > steps[1] or (steps[0] < 1 and steps != (0, 0)):
         raise UserError(f"config.profile.steps is {steps}; it must be a first and a last step, or (0, 0) for none")
     for axis in config.mesh:
         if config.mesh[axis] < 1 and config.mesh[axis] != -1:

@@ -17,7 +17,6 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).parent
-SLOW = 10.0  # seconds that one mutation may take: more is a hang
 LIMIT = 3600  # seconds of a target
 
 
@@ -54,7 +53,8 @@ def explore(name: str, examples: int, seed: int) -> Counts:
         )
         @hypothesis.given(target.strategy)
         def fuzz(example):
-            folder, start = pathlib.Path(tempfile.mkdtemp(dir=root)), time.monotonic()
+            # Not the clock's: on a busy machine that says nothing.
+            folder, start = pathlib.Path(tempfile.mkdtemp(dir=root)), time.process_time()
             try:
                 target.run(prepared, folder, example)
                 counts.accepted += 1
@@ -64,8 +64,8 @@ def explore(name: str, examples: int, seed: int) -> Counts:
                 counts.refused += 1
             finally:
                 shutil.rmtree(folder)
-            seconds = time.monotonic() - start
-            assert seconds < SLOW, f"{seconds:.1f} s"
+            seconds = time.process_time() - start
+            assert seconds < target.slow, f"{seconds:.1f} s"
             counts.slowest = max(counts.slowest, seconds)
 
         fuzz()
@@ -79,16 +79,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sys.path[:0] = [str(HERE), str(HERE.parent)]
+    import conftest  # noqa: F401 (JAX as the tests have it)
+
     if options.target:
         with contextlib.redirect_stdout(io.StringIO()):
             counts = explore(options.target, options.examples, options.seed)
         print(json.dumps(dataclasses.asdict(counts)))
         return 0
 
-    import conftest  # noqa: F401 (JAX as the tests have it)
     from fuzz_targets import TARGETS
 
-    print("| target | mutations | accepted | refused | slowest, s | failures |\n|---|--:|--:|--:|--:|---|")
+    print("| target | mutations | accepted | refused | slowest, s of CPU | failures |\n|---|--:|--:|--:|--:|---|")
     total, failed = Counts(), []
     for name, target in TARGETS.items():
         command = [sys.executable, __file__, f"--target={name}", f"--seed={options.seed}"]

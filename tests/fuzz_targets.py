@@ -20,10 +20,12 @@ from flax import nnx
 from fuzz_mutations import CHANGES, JSON_CHANGES, damaged, damaged_json, image_seeds, mended_png
 from hypothesis import strategies as st
 from run_fixtures import ROOT, make_autoencoder
+from safetensors.numpy import load_file
 
-from m2m_jax import configuration, export
+from m2m_jax import configuration, program
 from m2m_jax.configuration import default_config, from_json, to_json, validate
 from m2m_jax.data import pipeline, precomputed, records
+from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
 from m2m_jax.images import check_header, read_image, write_png
 from m2m_jax.models import diffusers_folder, transformers_folder
@@ -33,6 +35,7 @@ from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.parameters import abstract, split
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.bundle import MANIFEST, Bundle, write_manifest
+from m2m_jax.sampling.bundle_writer import write_bundle
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.training.checkpoint import SavedModel
@@ -40,14 +43,21 @@ from m2m_jax.training.checkpoint import SavedModel
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """few: mutations in the test suite; many: of `make fuzz`. prepare(folder) makes what is damaged, once; its result
-    is run's first argument. run(prepared, folder, example): `folder` is empty and its own."""
+    """What is damaged, how, and what is then done with it.
+
+    Attributes:
+      prepare: (folder) -> what is damaged, made once.
+      run: (what was prepared, an empty folder of its own, an example of `strategy`).
+      few, many: mutations in the test suite, and of `make fuzz`.
+      slow: seconds of processors' time for one mutation; more is a hang.
+    """
 
     strategy: st.SearchStrategy
     prepare: Callable[[pathlib.Path], Any]
     run: Callable[[Any, pathlib.Path, Any], object]
     few: int
     many: int
+    slow: float = 10.0
 
 
 # Image files
@@ -226,8 +236,6 @@ def _small_sampler(folder: pathlib.Path) -> Sampler:
         norm_num_groups=4,
     )
     models = FrozenModels(diffusers_folder.load_autoencoder_config(vae))
-    from m2m_jax.diffusion.schedule import NoiseSchedule
-
     return Sampler(
         unet_config=config,
         unet_params=split(UNet(config, rngs=nnx.Rngs(0)))[1],
@@ -243,7 +251,7 @@ def _small_sampler(folder: pathlib.Path) -> Sampler:
 def _small_bundle(folder: pathlib.Path) -> pathlib.Path:
     bundle = folder / "bundle"
     bundle.mkdir()
-    export.write_bundle(_small_sampler(folder), bundle)
+    write_bundle(_small_sampler(folder), bundle)
     return bundle
 
 
@@ -275,7 +283,7 @@ def _link(source, target):
 
 _BUNDLES = st.tuples(st.sampled_from(["bytes", "manifest", "manifest"]), _WHICH, CHANGES, JSON_CHANGES)
 BUNDLES = Target(_BUNDLES, _small_bundle, _open_bundle, 30, 800)
-SIGNED = Target(st.tuples(st.just("signed"), _WHICH, CHANGES, JSON_CHANGES), _small_bundle, _open_bundle, 4, 200)
+SIGNED = Target(st.tuples(st.just("signed"), _WHICH, CHANGES, JSON_CHANGES), _small_bundle, _open_bundle, 4, 200, 120.0)
 
 
 # Model folders
@@ -295,8 +303,6 @@ def _model_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     transformers_folder.save_dinov2(folder / "dino", encoder, split(DINOv2(encoder, rngs=nnx.Rngs(0)))[1])
     for model in (folder / "unet", folder / "dino"):  # in several files, as large models come
         (weights,) = model.glob("*.safetensors")
-        from safetensors.numpy import load_file
-
         index = {"weight_map": dict.fromkeys(load_file(weights), weights.name)}
         weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
     return {"vae": vae, "unet": folder / "unet", "dino": folder / "dino"}
@@ -334,7 +340,7 @@ def _open_model(models: dict[str, pathlib.Path], folder: pathlib.Path, example):
 
 
 _MODELS = st.tuples(st.sampled_from(["vae", "unet", "dino"]), _WHICH, CHANGES, JSON_CHANGES)
-MODELS = Target(_MODELS, _model_folders, _open_model, 20, 800)
+MODELS = Target(_MODELS, _model_folders, _open_model, 20, 800, 60.0)
 
 
 # What a checkpoint says of itself
@@ -391,12 +397,8 @@ def _parse(config_file, folder: pathlib.Path, arguments):
     argv += [f"{dashes}config.{name}" + ("" if text is None else f"={text}") for dashes, name, text in arguments]
     values = flags.FlagValues()
     holder = configuration.define_config_flag(values)
-    try:
-        configuration.check_arguments(argv)
-        with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
-            values(argv)
-    except flags.Error as error:  # refused by absl, as `program.py` has it
-        raise UserError(" ".join(str(error).split())) from error
+    with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
+        program.read_flags(argv, configuration.check_arguments, values)
     validate(holder.value)
     validate(from_json(json.loads(json.dumps(to_json(holder.value)))))
 
