@@ -27,7 +27,7 @@ from m2m_jax.sampling.flags import given_settings
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.set_sampler import PROGRAMS
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training run.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or WORKDIR/checkpoints/STEP.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)
 
 

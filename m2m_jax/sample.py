@@ -14,7 +14,7 @@ from m2m_jax.sampling.flags import given_settings
 from m2m_jax.sampling.job import Job, run
 from m2m_jax.sampling.sampler import Sampler
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a training run.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or WORKDIR/checkpoints/STEP.", required=True)
 _DEFINE = {"str": flags.DEFINE_string, "int": flags.DEFINE_integer, "bool": flags.DEFINE_bool}
 JOB = {
     field.name: _DEFINE.get(field.type.split(" | ")[0], flags.DEFINE_list)(

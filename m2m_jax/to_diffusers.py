@@ -28,7 +28,7 @@ from m2m_jax.training.checkpoint import load_for_sampling
 
 SCALING_BATCHES = 50
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of the run.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or WORKDIR/checkpoints/STEP.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "What the weights are stored in.")
 

@@ -57,7 +57,7 @@ class Sampler(SetSampler):
         """Restores the EMA of a training run, and nothing else of it.
 
         Args:
-          path: a workdir of `m2m_jax.train`, or its checkpoint folder.
+          path: a workdir of `m2m_jax.train`, its folder of checkpoints, or one of these.
           step: which checkpoint; the latest if None.
           devices: see the attribute; whatever mesh the checkpoint was written on.
           **settings: replace fields of `SamplingSettings` that the run's config chose.

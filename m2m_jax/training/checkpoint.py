@@ -106,7 +106,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         for step in self._manager.all_steps():
             if not checksums.damage(self._folder / str(step), [_ABOUT]):
-                score = _about(self._folder, step)["score"]
+                score = _about(self._folder, step).get("score")
                 self._scores |= {step: score} if score is not None else {}
 
     def latest_step(self) -> int | None:
@@ -168,8 +168,8 @@ class Checkpointer:
         _require_same_leaves(folder, {_STATE: wanted, _EMA: target.ema_params}, changes)
         if changes:
             _say("\n  ".join([f"the config is not that of {folder}:", *changes]))
-        if config and about["code"] != code_version():
-            _say(f"{folder} was saved by m2m_jax {about['code']}; this is {code_version()}")
+        if config and (code := about.get("code", "of an older version")) != code_version():
+            _say(f"{folder} was saved by m2m_jax {code}; this is {code_version()}")
         restored = _restore(folder, _STATE, wanted)
         leaves = [restored[name] for name in wanted]
         resumed = jax.tree.unflatten(jax.tree.structure(_resumed(target)), leaves)
@@ -297,7 +297,7 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
 
     require((_ABOUT,))
     about = _about(folder, step)
-    items = [name for name in about["items"] if name != _STATE]
+    items = [name for name in _ARRAYS if name in about["items"] and name != _STATE]
     require(items)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     restored: dict[str, Params] = {}
