@@ -34,12 +34,13 @@ BUILD ?= build
 SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py errors.py images.py runtime.py $(addprefix sampling/, \
   bundle.py bundle_program.py contact_sheet.py html_page.py job.py set_sampler.py))
 
-.PHONY: help demo test test-full lint format parity plan bench bench-context bench-overhead soak sampler clean
+.PHONY: help demo test test-full fuzz soak lint format parity plan bench bench-context bench-overhead sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-full  lint, then every test'
+	@echo 'make fuzz       14,000 damaged images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
 	@echo 'make parity     only the comparisons with PyTorch and diffusers (Python 3.11)'
 	@echo 'make bench      the U-Net here and in diffusers, side by side: seconds a forward pass and a training step (likewise)'
 	@echo 'make plan       what training at full size needs and can reach on TPUs, compiled without one: docs/planning.md'
@@ -65,6 +66,10 @@ test: lint
 
 test-full: lint
 	$(TEST) pytest $(PYTEST_ARGS) -m 'slow or not slow'
+
+# A quarter of an hour. FUZZ_ARGS="--seed=1" tries others, --target="image files" --examples=100000 some of one kind.
+fuzz: $(TEST_ENV)
+	.venv-test/bin/python tests/fuzz.py $(FUZZ_ARGS)
 
 lint: $(TEST_ENV)
 	$(TEST) ruff check

@@ -22,6 +22,8 @@ from m2m_jax.errors import UserError
 # An image set has at most as many images as a record may hold (m2m_jax/data/records.py).
 MAX_IMAGES_PER_SET = 25
 
+MAX_NUMBER = 2**32 - 1  # of all fields; no field has use for more, and devices count no further
+
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 
 # Fields that hold one of a few words.
@@ -259,6 +261,8 @@ def validate(config: ConfigDict) -> None:
     """Raises UserError for the first field whose value makes no run."""
     fields = _flatten(config)
 
+    for name, default in _flatten(default_config()).items():
+        _validate_type(name, fields[name], default)
     for name, choices in CHOICES.items():
         if fields[name] not in choices:
             raise UserError(f"config.{name} is {fields[name]!r}; it must be one of {', '.join(choices)}")
@@ -290,8 +294,8 @@ def validate(config: ConfigDict) -> None:
             f"config.diffusion.clean_timestep is {config.diffusion.clean_timestep}; it must be less than "
             f"config.schedule.num_train_timesteps = {config.schedule.num_train_timesteps}"
         )
-    first, *_, last = steps = tuple(config.profile.steps) or (0, 0)
-    if len(steps) != 2 or first > last or (first < 1 and steps != (0, 0)):
+    steps = tuple(config.profile.steps)
+    if len(steps) != 2 or steps[0] > steps[1] or (steps[0] < 1 and steps != (0, 0)):
         raise UserError(f"config.profile.steps is {steps}; it must be a first and a last step, or (0, 0) for none")
     for axis in config.mesh:
         if config.mesh[axis] < 1 and config.mesh[axis] != -1:
@@ -312,6 +316,17 @@ def validate(config: ConfigDict) -> None:
     else:
         _validate_channels("model", config.model, config.data.image_size)
         _validate_levels(config.model)
+
+
+def _validate_type(name: str, value: Any, default: Any) -> None:
+    """Raises UserError for items of a tuple that are of another type than the default's, and for numbers too large."""
+    items = value if isinstance(default, tuple) else (value,)
+    kind = type(default[0] if isinstance(default, tuple) else default)
+    for item in items:
+        if type(item) is not kind and not (kind is float and type(item) is int):
+            raise UserError(f"config.{name} is {value!r}; it takes {kind.__name__}s, as in {default!r}")
+        if isinstance(item, int | float) and not abs(item) <= MAX_NUMBER:
+            raise UserError(f"config.{name} is {value!r}; numbers are finite and at most {MAX_NUMBER}")
 
 
 def _validate_channels(name: str, section: ConfigDict, image_size: int) -> None:
@@ -363,6 +378,8 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def from_json(values: Mapping[str, Any]) -> ConfigDict:
     """The locked config that `to_json` wrote; UserError where its fields are not today's fields."""
     config = default_config()
+    if not isinstance(values, Mapping):
+        raise UserError(f"a config is a group of fields, not {values!r:.60}")
     fields, given = _flatten(config), _flatten(values)
     strange = sorted(set(given) ^ set(fields))
     if strange:
@@ -371,14 +388,17 @@ def from_json(values: Mapping[str, Any]) -> ConfigDict:
             "in only one of it and m2m_jax.configuration"
         )
     lists = {name for name, value in fields.items() if isinstance(value, tuple)}
-    config.update_from_flattened_dict({k: tuple(v) if k in lists else v for k, v in given.items()})
+    try:
+        config.update_from_flattened_dict({k: tuple(v) if k in lists else v for k, v in given.items()})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a config that is damaged: {error}") from error
     return config
 
 
-def define_config_flag() -> flags.FlagHolder:
+def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
     """Defines `--config=FILE[:PRESET]` and its overrides; `check_arguments` says what is wrong with them."""
     return config_flags.DEFINE_config_file(
-        "config", None, "Config file and preset: configs/emoji.py:demo", lock_config=True
+        "config", None, "Config file and preset: configs/emoji.py:demo", lock_config=True, flag_values=flag_values
     )
 
 

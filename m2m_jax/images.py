@@ -28,6 +28,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Larger ones are refused before they are decoded (a photograph has 10 to 50 million pixels).
 MAX_PIXELS = 80_000_000
 MAX_BYTES = 2**30  # of a file: more than that many pixels take uncompressed
+_CHUNK = 2**20  # bytes read at once
 # A progressive JPEG has some ten scans. Each goes over all pixels, however few its bytes: thousands take hours.
 MAX_SCANS = 100
 
@@ -63,15 +64,18 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         raise UserError(f"{path}: is a folder, and one image file is needed")
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            size, chunks = 0, []
+            while size <= MAX_BYTES and (chunk := file.read(_CHUNK)):  # /dev/zero has no size, and no end
+                chunks.append(chunk)
+                size += len(chunk)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {reason}") from error
-    if len(data) > MAX_BYTES:
+    if size > MAX_BYTES:
         raise UserError(f"{path}: is larger than {MAX_BYTES // 2**20} MiB, too large for an image file; scale it down")
-    return data
+    return b"".join(chunks)
 
 
 def check_header(path: str | os.PathLike[str]) -> None:

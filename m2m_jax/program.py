@@ -38,13 +38,29 @@ def run_program(
 
 def _parse_flags(argv: Sequence[str], check_arguments: Callable[[Sequence[str]], None] | None) -> list[str]:
     try:
-        # Who asks for help has nothing to be checked.
-        if check_arguments and not any(a.lstrip("-").startswith("help") for a in argv[1:]):
-            check_arguments(argv)
-        rest = flags.FLAGS(argv)
-        # Below absl's default, or Orbax reports every file it touches between our own lines.
-        if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = logging.WARNING
-    except (UserError, flags.Error) as error:
+        rest = read_flags(argv, check_arguments)
+    except UserError as error:
         refuse(error)
+    # Below absl's default, or Orbax reports every file it touches between our own lines.
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING
     return rest
+
+
+def read_flags(
+    argv: Sequence[str],
+    check_arguments: Callable[[Sequence[str]], None] | None,
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> list[str]:
+    """Sets the flags and returns the program's name and what stands beside the flags. Raises UserError."""
+    # Who asks for help has nothing to be checked.
+    if check_arguments and not any(a.lstrip("-").startswith("help") for a in argv[1:]):
+        check_arguments(argv)
+    try:
+        return flag_values(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    except ValueError as error:  # absl's words for --noNAME=VALUE
+        if "does not take an argument" not in str(error):
+            raise
+        raise UserError(str(error)) from error

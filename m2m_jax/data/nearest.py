@@ -39,7 +39,7 @@ def main(argv):
 
     rows, similarities = [], []
     for record in records:
-        given = [read_image(file, size) for file in json.loads(record.read_text())["context"]]
+        given = [read_image(file, size) for file in context_files(record)]
         new = [read_image(file, size) for file in sorted(record.parent.glob("[0-9]*.png"))]
         new_shapes = shapes(np.stack(new))
         mirrored = shapes(np.stack(new)[:, :, ::-1])
@@ -57,6 +57,17 @@ def main(argv):
         copies = np.mean(values > 0.95)
         print(f"  {name}: median {np.median(values):.3f}, largest {values.max():.3f}, {copies:.0%} above 0.95")
     print(OUTPUT.value)
+
+
+def context_files(record: Path) -> list[str]:
+    """What a sample.json says was the context. Raises UserError where it is damaged."""
+    try:
+        files = json.loads(record.read_text())["context"]
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise ValueError("context is no list of files")
+        return files
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record} is damaged ({error}): sample again") from error
 
 
 def training_images(data_config) -> np.ndarray:

@@ -67,6 +67,8 @@ def open_emoji(directory: str, image_size: int, split: str, *, strict: bool) -> 
             raise UserError(f"split {split!r}: the emoji data set has {', '.join(builder.info.splits)}")
         of_split = builder.info.splits[split]
         files, counts = [Path(path) for path in of_split.filepaths], list(of_split.shard_lengths)
+        if any(file.parent != Path(builder.data_path) for file in files):
+            raise ValueError("files outside of its folder")
         kinds, num_images = (list(builder.info.metadata[name][split]) for name in ("kinds", "num_images"))
     except UserError:
         raise

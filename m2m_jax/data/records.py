@@ -83,10 +83,7 @@ def features() -> tfds.features.FeaturesDict:
 
 def encode_record(record: ImageSetRecord) -> dict:
     """ImageSetRecord -> the TFDS example of `features()`. UserError if the record breaks the format."""
-    where = f"set {record.set_id!r}"
-    if record.num_images > MAX_IMAGES_PER_RECORD:
-        raise UserError(f"{where}: {record.num_images} images; a record holds up to {MAX_IMAGES_PER_RECORD}")
-    _check(record, where)
+    _check(record, f"set {record.set_id!r}")
     latents, shape, dtype = b"", np.zeros(4, np.int64), ""
     if record.latents is not None:
         dtype = record.latents.dtype.name
@@ -110,14 +107,14 @@ def decode_record(example: dict, *, origin: str) -> ImageSetRecord:
     origin: where the example was read, for messages. Raises BadRecord naming origin and set.
     """
     try:
-        set_id = bytes(example["set_id"]).decode()
+        set_id = _bytes(example["set_id"]).decode()
         where = f"{origin}, set {set_id!r}"
         record = ImageSetRecord(
             set_id=set_id,
-            kind=bytes(example["kind"]).decode(),
-            caption=bytes(example["caption"]).decode(),
-            images=tuple(bytes(image) for image in example["images"]),
-            image_captions=tuple(bytes(text).decode() for text in example["image_captions"]),
+            kind=_bytes(example["kind"]).decode(),
+            caption=_bytes(example["caption"]).decode(),
+            images=tuple(map(_bytes, example["images"])),
+            image_captions=tuple(_bytes(text).decode() for text in example["image_captions"]),
             latents=_decode_latents(example, where),
             origin=origin,
         )
@@ -132,15 +129,22 @@ def decode_record(example: dict, *, origin: str) -> ImageSetRecord:
     return record
 
 
+def _bytes(value: object) -> bytes:
+    """bytes(5) would be five zeros, and bytes(10**12) all of the memory."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} in the place of bytes")
+    return value
+
+
 def _decode_latents(example: dict, where: str) -> np.ndarray | None:
-    dtype = bytes(example["latents_dtype"]).decode()
+    dtype = _bytes(example["latents_dtype"]).decode()
     if not dtype:
         return None
     if dtype not in LATENT_DTYPES:
         raise BadRecord(f"{where}: latents of type {dtype!r}; expected one of {LATENT_DTYPES}")
     shape = tuple(int(extent) for extent in example["latents_shape"])
-    values, data = np.dtype(dtype).newbyteorder("<"), bytes(example["latents"])
-    if min(shape) < 1 or len(data) != math.prod(shape) * values.itemsize:
+    values, data = np.dtype(dtype).newbyteorder("<"), _bytes(example["latents"])
+    if len(shape) != 4 or min(shape) < 1 or len(data) != math.prod(shape) * values.itemsize:
         raise BadRecord(f"{where}: {len(data)} bytes of latents do not fill the shape {shape} of {dtype}")
     return np.frombuffer(data, values).reshape(shape).astype(dtype)
 
@@ -149,6 +153,8 @@ def _check(record: ImageSetRecord, where: str) -> None:
     """Refuses records that no reader could use. `where` opens the message."""
     if record.num_images == 0:
         raise BadRecord(f"{where}: empty, neither images nor latents")
+    if record.num_images > MAX_IMAGES_PER_RECORD:
+        raise BadRecord(f"{where}: {record.num_images} images; a record holds up to {MAX_IMAGES_PER_RECORD}")
     if record.latents is not None:
         if record.latents.ndim != 4 or record.latents.dtype.name not in LATENT_DTYPES:
             raise BadRecord(

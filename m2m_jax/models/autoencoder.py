@@ -9,6 +9,7 @@ from flax import nnx
 
 from m2m_jax.attention.backends import attend
 from m2m_jax.models.layers import Conv3x3, Downsample, ResnetBlock, Upsample
+from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_levels
 
 NORM_EPS = 1e-6  # fixed in diffusers' encoder and decoder
 
@@ -28,6 +29,11 @@ class AutoencoderConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+
+    def __post_init__(self):
+        counts = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups")
+        require_between(self, **dict.fromkeys(counts, CHANNELS), layers_per_block=LAYERS, scaling_factor=(1e-6, 1e6))
+        require_levels(self)
 
     @property
     def downsampling(self) -> int:

@@ -14,6 +14,7 @@ from flax import nnx
 from m2m_jax.attention.backends import attend
 from m2m_jax.errors import UserError
 from m2m_jax.models.layers import gelu
+from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -51,6 +52,9 @@ class CLIPTextConfig:
             raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, not {self.hidden_act!r}")
         if not isinstance(self.eos_token_id, int):
             raise UserError(f"eos_token_id must be one number, not {self.eos_token_id!r}")
+        counts = ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+        require_between(self, **dict.fromkeys(counts, CHANNELS), num_hidden_layers=LAYERS, layer_norm_eps=(0, 1))
+        require_between(self, vocab_size=(1, 2**24))
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

@@ -58,7 +58,7 @@ UNET_FIXED = {
 def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
     """The architecture that a U-Net folder describes, of this project or of diffusers; `overrides` replace fields."""
     values = _read_config(folder, "UNet2DConditionModel")
-    levels = len(values.get("block_out_channels", UNetConfig.block_out_channels))
+    levels = len(_list(folder, values, "block_out_channels", UNetConfig.block_out_channels))
     heads = values.get("attention_head_dim", 8)  # diffusers' default; the number of heads, despite the name
     values["attention_head_dim"] = heads if isinstance(heads, list) else [heads] * levels
     values.setdefault("use_linear_projection", False)
@@ -69,18 +69,18 @@ def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
     for name in ("transformer_layers_per_block", "layers_per_block", "cross_attention_dim"):
         if isinstance(values.get(name), list):
             raise UserError(f"{folder}/config.json has {name} by level; one number is implemented")
-    down, up = values.get("down_block_types", ()), values.get("up_block_types")
-    if not set(down) <= set(BLOCK_TYPES) or up not in (None, _mirrored(down)):
+    down, up = _list(folder, values, "down_block_types", ()), values.get("up_block_types")
+    if not all(kind in BLOCK_TYPES for kind in down) or up not in (None, _mirrored(down)):
         raise UserError(
             f"{folder}/config.json has down_block_types={down} and up_block_types={up}; implemented are "
             f"{' and '.join(BLOCK_TYPES)} with a way up that mirrors the way down"
         )
-    return folders.config_from(UNetConfig, values, UNET_FIELDS, **overrides)
+    return folders.load_config(UNetConfig, folder, values, UNET_FIELDS, **overrides)
 
 
 def load_autoencoder_config(folder: str | Path) -> AutoencoderConfig:
     """The architecture that an autoencoder folder describes."""
-    return folders.config_from(AutoencoderConfig, _read_config(folder, "AutoencoderKL"), {})
+    return folders.load_config(AutoencoderConfig, folder, _read_config(folder, "AutoencoderKL"), {})
 
 
 def unet_values(config: UNetConfig) -> dict[str, Any]:
@@ -111,6 +111,13 @@ def save_autoencoder(folder: str | Path, config: AutoencoderConfig, params: Para
 def load_params(folder: str | Path) -> Params:
     """All parameters of a diffusers folder; see `folder.load_params`."""
     return folders.load_params(folder, DIFFUSERS)
+
+
+def _list(folder: str | Path, values: dict, name: str, default: Sequence) -> Sequence:
+    value = values.get(name, default)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{folder}/config.json has {name}={value!r:.60}; it must be a list, an item a level")
+    return value
 
 
 def _mirrored(down_block_types: Sequence[str]) -> list[str]:

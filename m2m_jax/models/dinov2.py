@@ -14,6 +14,7 @@ from flax import nnx
 
 from m2m_jax.errors import UserError
 from m2m_jax.models.clip_text import MLP, Attention
+from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_one_of
 
 # Of ImageNet's RGB in [0, 1], as transformers' preprocessor_config.json has them.
 PIXEL_MEAN = np.asarray((0.485, 0.456, 0.406), np.float32)
@@ -53,6 +54,12 @@ class DINOv2Config:
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(self, name), int):
                 raise UserError(f"{name} must be one number (images and patches are square), not {getattr(self, name)}")
+        counts = ("hidden_size", "num_attention_heads", "image_size", "patch_size")
+        require_between(self, **dict.fromkeys(counts, CHANNELS), num_hidden_layers=LAYERS, mlp_ratio=(0.01, 64))
+        require_between(self, num_register_tokens=(0, 1024), layer_norm_eps=(0, 1))
+        require_one_of(self, dtype=("float32", "bfloat16"))
+        if self.patch_size > self.image_size:
+            raise UserError(f"patch_size={self.patch_size} is more than image_size={self.image_size}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

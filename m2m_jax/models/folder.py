@@ -7,9 +7,11 @@ here, `weight` there) and a few renamed paths; convolutions are HWIO here and OI
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -41,7 +43,9 @@ def read_config(folder: str | Path, library: str) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {folder} is not a {library} model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is no JSON object: {folder} is not a {library} model folder")
@@ -54,14 +58,52 @@ def config_from(cls, values: Mapping[str, Any], renamed: Mapping[str, str], **ov
     Args:
       renamed: {field here: field there}, where they differ. Fields that `values` lacks keep their default.
       overrides: replace fields, whatever `values` says.
+
+    Raises:
+      UserError: a value is of another type than its field.
     """
-    fields = {}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{cls.__name__} is described by a JSON object, not by {values!r:.60}")
+    fields, types = {}, get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name = renamed.get(field.name, field.name)
-        if name in values:
+        if name in values and field.name not in overrides:
             value = values[name]
-            fields[field.name] = tuple(value) if isinstance(value, list) else value
+            value = tuple(value) if isinstance(value, list) else value
+            if not _is_of(value, types[field.name]):
+                raise UserError(
+                    f"{name} is {values[name]!r:.60}; {cls.__name__} takes {_said(types[field.name])} there"
+                )
+            fields[field.name] = value
     return cls(**(fields | overrides))
+
+
+def load_config(cls, folder: str | Path, values: Mapping[str, Any], renamed: Mapping[str, str], **overrides):
+    """`config_from` what `read_config` read, with the folder's name in its errors."""
+    try:
+        return config_from(cls, values, renamed, **overrides)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
+
+
+def _said(kind: Any) -> str:
+    return kind.__name__ if type(kind) is type else str(kind)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a field's type: int, float, bool, str, None, unions and tuples of these."""
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if not isinstance(value, tuple):
+            return False
+        if kinds[1:] == (...,):
+            return all(_is_of(item, kinds[0]) for item in value)
+        return len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is kind and (kind is not int or abs(value) < 2**53)
 
 
 def require_fixed(folder: str | Path, values: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

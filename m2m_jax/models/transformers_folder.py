@@ -47,7 +47,7 @@ CLIP_TEXT, DINOV2, DINOV2_WITH_REGISTERS = "clip_text_model", "dinov2", "dinov2_
 def load_clip_text_config(folder: str | Path, **overrides) -> CLIPTextConfig:
     """The architecture that a text encoder's folder describes; `overrides` replace fields."""
     values = _read_config(folder, CLIP_TEXT)
-    return folders.config_from(CLIPTextConfig, CLIP_DEFAULTS | values, {}, **overrides)
+    return folders.load_config(CLIPTextConfig, folder, CLIP_DEFAULTS | values, {}, **overrides)
 
 
 def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
@@ -62,7 +62,7 @@ def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
             # Not the model without registers: it would interpolate position embeddings in another way.
             raise UserError(f"{folder}/config.json is a {DINOV2_WITH_REGISTERS} without a register: not implemented")
     values.pop("dtype", None)  # there that of the weights, here that of the computation
-    return folders.config_from(DINOv2Config, values, {}, **overrides)
+    return folders.load_config(DINOv2Config, folder, values, {}, **overrides)
 
 
 def save_clip_text(folder: str | Path, config: CLIPTextConfig, params: Params, dtype=np.float32) -> None:

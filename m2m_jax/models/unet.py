@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from m2m_jax.attention.layout import SetLayout
+from m2m_jax.attention.backends import BACKENDS
+from m2m_jax.attention.layout import CLEAN_SEES, SetLayout
 from m2m_jax.errors import UserError
 from m2m_jax.models.layers import (
     Conv3x3,
@@ -18,6 +19,7 @@ from m2m_jax.models.layers import (
     timestep_features,
     zeros,
 )
+from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_levels, require_one_of
 from m2m_jax.models.transformer import CrossAttention, ImageSetAttention, ImageSets, KeptImages, SpatialTransformer
 
 ATTN2 = ("image_set", "text", "none")
@@ -71,6 +73,17 @@ class UNetConfig:
             raise UserError(f"attn2 must be one of {', '.join(ATTN2)}, not {self.attn2!r}")
         if self.attn2 == "text" and not self.cross_attention_dim:
             raise UserError("attn2='text' needs cross_attention_dim, the width of the text's tokens")
+        counts = ("in_channels", "out_channels", "block_out_channels", "num_attention_heads", "norm_num_groups")
+        require_between(self, **dict.fromkeys(counts, CHANNELS), norm_eps=(0, 1))
+        require_between(self, **dict.fromkeys(("layers_per_block", "transformer_layers_per_block"), LAYERS))
+        if self.cross_attention_dim is not None:
+            require_between(self, cross_attention_dim=CHANNELS)
+        require_levels(self, "down_block_types", "num_attention_heads")
+        require_one_of(self, down_block_types=BLOCK_TYPES, remat=tuple(REMAT), dtype=("float32", "bfloat16"))
+        require_one_of(self, clean_sees=CLEAN_SEES, attention_backend=tuple(BACKENDS))
+        for channels, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
+            if channels % heads:
+                raise UserError(f"num_attention_heads={self.num_attention_heads} must divide {self.block_out_channels}")
 
     @property
     def attends_to_encoded(self) -> bool:

@@ -79,15 +79,34 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
+        if version == FORMAT:
+            _check_manifest(manifest)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no bundle: {MANIFEST} is missing; write one with m2m_jax.export") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): export the bundle again") from error
     if version != FORMAT:
         raise UserError(
-            f"{folder} is of bundle format {version}, and this program reads format {FORMAT}: get its match"
+            f"{folder} is of bundle format {version!r:.40}, and this program reads format {FORMAT}: get its match"
         )
     return manifest
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError, KeyError or TypeError for what `m2m_jax.export` does not write."""
+    for name in ("image_size", "num_steps", "cache_size"):
+        if type(manifest[name]) is not int or not 1 <= manifest[name] < 2**31:
+            raise ValueError(f"{name} is {manifest[name]!r:.40}")
+    for name in ("slide", "encodes_generated"):
+        if type(manifest[name]) is not bool:
+            raise ValueError(f"{name} is {manifest[name]!r:.40}")
+    if not isinstance(manifest["about"], dict) or not isinstance(manifest["jax"], str):
+        raise ValueError("about, jax")
+    if not isinstance(manifest["platforms"], list) or not all(isinstance(one, str) for one in manifest["platforms"]):
+        raise ValueError("platforms")
+    for name in (PARAMS, *map(program_file, PROGRAMS)):
+        if type(manifest["files"][name]["bytes"]) is not int or not isinstance(manifest["files"][name]["sha256"], str):
+            raise ValueError(name)
 
 
 def _check_file(folder: Path, name: str, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -107,28 +126,54 @@ def _digest(path: Path) -> str:
 
 
 def _load(folder: Path, name: str, manifest: Mapping[str, Any]) -> Callable:
+    path = folder / program_file(name)
     try:
-        exported = jax.export.deserialize(bytearray((folder / program_file(name)).read_bytes()))
+        exported = jax.export.deserialize(bytearray(path.read_bytes()))
     except ValueError as error:
         raise UserError(
-            f"{folder / program_file(name)} was exported by jax {manifest['jax']} and this is {jax.__version__}, which "
-            f"can't read it: install jax {manifest['jax']} or newer"
+            f"{path} was exported by jax {manifest['jax']} and this is {jax.__version__}, which can't read it: "
+            f"install jax {manifest['jax']} or newer"
         ) from error
+    except Exception as error:  # FlatBuffers' reader trusts what it reads
+        raise UserError(f"{path} is damaged ({_one_line(error)}): export the bundle again") from error
     # The cache is large and handed on: its memory is used again.
-    return jax.jit(exported.call, donate_argnums=1 if name == "append" else ())
+    program = jax.jit(exported.call, donate_argnums=1 if name == "append" else ())
+
+    @functools.wraps(program)
+    def call(*arguments):
+        try:
+            return program(*arguments)
+        except (ValueError, TypeError, KeyError, AssertionError, jax.errors.JaxRuntimeError) as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise UserError(f"{path} does not run ({_one_line(error)}): export the bundle again") from error
+
+    return call
 
 
 def _read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """{model: {name: float32 array}}, mapped into memory. The format is 8 bytes of header length, a JSON header with
     dtype, shape and place of each tensor, and the data (its own library is one more thing to install)."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    data, params = np.memmap(path, np.uint8, "r", offset=8 + length), {}
-    for key, tensor in header.items():
-        if key == "__metadata__":
-            continue
-        model, name = key.split(SEPARATOR, 1)
-        start, end = tensor["data_offsets"]
-        params.setdefault(model, {})[name] = data[start:end].view(np.float32).reshape(tensor["shape"])
+    params, size = {}, path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        data = np.memmap(path, np.uint8, "r", offset=8 + length)
+        for key, tensor in header.items():
+            if key == "__metadata__":
+                continue
+            model, name = key.split(SEPARATOR, 1)
+            start, end = tensor["data_offsets"]
+            if tensor["dtype"] != "F32" or not 0 <= start <= end <= len(data):
+                raise ValueError(f"{key} is not float32, or outside of the file")
+            params.setdefault(model, {})[name] = data[start:end].view(np.float32).reshape(tensor["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({_one_line(error)}): export the bundle again") from error
     return params
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,6 +21,9 @@ from m2m_jax.models.unet import UNetConfig
 from m2m_jax.sampling.programs import COMPILED, UNET, AllParams, Programs
 from m2m_jax.sampling.set_sampler import SetSampler
 from m2m_jax.sampling.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from m2m_jax.training.checkpoint import SavedModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,22 +70,33 @@ class Sampler(SetSampler):
         """
         from m2m_jax.training.checkpoint import load_for_sampling  # Orbax is slow to import
 
-        saved = load_for_sampling(path, step)
-        if saved.metadata["config"]["task"] != "set_diffusion":
-            raise UserError(f"{path} holds a run of task {saved.metadata['config']['task']!r}, which samples no sets")
-        config = saved.metadata["config"]
-        return cls(
-            unet_config=config_from(UNetConfig, saved.metadata["unet"], {}),
-            unet_params=saved.ema_params,
-            models=FrozenModels.from_metadata(saved.metadata["frozen"]),
-            frozen=saved.frozen,
-            schedule=NoiseSchedule.from_config(config["schedule"]),
-            settings=config_from(SamplingSettings, config["sample"], {}, **settings),
-            clean_timestep=config["diffusion"]["clean_timestep"],
-            image_size=config["data"]["image_size"],
-            step=saved.step,
-            devices=devices,
-        )
+        return cls.from_saved(load_for_sampling(path, step), path, devices, **settings)
+
+    @classmethod
+    def from_saved(
+        cls, saved: SavedModel, path: str | Path, devices: tuple[jax.Device, ...] | None = None, **settings
+    ) -> Sampler:
+        """Likewise, of what was read already; path: where, for messages."""
+        try:
+            config = saved.metadata["config"]
+            if config["task"] != "set_diffusion":
+                raise UserError(f"{path} holds a run of task {config['task']!r}, which samples no sets")
+            return cls(
+                unet_config=config_from(UNetConfig, saved.metadata["unet"], {}),
+                unet_params=saved.ema_params,
+                models=FrozenModels.from_metadata(saved.metadata["frozen"]),
+                frozen=saved.frozen,
+                schedule=NoiseSchedule.from_config(config["schedule"]),
+                settings=config_from(SamplingSettings, config["sample"], {}, **settings),
+                clean_timestep=range(2**31)[config["diffusion"]["clean_timestep"]],
+                image_size=range(2**16)[config["data"]["image_size"]],
+                step=saved.step,
+                devices=devices,
+            )
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"what {path} says of its model is damaged ({error!r}); use another checkpoint") from error
 
     @property
     def static(self) -> Programs:

@@ -1,0 +1,427 @@
+"""What is fuzzed: each target takes something damaged and returns what it made of it, or raises UserError.
+
+Anything else that it raises, and every broken promise that it finds (`assert`), is a bug.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from absl import flags
+from array_record.python.array_record_module import ArrayRecordWriter
+from flax import nnx
+from fuzz_mutations import CHANGES, JSON_CHANGES, damaged, damaged_json, image_seeds, mended_png
+from hypothesis import strategies as st
+from run_fixtures import ROOT, make_autoencoder
+from safetensors.numpy import load_file
+
+from m2m_jax import configuration, export, program
+from m2m_jax.configuration import default_config, from_json, to_json, validate
+from m2m_jax.data import pipeline, precomputed, records
+from m2m_jax.diffusion.schedule import NoiseSchedule
+from m2m_jax.errors import UserError
+from m2m_jax.images import check_header, read_image, write_png
+from m2m_jax.models import diffusers_folder, transformers_folder
+from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
+from m2m_jax.models.folder import require_same
+from m2m_jax.models.frozen import FrozenModels
+from m2m_jax.models.parameters import abstract, split
+from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.sampling.bundle import MANIFEST, Bundle, write_manifest
+from m2m_jax.sampling.sampler import Sampler
+from m2m_jax.sampling.settings import SamplingSettings
+from m2m_jax.training.checkpoint import SavedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is damaged, how, and what is then done with it.
+
+    Attributes:
+      prepare: (folder) -> what is damaged, made once.
+      run: (what was prepared, an empty folder of its own, an example of `strategy`).
+      few, many: mutations in the test suite, and of `make fuzz`.
+      slow: seconds for one mutation; more is a hang.
+    """
+
+    strategy: st.SearchStrategy
+    prepare: Callable[[pathlib.Path], Any]
+    run: Callable[[Any, pathlib.Path, Any], object]
+    few: int
+    many: int
+    slow: float = 10.0
+
+
+# Image files
+
+
+def _read(seeds, folder: pathlib.Path, example):
+    which, changes, mend = example
+    names = [name for name in seeds if name.startswith("PNG")] if mend else list(seeds)
+    data = damaged(seeds[names[which % len(names)]], changes)
+    file, copy = folder / "image", folder / "copy.png"
+    file.write_bytes(mended_png(data) if mend else data)
+    try:
+        pixels = read_image(file, 16)
+        assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
+        check_header(file)  # what can be read passes the check at the start
+        write_png(copy, pixels)
+        np.testing.assert_array_equal(read_image(copy, 16), pixels)
+    finally:
+        assert {path.name for path in folder.iterdir()} <= {"image", "copy.png"}
+
+
+_WHICH = st.integers(0, 1000)
+IMAGES = Target(st.tuples(_WHICH, CHANGES, st.just(False)), lambda folder: image_seeds(), _read, 150, 3000)
+PNGS = Target(st.tuples(_WHICH, CHANGES, st.just(True)), lambda folder: image_seeds(), _read, 100, 1500)
+
+
+# Records
+
+
+def _records(number: int) -> list[records.ImageSetRecord]:
+    pngs = [data for name, data in image_seeds().items() if name.startswith("PNG")]
+    latents = np.arange(2 * 4 * 4 * 4, dtype=np.float32).reshape(2, 4, 4, 4)
+    return [
+        records.ImageSetRecord(f"set{i}", "folder", "a caption", (pngs[i % 5], pngs[0]), ("a", "b"), latents + i)
+        for i in range(number)
+    ]
+
+
+def _manifest(number: int) -> precomputed.Manifest:
+    return precomputed.Manifest(
+        version=precomputed.VERSION,
+        image_size=16,
+        autoencoder={"config": {}, "sha256": "0"},
+        latent_shape=[4, 4, 4],
+        latent_dtype="float32",
+        has_images=True,
+        records_per_shard=number,
+        kinds=["folder"] * number,
+        num_images=[2] * number,
+        made_from="nothing",
+        command="COMMAND",
+    )
+
+
+def _write_split(folder: pathlib.Path, number: int) -> pathlib.Path:
+    precomputed.write_manifest(folder, "train", _manifest(number))
+    shard = precomputed.shard_path(folder, "train", 0, 1)
+    precomputed.write_shard(shard, _records(number))
+    return shard
+
+
+def _use(source, index: int) -> records.ImageSetRecord:
+    """A record, after everything that training asks of one."""
+    record = source[index]
+    config = default_config().data
+    config.images_per_set, config.image_size, config.name = 2, 16, "folder"
+    examples = pipeline.SetExamples(source, config, seed=0, augment=True)
+    images = [examples._load_image(index, image) for image in range(len(record.images))]
+    assert all(image.shape == (16, 16, 4) for image in images)
+    assert record.latents.shape == (2, 4, 4, 4) and np.isfinite(record.latents).all()
+    return record
+
+
+def _read_example(serialized: list[bytes], folder: pathlib.Path, changes):
+    """One damaged record between two good ones, behind valid checksums."""
+    precomputed.write_manifest(folder, "train", _manifest(3))
+    writer = ArrayRecordWriter(str(precomputed.shard_path(folder, "train", 0, 1)), "group_size:1")
+    for data in (serialized[0], damaged(serialized[1], changes), serialized[2]):
+        writer.write(data)
+    writer.close()
+    source = precomputed.PrecomputedRecords(str(folder), "train", 16)
+    assert (source[0].set_id, source[2].set_id) == ("set0", "set2")
+    _use(source, 1)
+
+
+EXAMPLES = Target(
+    CHANGES, lambda folder: [precomputed.serialize(record) for record in _records(3)], _read_example, 60, 2000
+)
+
+
+_TEXTS = st.binary(max_size=8) | st.just("text") | st.integers()
+_FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "set_id": _TEXTS,
+        "kind": _TEXTS,
+        "caption": _TEXTS,
+        "images": st.lists(st.binary(max_size=4), max_size=30) | _TEXTS | st.none(),
+        "image_captions": st.lists(st.binary(max_size=4), max_size=3) | _TEXTS | st.none(),
+        "latents": st.binary(max_size=64) | st.just(bytes(16)) | st.just(b"\xff" * 16) | st.none(),
+        "latents_dtype": st.sampled_from([b"", b"float32", b"float16", b"float64", b"object", b"|O", b"\xff"]) | _TEXTS,
+        "latents_shape": st.lists(st.sampled_from([0, 1, 2, 4, -1, 2**31, 2**62]) | st.integers(), max_size=5)
+        | st.just([1, 1, 1, 4])
+        | st.none(),
+    },
+)
+
+
+def _decode(good: dict, folder: pathlib.Path, fields):
+    record = records.decode_record(good | fields, origin="somewhere")
+    assert record.num_images > 0
+    assert record.latents is None or record.latents.ndim == 4
+
+
+def _good_example(folder):
+    (record,) = _records(1)
+    example = records.encode_record(record)
+    return records.features().deserialize_example_np(records.features().serialize_example(example))
+
+
+FIELDS = Target(_FIELDS, _good_example, _decode, 100, 1000)
+
+
+def _read_shard(whole: bytes, folder: pathlib.Path, changes):
+    """A record of a damaged file is the record that was written, or an error."""
+    precomputed.write_manifest(folder, "train", _manifest(8))
+    precomputed.shard_path(folder, "train", 0, 1).write_bytes(damaged(whole, changes))
+    source, refused = precomputed.PrecomputedRecords(str(folder), "train", 16, strict=False), None
+    for index, expected in enumerate(_records(8)):
+        try:
+            record = source[index]
+        except UserError as error:
+            refused = error
+        else:
+            assert record.set_id == expected.set_id and record.images == expected.images
+            np.testing.assert_array_equal(record.latents, expected.latents)
+    if refused:
+        raise refused
+
+
+SHARDS = Target(CHANGES, lambda folder: _write_split(folder, 8).read_bytes(), _read_shard, 60, 1000)
+
+
+def _read_manifest(prepared, folder: pathlib.Path, changes):
+    text = json.dumps(damaged_json(dataclasses.asdict(_manifest(3)), changes)) if _is_tree(changes) else None
+    shutil.copytree(prepared, folder, dirs_exist_ok=True)
+    path = precomputed.manifest_path(folder, "train")
+    path.write_bytes(text.encode() if text else damaged(path.read_bytes(), changes))
+    source = precomputed.PrecomputedRecords(str(folder), "train", 16)
+    for index in range(len(source.kinds)):
+        _use(source, index)
+
+
+def _is_tree(changes) -> bool:
+    return isinstance(changes[0][0], int)
+
+
+def _split_in(folder):
+    _write_split(folder, 3)
+    return folder
+
+
+MANIFESTS = Target(JSON_CHANGES | CHANGES, _split_in, _read_manifest, 40, 600)
+
+
+# Bundles
+
+
+def _small_sampler(folder: pathlib.Path) -> Sampler:
+    vae = make_autoencoder(folder / "vae")
+    config = UNetConfig(
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        layers_per_block=1,
+        num_attention_heads=(1,),
+        norm_num_groups=4,
+    )
+    models = FrozenModels(diffusers_folder.load_autoencoder_config(vae))
+    return Sampler(
+        unet_config=config,
+        unet_params=split(UNet(config, rngs=nnx.Rngs(0)))[1],
+        models=models,
+        frozen={"autoencoder": diffusers_folder.load_params(vae)},
+        schedule=NoiseSchedule.from_config(default_config().schedule),
+        settings=SamplingSettings(steps=1, cache_size=2),
+        clean_timestep=0,
+        image_size=8,
+    )
+
+
+def _small_bundle(folder: pathlib.Path) -> pathlib.Path:
+    bundle = folder / "bundle"
+    bundle.mkdir()
+    export.write_bundle(_small_sampler(folder), bundle)
+    return bundle
+
+
+def _open_bundle(bundle: pathlib.Path, folder: pathlib.Path, example):
+    """how: "bytes" of any file; the "manifest" as a tree; a file whose hash in the manifest is made right."""
+    how, which, changes, tree_changes = example
+    copy = folder / "bundle"
+    shutil.copytree(bundle, copy, copy_function=_link)
+    names = sorted(path.name for path in bundle.iterdir())
+    name = MANIFEST if how == "manifest" else names[which % len(names)]
+    data = (bundle / name).read_bytes()
+    (copy / name).unlink()
+    if how == "manifest":
+        (copy / name).write_text(json.dumps(damaged_json(json.loads(data), tree_changes)))
+    else:
+        (copy / name).write_bytes(damaged(data, changes))
+    if how == "signed" and name != MANIFEST:
+        fields = json.loads((bundle / MANIFEST).read_text())
+        (copy / MANIFEST).unlink()
+        write_manifest(copy, {k: v for k, v in fields.items() if k not in ("format", "jax", "files")})
+    opened = Bundle(copy)
+    if how == "signed":
+        opened.sample_sets([np.zeros((1, 8, 8, 3), np.uint8)], 1, np.array([1]))
+
+
+def _link(source, target):
+    pathlib.Path(target).hardlink_to(source)
+
+
+_BUNDLES = st.tuples(st.sampled_from(["bytes", "manifest", "manifest"]), _WHICH, CHANGES, JSON_CHANGES)
+BUNDLES = Target(_BUNDLES, _small_bundle, _open_bundle, 30, 800)
+SIGNED = Target(st.tuples(st.just("signed"), _WHICH, CHANGES, JSON_CHANGES), _small_bundle, _open_bundle, 4, 200, 120.0)
+
+
+# Model folders
+
+
+def _model_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    vae = make_autoencoder(folder / "vae")
+    config = UNetConfig(
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        layers_per_block=1,
+        num_attention_heads=(1,),
+        norm_num_groups=4,
+    )
+    diffusers_folder.save_unet(folder / "unet", config, split(UNet(config, rngs=nnx.Rngs(0)))[1])
+    encoder = DINOv2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28)
+    transformers_folder.save_dinov2(folder / "dino", encoder, split(DINOv2(encoder, rngs=nnx.Rngs(0)))[1])
+    for model in (folder / "unet", folder / "dino"):  # in several files, as large models come
+        (weights,) = model.glob("*.safetensors")
+        index = {"weight_map": dict.fromkeys(load_file(weights), weights.name)}
+        weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    return {"vae": vae, "unet": folder / "unet", "dino": folder / "dino"}
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(kind, config):
+    return abstract(lambda: kind(config, rngs=nnx.Rngs(0)))[1]
+
+
+def _open_model(models: dict[str, pathlib.Path], folder: pathlib.Path, example):
+    kind, which, changes, tree_changes = example
+    copy = folder / kind
+    shutil.copytree(models[kind], copy)
+    files = sorted(copy.iterdir())
+    file = files[which % len(files)]
+    data = file.read_bytes()
+    if file.suffix == ".json" and which % 5:
+        file.write_text(json.dumps(damaged_json(json.loads(data), tree_changes)))
+    elif file.suffix == ".safetensors" and which % 2:  # most of such a file is numbers, which may be any
+        header = int.from_bytes(data[:8], "little")
+        file.write_bytes(damaged(data[: 8 + header], changes) + data[8 + header :])
+    else:
+        file.write_bytes(damaged(data, changes))
+    if kind == "vae":
+        config = default_config()
+        config.autoencoder.path = str(copy)
+        FrozenModels.load(config)
+    elif kind == "unet":
+        config = diffusers_folder.load_unet_config(copy)
+        require_same(copy, _shapes(UNet, config), diffusers_folder.load_params(copy))
+    else:
+        config = transformers_folder.load_dinov2_config(copy)
+        require_same(copy, _shapes(DINOv2, config), transformers_folder.load_params(copy))
+
+
+_MODELS = st.tuples(st.sampled_from(["vae", "unet", "dino"]), _WHICH, CHANGES, JSON_CHANGES)
+MODELS = Target(_MODELS, _model_folders, _open_model, 20, 800)
+
+
+# What a checkpoint says of itself
+
+
+def _saved(folder: pathlib.Path) -> SavedModel:
+    sampler = _small_sampler(folder)
+    config = default_config()
+    config.data.image_size = 8
+    metadata = {
+        "config": to_json(config),
+        "unet": dataclasses.asdict(sampler.unet_config),
+        "frozen": sampler.models.metadata,
+    }
+    return SavedModel(json.loads(json.dumps(metadata)), sampler.unet_params, sampler.frozen, 1)
+
+
+def _open_saved(saved: SavedModel, folder: pathlib.Path, changes):
+    metadata = json.loads(json.dumps(damaged_json(saved.metadata, changes)))
+    sampler = Sampler.from_saved(saved._replace(metadata=metadata), "somewhere")
+    assert sampler.num_steps >= 1 and min(sampler.models.latent_shape(sampler.image_size)) >= 0
+    json.dumps(sampler.about)
+
+
+METADATA = Target(JSON_CHANGES, _saved, _open_saved, 30, 500)
+
+
+# Config values
+
+
+_STRANGE = (
+    *("None", "True", "nan", "inf", "-inf", "1e400", "-1", "0", "()", "(1,", "((1,),)", "'a'", "[]", "{}", "0x10", "٣"),
+    *("__import__('os')", "1_000", "-", "--", "=", "1+1j"),
+)
+_WORDS = st.sampled_from([*_STRANGE, "", "1" * 5000, "9" * 30, "1 if True else 2", "a\nb", "\0"])
+_CHOICES = sorted({word for words in configuration.CHOICES.values() for word in words})
+_PLAUSIBLE = st.integers(0, 64).map(str) | st.floats(0, 1).map(str) | st.sampled_from(_CHOICES)
+_TUPLES = st.lists(_WORDS | st.integers(0, 64).map(str), max_size=3).map(lambda items: f"({','.join(items)})")
+_TEXT = _PLAUSIBLE | _WORDS | _TUPLES | st.text(max_size=30) | st.integers().map(str) | st.floats().map(str)
+_NAMES = list(configuration._flatten(default_config()))
+_ARGUMENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["--", "--", "--", "-", "--no"]),
+        st.one_of(*[st.sampled_from(_NAMES)] * 4, st.text(max_size=12)),
+        st.one_of(*[_TEXT] * 4, st.none()),
+    ),
+    min_size=1,
+    max_size=2,
+)
+
+
+def _parse(config_file, folder: pathlib.Path, arguments):
+    argv = ["train", f"--config={config_file}"]
+    argv += [f"{dashes}config.{name}" + ("" if text is None else f"={text}") for dashes, name, text in arguments]
+    values = flags.FlagValues()
+    holder = configuration.define_config_flag(values)
+    with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
+        program.read_flags(argv, configuration.check_arguments, values)
+    validate(holder.value)
+    validate(from_json(json.loads(json.dumps(to_json(holder.value)))))
+
+
+ARGUMENTS = Target(_ARGUMENTS, lambda folder: f"{ROOT / 'configs' / 'emoji.py'}:tiny", _parse, 60, 2000)
+
+
+def _config_json(good: dict, folder: pathlib.Path, changes):
+    validate(from_json(json.loads(json.dumps(damaged_json(good, changes)))))
+
+
+CONFIGS = Target(JSON_CHANGES, lambda folder: to_json(default_config()), _config_json, 60, 800)
+
+TARGETS = {
+    "image files": IMAGES,
+    "PNG files, checksums mended": PNGS,
+    "records: serialized bytes": EXAMPLES,
+    "records: fields": FIELDS,
+    "ArrayRecord shards": SHARDS,
+    "manifests of latents": MANIFESTS,
+    "bundles": BUNDLES,
+    "bundles, hashes mended": SIGNED,
+    "model folders": MODELS,
+    "metadata of checkpoints": METADATA,
+    "config: command line": ARGUMENTS,
+    "config: JSON": CONFIGS,
+}
