@@ -50,6 +50,11 @@ class Leg:
         return max(self.step_seconds, default=0)
 
     @property
+    def saved(self) -> int:
+        """The last step that has a whole checkpoint; 0 before."""
+        return max((int(name) for name in self._saves() if name.isdigit()), default=0)
+
+    @property
     def resumed(self) -> int | None:
         """The step it was taken up at; None where it did not come so far as to say."""
         found = re.search(r"resumed at step (\d+)", self.printed)
@@ -81,10 +86,10 @@ class Leg:
 
     def unfinished(self) -> str:
         """The checkpoint that is not whole yet, or was not when the run died; '' where there is none."""
-        try:
-            return next((name for name in os.listdir(self._checkpoints) if name.endswith(UNFINISHED)), "")
-        except FileNotFoundError:
-            return ""
+        return next((name for name in self._saves() if name.endswith(UNFINISHED)), "")
+
+    def _saves(self) -> list[str]:
+        return os.listdir(self._checkpoints) if self._checkpoints.exists() else []
 
     def kill(self) -> None:
         """All its processes at once, with no chance to say goodbye."""
