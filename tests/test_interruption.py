@@ -156,13 +156,13 @@ def test_two_processes_one_of_which_is_told_and_then_one(arguments, tmp_path, nu
         assert all(program.poll() is None for program in programs), [log.read_text() for log in logs]
         time.sleep(0.05)
     programs[1].send_signal(number)
-    assert [program.wait(timeout=300) for program in programs] == [code, code], [log.read_text() for log in logs]
+    assert [program.wait(timeout=900) for program in programs] == [code, code], [log.read_text() for log in logs]
     stopped_at = int(re.search(r"stopped after step (\d+)", logs[0].read_text())[1])
     assert 2 <= stopped_at < steps
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(stopped_at)]
 
     alone = _start((*long, f"--workdir={workdir}"), tmp_path / "log", devices=4)
-    assert alone.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert alone.wait(timeout=900) == 0, (tmp_path / "log").read_text()
     assert f"resumed at step {stopped_at}" in (tmp_path / "log").read_text()
     result = run("train", *long, f"--workdir={tmp_path / 'unbroken'}")
     assert result.code == 0, result.err
