@@ -326,22 +326,22 @@ def test_full_tmpfs(saved, tmp_path):
 
 def test_read_only_folder(workdir, saved):
     """By its permissions; for root, whom they do not stop, by a mount that is read-only."""
-    folder = workdir / "checkpoints"
-    if os.geteuid() == 0:
-        _mount("--bind", folder, folder)
-        reason, undo = "Read-only file system", ["umount", folder]
-    else:
-        reason, undo = "Permission denied", ["chmod", "755", folder]
+    root = os.geteuid() == 0
+    if root:
+        _mount("--bind", workdir, workdir)
     try:
-        if os.geteuid() == 0:
-            _mount("-o", "remount,bind,ro", folder)
+        if root:
+            _mount("-o", "remount,bind,ro", workdir)
         else:
-            folder.chmod(0o555)
+            subprocess.run(["chmod", "555", workdir, workdir / "checkpoints"], check=True)
+        reason = "Read-only file system" if root else "Permission denied"
         _refused_save(workdir, reason)
         assert_bit_equal(_restore(workdir), saved[1][3])
         assert load_for_sampling(workdir).step == 3
+        with pytest.raises(UserError, match=f"run cannot be written: {reason}"):
+            MetricWriter(workdir, total_steps=10)
     finally:
-        subprocess.run(undo, check=True)
+        subprocess.run(["umount", workdir] if root else ["chmod", "755", workdir, workdir / "checkpoints"], check=True)
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
@@ -366,6 +366,7 @@ def test_training_with_a_damaged_checkpoint_and_another_config(tiny_run, tmp_pat
     changes = ("--config.seed=1", "--config.train.steps=3", "--config.data.prefetch=1")
     result = run(*arguments, "--config.checkpoint.fallback=True", *changes)
     assert result.code == 0, result.err
+    assert result.err == ""
     assert "it is 6.damaged now, and step 3 is used instead" in result.out
     assert "  config.seed: 0 -> 1\n  config.train.steps: 6 -> 3\n  seed decides on data and noise" in result.out
     assert "resumed at step 3" in result.out and "prefetch" not in result.out

@@ -143,6 +143,7 @@ class Checkpointer:
         about = {"metadata": dict(metadata), "items": list(arrays), "code": code_version(), "score": score}
         items = {name: ocp.args.StandardSave(dict(tree)) for name, tree in arrays.items()}
         self._saving = step
+        self._scores.pop(step, None)  # of one that was set aside
         self._scores |= {step: score} if score is not None else {}
         with self._plain_errors():
             self._manager.save(step, args=ocp.args.Composite(**items, **{_ABOUT: ocp.args.JsonSave(about)}))
@@ -291,8 +292,9 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
 
     def require(items: Sequence[str]) -> None:
         if found := checksums.damage(folder / str(step), items):
-            others = [str(folder / str(other)) for other in sorted(steps, reverse=True) if other != step]
-            remedy = f"another is {others[0]}: name it as the checkpoint" if others else "there is no other"
+            others = (folder / str(other) for other in sorted(steps, reverse=True) if other != step)
+            other = next((other for other in others if (other / checksums.FILE).exists()), None)
+            remedy = f"another is {other}: name it as the checkpoint" if other else "there is no other"
             raise UserError(f"the checkpoint {folder / str(step)} is damaged: {found}; {remedy}")
 
     require((_ABOUT,))
@@ -336,8 +338,8 @@ def _about(folder: Path, step: int) -> dict[str, Any]:
 
 def _saved_leaves(folder: Path, item: str) -> dict[str, Any]:
     """{name: metadata with shape and dtype} of one item."""
-    with _unreadable(folder, item), ocp.StandardCheckpointer() as reader:
-        return dict(reader.metadata(folder / item).item_metadata.items())
+    with _unreadable(folder, item):
+        return dict(ocp.StandardCheckpointHandler().metadata(folder / item).items())
 
 
 def _restore(folder: Path, item: str, target: Mapping[str, Any]) -> dict[str, jax.Array]:
