@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
 
-from m2m_jax import configuration, export, program
+from m2m_jax import configuration, program
 from m2m_jax.configuration import default_config, from_json, to_json, validate
 from m2m_jax.data import pipeline, precomputed, records
 from m2m_jax.diffusion.schedule import NoiseSchedule
@@ -35,6 +35,7 @@ from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.parameters import abstract, split
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.bundle import MANIFEST, Bundle, write_manifest
+from m2m_jax.sampling.bundle_writer import write_bundle
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.training.checkpoint import SavedModel
@@ -48,7 +49,7 @@ class Target:
       prepare: (folder) -> what is damaged, made once.
       run: (what was prepared, an empty folder of its own, an example of `strategy`).
       few, many: mutations in the test suite, and of `make fuzz`.
-      slow: seconds for one mutation; more is a hang.
+      slow: seconds of processors' time for one mutation; more is a hang.
     """
 
     strategy: st.SearchStrategy
@@ -250,7 +251,7 @@ def _small_sampler(folder: pathlib.Path) -> Sampler:
 def _small_bundle(folder: pathlib.Path) -> pathlib.Path:
     bundle = folder / "bundle"
     bundle.mkdir()
-    export.write_bundle(_small_sampler(folder), bundle)
+    write_bundle(_small_sampler(folder), bundle)
     return bundle
 
 
@@ -339,7 +340,7 @@ def _open_model(models: dict[str, pathlib.Path], folder: pathlib.Path, example):
 
 
 _MODELS = st.tuples(st.sampled_from(["vae", "unet", "dino"]), _WHICH, CHANGES, JSON_CHANGES)
-MODELS = Target(_MODELS, _model_folders, _open_model, 20, 800)
+MODELS = Target(_MODELS, _model_folders, _open_model, 20, 800, 60.0)
 
 
 # What a checkpoint says of itself

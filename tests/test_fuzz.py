@@ -1,4 +1,4 @@
-"""A few hundred of the mutations of `make fuzz`, always the same ones: each handled, or refused with a UserError."""
+"""Several hundred mutations of the kinds of `make fuzz`: each handled, or refused with a UserError."""
 
 import pytest
 from fuzz import explore

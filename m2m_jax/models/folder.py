@@ -71,9 +71,8 @@ def config_from(cls, values: Mapping[str, Any], renamed: Mapping[str, str], **ov
             value = values[name]
             value = tuple(value) if isinstance(value, list) else value
             if not _is_of(value, types[field.name]):
-                raise UserError(
-                    f"{name} is {values[name]!r:.60}; {cls.__name__} takes {_said(types[field.name])} there"
-                )
+                kind = _said(types[field.name])
+                raise UserError(f"{cls.__name__}: {name} is {values[name]!r:.60}; it must be of type {kind}")
             fields[field.name] = value
     return cls(**(fields | overrides))
 

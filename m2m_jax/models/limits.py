@@ -9,6 +9,7 @@ from m2m_jax.errors import UserError
 CHANNELS = (1, 2**16)
 LAYERS = (1, 128)
 LEVELS = (1, 8)
+BLOCKS = 256  # of a U-Net's way down: ten times those of the largest published ones
 
 
 def require_between(config: Any, **limits: tuple[float, float]) -> None:

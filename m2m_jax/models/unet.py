@@ -19,7 +19,7 @@ from m2m_jax.models.layers import (
     timestep_features,
     zeros,
 )
-from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_levels, require_one_of
+from m2m_jax.models.limits import BLOCKS, CHANNELS, LAYERS, require_between, require_levels, require_one_of
 from m2m_jax.models.transformer import CrossAttention, ImageSetAttention, ImageSets, KeptImages, SpatialTransformer
 
 ATTN2 = ("image_set", "text", "none")
@@ -79,6 +79,11 @@ class UNetConfig:
         if self.cross_attention_dim is not None:
             require_between(self, cross_attention_dim=CHANNELS)
         require_levels(self, "down_block_types", "num_attention_heads")
+        if len(self.block_out_channels) * self.layers_per_block * self.transformer_layers_per_block > BLOCKS:
+            raise UserError(
+                f"UNetConfig: {len(self.block_out_channels)} levels of layers_per_block={self.layers_per_block} and "
+                f"transformer_layers_per_block={self.transformer_layers_per_block} are more than {BLOCKS} blocks"
+            )
         require_one_of(self, down_block_types=BLOCK_TYPES, remat=tuple(REMAT), dtype=("float32", "bfloat16"))
         require_one_of(self, clean_sees=CLEAN_SEES, attention_backend=tuple(BACKENDS))
         for channels, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):

@@ -1,0 +1,88 @@
+"""A sampler written as a bundle; what that is stands in `bundle.py`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from m2m_jax.models.context_cache import ContextCache
+from m2m_jax.sampling.bundle import PARAMS, PLATFORMS, SEPARATOR, program_file, write_manifest
+from m2m_jax.sampling.sampler import Sampler
+from m2m_jax.sampling.set_sampler import PROGRAMS
+
+
+def write_bundle(sampler: Sampler, folder: Path) -> None:
+    """All files of a bundle, into a folder that is empty."""
+    for name, exported in export_programs(sampler).items():
+        (folder / program_file(name)).write_bytes(exported.serialize())
+    flat = {
+        f"{model}{SEPARATOR}{name}": np.ascontiguousarray(x, np.float32)
+        for model, params in sampler.params.items()
+        for name, x in params.items()
+    }
+    save_file(flat, folder / PARAMS)
+    fields = {
+        "platforms": PLATFORMS,
+        "image_size": sampler.image_size,
+        "num_steps": sampler.num_steps,
+        "cache_size": sampler.cache_size,
+        "slide": sampler.slide,
+        "encodes_generated": sampler.encodes_generated,
+        "about": sampler.about,
+        "schedule": sampler.schedule.to_config(),
+    }
+    write_manifest(folder, fields)
+
+
+def export_programs(sampler: Sampler) -> dict[str, jax.export.Exported]:
+    """`sampling/programs.py`, for any number of sets, with a dict in the place of `ContextCache`."""
+    static, params = sampler.static, jax.eval_shape(lambda: jax.tree.map(jnp.float32, sampler.params))
+    (b,) = jax.export.symbolic_shape("b")
+    seed_b, append_b = jax.ShapeDtypeStruct((b,), jnp.uint32), jax.ShapeDtypeStruct((b,), jnp.bool_)
+    images = jax.ShapeDtypeStruct((b, sampler.image_size, sampler.image_size, 3), jnp.uint8)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def empty(params, seed_b):
+        return _as_dict(static.empty_cache(params, seed_b))
+
+    def append(params, cache, image, append_b):
+        return _as_dict(static.append(params, _from_dict(cache), image, append_b))
+
+    def begin(params, cache, seed_b):
+        return static.begin(params, _from_dict(cache), seed_b)
+
+    def denoise(params, cache, seed_b, carry, first, end):
+        return static.denoise(params, _from_dict(cache), seed_b, carry, first, end)
+
+    cache = jax.eval_shape(empty, params, seed_b)
+    carry = jax.eval_shape(begin, params, cache, seed_b)
+    calls = {
+        "empty_cache": (empty, seed_b),
+        "encode": (static.encode, images),
+        "append": (append, cache, jax.eval_shape(static.encode, params, images), append_b),
+        "begin": (begin, cache, seed_b),
+        "denoise": (denoise, cache, seed_b, carry, scalar, scalar),
+        "decode": (static.decode, carry["x"]),
+    }
+    assert tuple(calls) == PROGRAMS
+    return {
+        name: jax.export.export(jax.jit(program), platforms=PLATFORMS)(params, *arguments)
+        for name, (program, *arguments) in calls.items()
+    }
+
+
+def _as_dict(cache: ContextCache) -> dict[str, Any]:
+    """What a program without this project's classes can hold: dicts with string keys."""
+    fields = vars(cache)
+    return {k: {str(i): x for i, x in enumerate(v)} if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def _from_dict(fields: dict[str, Any]) -> ContextCache:
+    names = [field.name for field in dataclasses.fields(ContextCache)]
+    values = (fields[name] for name in names)
+    return ContextCache(*(tuple(v[str(i)] for i in range(len(v))) if isinstance(v, dict) else v for v in values))
