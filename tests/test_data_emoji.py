@@ -27,7 +27,7 @@ def splits(emoji_directory):
     """Split -> all of its records."""
     found = {}
     for split in emoji_subjects.SPLITS:
-        source = pipeline.EmojiRecords(emoji_directory, IMAGE_SIZE, split)
+        source = pipeline.open_emoji(emoji_directory, IMAGE_SIZE, split, strict=True)
         found[split] = [source[index] for index in range(len(source.num_images))]
     return found
 
@@ -197,12 +197,12 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 def test_missing_data_set_says_how_to_make_it(tmp_path):
     with pytest.raises(UserError, match=r"python -m m2m_jax\.data\.prepare --size=48 --directory="):
-        pipeline.EmojiRecords(str(tmp_path / "none"), 48, "train")
+        pipeline.open_emoji(str(tmp_path / "none"), 48, "train", strict=True)
 
 
 def test_unknown_split_is_named(emoji_directory):
     with pytest.raises(UserError, match=r"'valid'.*validation"):
-        pipeline.EmojiRecords(emoji_directory, IMAGE_SIZE, "valid")
+        pipeline.open_emoji(emoji_directory, IMAGE_SIZE, "valid", strict=True)
 
 
 @pytest.mark.parametrize("size", [0, -1, 100_000])

@@ -143,12 +143,13 @@ def test_rollback(latents, tmp_path):
     ("policy", "times"), [("rollback", ROLLBACKS), pytest.param("skip", SKIPS, marks=pytest.mark.slow)]
 )
 def test_what_does_not_help_is_given_up(latents, tmp_path, policy, times):
-    """With this learning rate the second step is lost, and so are all that follow."""
+    """At these rates the second step is lost, and so are all that follow."""
     result = _train(
         latents,
         tmp_path / "run",
         f"--config.train.on_nonfinite={policy}",
-        "--config.optimizer.learning_rate=1e30",
+        "--config.optimizer.learning_rate=4e9",
+        "--config.optimizer.weight_decay=4e9",
         "--config.train.steps=40",
         "--config.checkpoint.every=100",
     )

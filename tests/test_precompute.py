@@ -130,7 +130,7 @@ def test_the_emoji_kinds_can_be_chosen(copy):
 
 
 def test_an_interrupted_run_goes_on(tmp_path, pictures, latents):
-    output, serialize, calls = tmp_path / "latents", precomputed._serialize, []
+    output, serialize, calls = tmp_path / "latents", precomputed.serialize, []
 
     def killed(record):
         calls.append(record)
@@ -138,7 +138,7 @@ def test_an_interrupted_run_goes_on(tmp_path, pictures, latents):
             raise KeyboardInterrupt  # in the middle of the second shard
         return serialize(record)
 
-    with mock.patch.object(precomputed, "_serialize", killed), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(precomputed, "serialize", killed), pytest.raises(KeyboardInterrupt):
         _precompute(pictures, output)
     assert list(_shards(output)) == [_shard(output, 0).name]
     # What a process leaves that could not tidy up.

@@ -155,4 +155,7 @@ def test_the_train_step_lowers_for_tpus(autoencoder):
     calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
     for kind in ("fwd", "dq", "dkv"):
         assert any(f"splash_mha_{kind}" in call for call in calls)
-    assert all("tensor<2x2x" in call for call in calls)  # 16 sets on 8 devices, two heads
+    # 16 sets on 8 devices, two heads; attention within images takes all that stand in the stack.
+    within = f"tensor<{2 * (2 * task.config.data.images_per_set - 1)}x2x"
+    assert all("tensor<2x2x" in call or within in call for call in calls)
+    assert any("tensor<2x2x" in call for call in calls) and any(within in call for call in calls)
