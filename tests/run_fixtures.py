@@ -18,7 +18,6 @@ from typing import NamedTuple
 from unittest import mock
 
 import jax
-import orbax.checkpoint as ocp
 from absl import flags
 from data_fixtures import build_emoji
 from flax import nnx
@@ -26,11 +25,6 @@ from flax import nnx
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.diffusers_folder import save_autoencoder
 from m2m_jax.models.parameters import split
-
-# Orbax lets every device write its share of every array, and compiles a slice for each of them: with eight devices the
-# first checkpoint of a process takes half a minute. tests/test_checkpoint.py goes that way; here one device writes.
-ONE_WRITER = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-ocp.type_handlers.register_type_handler(jax.Array, ONE_WRITER, override=True)
 
 ROOT = pathlib.Path(__file__).parents[1]
 
