@@ -53,32 +53,18 @@ class TrainState:
         )
 
     def apply_gradients(
-        self,
-        gradients: Params,
-        optimizer: optax.GradientTransformation,
-        ema_decay: float,
-        finite: jax.Array | bool = True,
+        self, gradients: Params, optimizer: optax.GradientTransformation, ema_decay: float
     ) -> TrainState:
-        """One update of parameters, optimizer and EMA. Traceable.
-
-        Args:
-          gradients: of those that train.
-          finite: bool []; False: nothing changes but that `step` and `skipped_steps` count one more. A select in every
-            element and no branch: XLA computes it in the loops of the update, which have old and new at hand.
-        """
+        """One update of parameters, optimizer and EMA. `gradients`: of those that train. Traceable."""
         trained = {name: self.params[name] for name in gradients}
         updates, opt_state = optimizer.update(gradients, self.opt_state, trained)
-        opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), opt_state, self.opt_state)
-        params = self.params | jax.tree.map(lambda p, u: jnp.where(finite, p + u.astype(p.dtype), p), trained, updates)
+        params = self.params | jax.tree.map(lambda p, u: p + u.astype(p.dtype), trained, updates)
         # The average of a young run follows its parameters closely, or it would remember the initial ones for long.
         step = self.step.astype(jnp.float32)
         rate = 1.0 - jnp.minimum(jnp.float32(ema_decay), (1.0 + step) / (10.0 + step))
-        rate = jnp.where(finite, rate, jnp.float32(0.0))
         ema_params = jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), self.ema_params, params)
-        return self.replace(
-            step=self.step + jnp.int32(1),
-            skipped_steps=self.skipped_steps + jnp.where(finite, jnp.int32(0), jnp.int32(1)),
-            params=params,
-            opt_state=opt_state,
-            ema_params=ema_params,
-        )
+        return self.replace(step=self.step + jnp.int32(1), params=params, opt_state=opt_state, ema_params=ema_params)
+
+    def skip(self) -> TrainState:
+        """A step that changes nothing else. Traceable."""
+        return self.replace(step=self.step + jnp.int32(1), skipped_steps=self.skipped_steps + jnp.int32(1))

@@ -78,7 +78,10 @@ def make_train_step(
             (gradients, metrics), _ = jax.lax.scan(add, zero, parts)
         metrics |= gradient_norms(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        state = state.apply_gradients(gradients, optimizer, ema_decay, finite)
+        # A branch: a select in every element cost 2 % of a step on a CPU, and this nothing.
+        state = jax.lax.cond(
+            finite, lambda: state.apply_gradients(gradients, optimizer, ema_decay), lambda: state.skip()
+        )
         counts = {"skipped_steps": state.skipped_steps, "skipped_batches": state.skipped_batches}
         return state, metrics | counts | {"finite": finite}
 
