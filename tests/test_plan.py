@@ -120,6 +120,8 @@ def test_a_collective_over_slices_crosses_each_link_once():
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
         ("replica_groups=mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
         ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]<=[2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=1], device_ids=([2,2]T(1,0)) {'b'}", ((0, 2), (1, 3))),
         ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,2,1) {'a'}", ((0, 2), (3, 1))),
     ],
 )

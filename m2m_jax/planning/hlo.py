@@ -27,6 +27,8 @@ _CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}")
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# The devices of a mesh: [dims]T(order), and what they are arranged in, which no group asks for, may stand before it.
+_TRANSPOSED = re.compile(r"(?:\[[\d,]+\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?)\))? \{([^}]*)\}")
 _MESH_AXIS = re.compile(r"['\"]?([\w.\-]+)['\"]?(?::\((\d+)\)(\d+))?")
 
@@ -211,7 +213,7 @@ def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
     if match := _MESH.search(line):  # before the others: its devices may be in the notation of one of them
         return _mesh_groups(*match.groups())
     if match := re.search(rf"replica_groups={_IOTA.pattern}", line):
-        numbers, members = _iota(*match.groups()), int(match[1].rpartition(",")[2])
+        numbers, members = _iota(match[2], match[3]), int(match[1].rpartition(",")[2])
         return tuple(tuple(numbers[i : i + members]) for i in range(0, len(numbers), members))
     if match := _GROUPS.search(line):
         listed = re.findall(r"\{([\d,]+)\}", match[1] or "")
@@ -223,8 +225,8 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(",") if n)
 
 
-def _iota(shape: str, dims: str, order: str | None) -> list[int]:
-    """[shape]<=[dims]T(order): the numbers from 0, in an array of `dims`, transposed, flat."""
+def _iota(dims: str, order: str | None) -> list[int]:
+    """[dims]T(order): the numbers from 0, in an array of `dims`, transposed, flat."""
     sizes = _numbers(dims)
     strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
     numbers = [0]
@@ -238,9 +240,10 @@ def _mesh_groups(axes: str, devices: str | None, grouped: str) -> tuple[tuple[in
     names, sizes = zip(*(axis.split("=") for axis in axes.split(",")), strict=True)
     names, sizes = [name.strip(" '\"") for name in names], [int(size) for size in sizes]
     numbers = list(range(math.prod(sizes)))
-    if devices:
-        iota = _IOTA.search(devices + ")")
-        numbers = _iota(*iota.groups()) if iota else list(_numbers(devices))
+    if devices and (iota := _TRANSPOSED.match(devices + ")")):
+        numbers = _iota(*iota.groups())
+    elif devices:
+        numbers = list(_numbers(devices))
     groups: dict[int, list[int]] = {}
     for position, number in enumerate(numbers):
         key = position
