@@ -48,10 +48,11 @@ _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
 
 # Small arrays are written by one device: to cut one for two takes longer than to write it. Where an array lay is not
 # written: whoever restores it says where it shall lie. Together half of the time that a save of many arrays takes.
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20, enable_write_sharding_file=False),
-    override=True,
+_WRITERS = ocp.type_handlers.create_type_handler_registry(
+    (
+        jax.Array,
+        ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20, enable_write_sharding_file=False),
+    )
 )
 
 
@@ -110,7 +111,8 @@ class Checkpointer:
             lightweight_initialize=True,  # the rest may be damaged
         )
         save_errors.say_once()
-        handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS} | {_ABOUT: ocp.JsonCheckpointHandler()}
+        handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_WRITERS) for name in _ARRAYS}
+        handlers |= {_ABOUT: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         for step in self._manager.all_steps():
             if not checksums.damage(self._folder / str(step), [_ABOUT]):
@@ -149,7 +151,7 @@ class Checkpointer:
         score = score if score is not None and math.isfinite(score) else None
         arrays = {_STATE: _flatten(_resumed(state)), _EMA: state.ema_params, **frozen}
         about = {"metadata": dict(metadata), "items": list(arrays), "code": code_version(), "score": score}
-        items = {name: ocp.args.StandardSave(dict(tree)) for name, tree in arrays.items()}
+        items = {name: ocp.args.PyTreeSave(dict(tree)) for name, tree in arrays.items()}
         self._saving = step
         self._scores.pop(step, None)  # of one that was set aside
         self._scores |= {step: score} if score is not None else {}
