@@ -45,7 +45,8 @@ spec:
     # Preempted or crashed: all slices start again, from the last checkpoint. Not where a pod says that it is of no use.
     maxRestarts: $restarts
     rules:
-      - action: FailJobSet
+      - name: ofNoUse
+        action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice

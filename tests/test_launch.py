@@ -80,7 +80,7 @@ def test_gke():
     (rule,) = spec["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 130])
     assert jobset["spec"]["failurePolicy"]["rules"] == [
-        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+        {"name": "ofNoUse", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     ]
     assert rule["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"]
     (container,) = spec["template"]["spec"]["containers"]
