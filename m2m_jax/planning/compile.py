@@ -166,10 +166,8 @@ def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> Plan:
     shares = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     advice = []
     if compiled is None or not needs.fits:
-        state_at_fsdp = _state_at_fsdp(config, machine, task)
-        advice = memory.advice(
-            needs, state_at_fsdp, mesh.shape["fsdp"], parts, batch_size // shares, config.model.remat
-        )
+        at_fsdp = state_at_fsdp(config, task, len(machine.devices), machine.slices)
+        advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, batch_size // shares, config.model.remat)
     return Plan(
         mesh=dict(mesh.shape),
         batch_size=batch_size,
@@ -210,14 +208,14 @@ def _work(compiled, config: ConfigDict, machine: Machine, workload: Workload, me
     )
 
 
-def _state_at_fsdp(config: ConfigDict, machine: Machine, task) -> dict[int, int]:
+def state_at_fsdp(config: ConfigDict, task, devices: int, slices: int) -> dict[int, int]:
     """{config.mesh.fsdp: bytes a device of the state} of the powers of two that divide the devices of a slice."""
     others = config.mesh.tensor * config.mesh.context if min(config.mesh.tensor, config.mesh.context) > 0 else 0
     found = {}
-    for fsdp in fsdp_sizes(len(machine.devices) // machine.slices // (others or 1)) if others else ():
+    for fsdp in fsdp_sizes(devices // slices // (others or 1)) if others else ():
         other = ConfigDict(config.to_dict())
         other.mesh.update({"fsdp": fsdp, "data": -1})
-        mesh = sharding.make_mesh(other.mesh, machine.devices)
+        mesh = sharding.abstract_mesh(other.mesh, devices)
         found[fsdp] = sum(memory.state_bytes(set_up(task, other, mesh).state).values())
     return found
 

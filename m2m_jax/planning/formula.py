@@ -7,25 +7,25 @@ convolutions take room for themselves. FLOPs are those of the model, and of what
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.errors import UserError
-from m2m_jax.models.initialization import TRAINED
 from m2m_jax.planning import hlo, memory
 from m2m_jax.planning.chips import Chip
-from m2m_jax.planning.compile import Plan, Work
+from m2m_jax.planning.compile import Plan, Work, state_at_fsdp
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import mfu, roofline
 from m2m_jax.planning.workload import Workload, batch_shapes, make_task
 from m2m_jax.training import sharding
-from m2m_jax.training.optimizer import make_optimizer
-from m2m_jax.training.state import TrainState
+from m2m_jax.training.setup import set_up
 
 NOTE = (
     "by formula, nothing was compiled: activations before fusion and without workspace, HBM and network at least what "
@@ -44,10 +44,9 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, wo
     """
     config = ConfigDict(config.to_dict())
     config.mesh.slice = nodes if config.mesh.slice == 1 else config.mesh.slice
-    sizes = sharding.mesh_sizes(config.mesh, devices)
-    if math.prod(sizes[3:]) > 1:
+    mesh = sharding.abstract_mesh(config.mesh, devices)
+    if mesh.shape["tensor"] * mesh.shape["context"] > 1:
         raise UserError("GPUs are planned by formula, which knows config.mesh.data, .fsdp and .slice alone")
-    mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
     parts, batch_size = config.train.accumulation, config.data.batch_size
     sharding.check_batch_size(batch_size, mesh, "data.batch_size", parts=parts)
     sets = batch_size // devices
@@ -56,14 +55,13 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, wo
     if resolve(config.model.attention_backend, "gpu", config.model.dtype) == "prefix_cudnn":
         config.model.attention_backend = "splash"
     task, notes = make_task(config)
-    state = _state(config, task, mesh)
-    state_bytes = memory.state_bytes(state)
-    trained_bytes = memory.bytes_per_device({n: x for n, x in state.params.items() if _trains(config)(n)})
-    kept_of_one, kept_of_two = (_kept_bytes(config, task, n) for n in (1, 2))
+    setup = set_up(task, config, mesh)
+    state_bytes, params = memory.state_bytes(setup.state), setup.state.params
+    trained_bytes = memory.bytes_per_device({name: x for name, x in params.items() if setup.trains(name)})
+    kept_of_one, kept_of_two = (_kept_bytes(config, task, setup.trains, n) for n in (1, 2))
     kept_of_a_set = kept_of_two - kept_of_one
     kept = kept_of_one + (sets // parts - 1) * kept_of_a_set
-    frozen_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(task.frozen))
-    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch_shapes(config, task, sets).values())
+    frozen_bytes, batch = _bytes(task.frozen), _bytes(batch_shapes(config, task, sets))
     reads_frozen = config.data.name != "precomputed"
     needs = Memory(
         **state_bytes,
@@ -78,7 +76,7 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, wo
     again = {"none": 1.0, "dots": 1.0, "blocks": 4 / 3}[config.model.remat]
     flops = workload.model_flops * sets * again
     hbm_bytes = 2 * sum(state_bytes.values()) + 2 * trained_bytes + 2 * parts * kept
-    collectives = _collectives(mesh, sum(math.prod(x.shape) * 4 for x in state.params.values()), parts)
+    collectives = _collectives(mesh, _bytes(params), parts)
     times = roofline(
         chip, flops, hbm_bytes, sum(c.ici_bytes for c in collectives), sum(c.dcn_bytes for c in collectives)
     )
@@ -93,36 +91,18 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, wo
     )
     advice = []
     if not needs.fits:
-        per_node = devices // sizes[0]
-        at_fsdp = {
-            n: sum(memory.state_bytes(_state(config, task, _with_fsdp(mesh, n))).values())
-            for n in (2**i for i in range(per_node.bit_length()))
-            if per_node % n == 0
-        }
+        at_fsdp = state_at_fsdp(config, task, devices, mesh.shape["slice"])
         advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, sets, config.model.remat)
     return Plan(dict(mesh.shape), batch_size, sets, needs, work, tuple(advice), (NOTE, *notes), None)
 
 
-def _trains(config: ConfigDict):
-    return TRAINED[config.train.parameters]
+def _bytes(tree: Any) -> int:
+    """Of whole arrays."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _state(config: ConfigDict, task, mesh: AbstractMesh) -> TrainState:
-    """Shapes and places."""
-    optimizer, _ = make_optimizer(config.optimizer, config.train.steps, task.is_new_parameter)
-    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer, _trains(config)), task.shapes)
-    places = sharding.state_shardings(shapes, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
-
-
-def _with_fsdp(mesh: AbstractMesh, fsdp: int) -> AbstractMesh:
-    slices, data, now = tuple(mesh.shape.values())[:3]
-    return AbstractMesh((slices, data * now // fsdp, fsdp, 1, 1), mesh.axis_names, axis_types=mesh.axis_types)
-
-
-def _kept_bytes(config: ConfigDict, task, sets: int) -> int:
+def _kept_bytes(config: ConfigDict, task: Any, trains: Callable[[str], bool], sets: int) -> int:
     """What the loss of so many sets keeps for its gradient, beside its inputs."""
-    trains = _trains(config)
 
     def kept(params, frozen, batch, step):
         trained = {name: x for name, x in params.items() if trains(name)}
@@ -133,7 +113,7 @@ def _kept_bytes(config: ConfigDict, task, sets: int) -> int:
     jaxpr = jax.make_jaxpr(kept)(task.shapes, task.frozen, batch_shapes(config, task, sets), step).jaxpr
     inputs = {*jaxpr.invars, *jaxpr.constvars}
     arrays = {x for x in jaxpr.outvars if isinstance(x, Var)} - inputs
-    return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in arrays)
+    return _bytes([x.aval for x in arrays])
 
 
 def _collectives(mesh: AbstractMesh, parameter_bytes: int, parts: int) -> list[hlo.Collective]:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from m2m_jax.errors import UserError
@@ -77,6 +77,11 @@ def mesh_sizes(config: ConfigDict, num_devices: int) -> tuple[int, ...]:
     if num_devices % fixed or (-1 not in sizes and fixed != num_devices):
         raise UserError(f"{asked}: they make {fixed} devices, and there are {num_devices}; set one of them to -1")
     return tuple(num_devices // fixed if size == -1 else size for size in sizes)
+
+
+def abstract_mesh(config: ConfigDict, num_devices: int) -> AbstractMesh:
+    """`make_mesh` without devices, which shapes and shares of them do not need. Raises UserError as `mesh_sizes`."""
+    return AbstractMesh(mesh_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
