@@ -223,22 +223,24 @@ def _split_in(folder):
 MANIFESTS = Target(JSON_CHANGES | CHANGES, _split_in, _read_manifest, 40, 600)
 
 
+SMALL_UNET = UNetConfig(
+    block_out_channels=(8,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    layers_per_block=1,
+    num_attention_heads=(1,),
+    norm_num_groups=4,
+)
+
+
 # Bundles
 
 
 def _small_sampler(folder: pathlib.Path) -> Sampler:
     vae = make_autoencoder(folder / "vae")
-    config = UNetConfig(
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        layers_per_block=1,
-        num_attention_heads=(1,),
-        norm_num_groups=4,
-    )
     models = FrozenModels(diffusers_folder.load_autoencoder_config(vae))
     return Sampler(
-        unet_config=config,
-        unet_params=split(UNet(config, rngs=nnx.Rngs(0)))[1],
+        unet_config=SMALL_UNET,
+        unet_params=split(UNet(SMALL_UNET, rngs=nnx.Rngs(0)))[1],
         models=models,
         frozen={"autoencoder": diffusers_folder.load_params(vae)},
         schedule=NoiseSchedule.from_config(default_config().schedule),
@@ -291,14 +293,7 @@ SIGNED = Target(st.tuples(st.just("signed"), _WHICH, CHANGES, JSON_CHANGES), _sm
 
 def _model_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     vae = make_autoencoder(folder / "vae")
-    config = UNetConfig(
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        layers_per_block=1,
-        num_attention_heads=(1,),
-        norm_num_groups=4,
-    )
-    diffusers_folder.save_unet(folder / "unet", config, split(UNet(config, rngs=nnx.Rngs(0)))[1])
+    diffusers_folder.save_unet(folder / "unet", SMALL_UNET, split(UNet(SMALL_UNET, rngs=nnx.Rngs(0)))[1])
     encoder = DINOv2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28)
     transformers_folder.save_dinov2(folder / "dino", encoder, split(DINOv2(encoder, rngs=nnx.Rngs(0)))[1])
     for model in (folder / "unet", folder / "dino"):  # in several files, as large models come

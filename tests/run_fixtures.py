@@ -83,6 +83,19 @@ def make_autoencoder(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def one_level_arguments(tmp_path_factory) -> tuple[str, ...]:
+    """Of `configs/emoji.py:tiny` with a U-Net of one level, which compiles soonest, and a log of examples."""
+    return (
+        config_argument("emoji:tiny"),
+        f"--config.data.directory={build_emoji(tmp_path_factory)}",
+        "--config.data.log_examples=True",
+        f"--config.autoencoder.path={make_autoencoder(tmp_path_factory.mktemp('vae'))}",
+        "--config.model.block_out_channels=(16,)",
+        "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
+        "--config.model.num_attention_heads=(2,)",
+    )
+
+
 class Tiny(NamedTuple):
     """workdir: of `configs/emoji.py:tiny`, trained. arguments: what its data and autoencoder are named by."""
 

@@ -5,9 +5,8 @@ import pathlib
 import jax
 import pytest
 from compare_runs import differences, examples
-from data_fixtures import build_emoji
 from killed_runs import Launch, Moment, killed_run, table, unbroken_run
-from run_fixtures import config_argument, make_autoencoder
+from run_fixtures import one_level_arguments
 
 STEPS = 8
 MOMENTS = (
@@ -21,13 +20,7 @@ MOMENTS = (
 def launch(tmp_path_factory):
     """One device, and a U-Net of one level: five starts and three kills."""
     arguments = (
-        config_argument("emoji:tiny"),
-        f"--config.data.directory={build_emoji(tmp_path_factory)}",
-        "--config.data.log_examples=True",
-        f"--config.autoencoder.path={make_autoencoder(tmp_path_factory.mktemp('vae'))}",
-        "--config.model.block_out_channels=(16,)",
-        "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
-        "--config.model.num_attention_heads=(2,)",
+        *one_level_arguments(tmp_path_factory),
         f"--config.train.steps={STEPS}",
         "--config.eval.every=5",
     )

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 from compare_runs import examples, losses
-from data_fixtures import build_emoji
 from killed_runs import Launch
-from run_fixtures import config_argument, make_autoencoder, run
+from run_fixtures import one_level_arguments, run
 
 STEPS = 8
 # (processes, devices of each, the checkpoint after which all are killed); the last goes to the end.
@@ -17,15 +16,9 @@ LEGS = ((1, 8, 2), (2, 2, 4), (4, 1, 6), (1, 1, None))
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """Of a U-Net of one level, which compiles in a third of the time."""
+    """Legs end by a kill: every step is saved."""
     return (
-        config_argument("emoji:tiny"),
-        f"--config.data.directory={build_emoji(tmp_path_factory)}",
-        "--config.data.log_examples=True",
-        f"--config.autoencoder.path={make_autoencoder(tmp_path_factory.mktemp('vae'))}",
-        "--config.model.block_out_channels=(16,)",
-        "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
-        "--config.model.num_attention_heads=(2,)",
+        *one_level_arguments(tmp_path_factory),
         f"--config.train.steps={STEPS}",
         "--config.eval.every=100",
         "--config.checkpoint.every=1",
