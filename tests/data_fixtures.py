@@ -43,6 +43,7 @@ def data_config(**changes) -> ConfigDict:
             "image_size": IMAGE_SIZE,
             "images_per_set": 4,
             "kinds": ("style", "content"),
+            "caption_tag_dropout": 0.0,
             "on_error": "stop",
             "augment": {
                 "enabled": True,
