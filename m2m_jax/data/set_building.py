@@ -137,7 +137,7 @@ class Batching:
         self, slots: Iterable[Slot | None], generator: TextToImage
     ) -> Iterator[tuple[list[Slot | None], np.ndarray, np.ndarray]]:
         """(slots, latents float32 [b, n, h, w, c], images uint8 [b, n, S, S, 3]) of one batch after another."""
-        calls = self._calls(iter(slots), generator)
+        calls = self.calls(iter(slots), generator)
         in_flight: collections.deque = collections.deque()
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         while True:
@@ -153,7 +153,7 @@ class Batching:
                 parts = []
                 yield batch, latents_bnhwc, images_bnhwc
 
-    def _calls(
+    def calls(
         self, slots: Iterator[Slot | None], generator: TextToImage
     ) -> Iterator[tuple[list[Slot | None], bool, tuple[jax.Array, jax.Array]]]:
         """(slots, whether it has the last of their images, latents and images on the devices), made as it goes."""
