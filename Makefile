@@ -18,7 +18,6 @@ TEST := .venv-test/bin/python -m
 
 # One stamp file for each Python version and set of requirements: newer than the requirements means installed.
 DEMO_ENV := .venv/.installed-$(VERSION)
-PLAN := .venv-plan/bin/python -m m2m_jax.plan --config configs/mis_sd21_self.py
 PLAN_ENV := .venv-plan/.installed-$(VERSION)
 TEST_ENV := .venv-test/.installed-$(VERSION)$(if $(PARITY),-parity)
 
@@ -118,10 +117,9 @@ parity:
 	@$(MAKE) --no-print-directory lint PARITY=1
 	$(TEST) pytest $(PYTEST_ARGS) -m 'slow or not slow' -k parity
 
-# Two plans, 40 and 9 minutes on two busy cores. The second does not fit, and says what would help.
+# A day on 2 cores, or a night; those that docs/plans has already are not made again.
 plan: $(PLAN_ENV)
-	$(PLAN) --topology=v5p:4x4x4
-	$(PLAN) --config.model.attention_backend=prefix --topology=v5e:16x16 --config.data.batch_size=256 || test $$? = 1
+	.venv-plan/bin/python -m benchmarks.plans
 
 bench:
 	@$(MAKE) --no-print-directory lint PARITY=1
