@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
+from caption_fixtures import SUFFIXES, write_captions
 from flax import nnx
 from fuzz_mutations import CHANGES, JSON_CHANGES, damaged, damaged_json, image_seeds, mended_png
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from safetensors.numpy import load_file
 from m2m_jax import configuration, program
 from m2m_jax.configuration import default_config, from_json, to_json, validate
 from m2m_jax.data import pipeline, precomputed, records
+from m2m_jax.data.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
 from m2m_jax.images import check_header, read_image, write_png
@@ -82,6 +84,29 @@ def _read(seeds, folder: pathlib.Path, example):
 _WHICH = st.integers(0, 1000)
 IMAGES = Target(st.tuples(_WHICH, CHANGES, st.just(False)), lambda folder: image_seeds(), _read, 150, 3000)
 PNGS = Target(st.tuples(_WHICH, CHANGES, st.just(True)), lambda folder: image_seeds(), _read, 100, 1500)
+
+
+# Caption files
+
+
+def _captions(folder: pathlib.Path) -> list[pathlib.Path]:
+    captions = ["a cat", "a dog, running", "Käse \u2028 北京", "", "a cat", "x" * 300]
+    return [write_captions(folder / f"captions{suffix}", captions) for suffix in SUFFIXES]
+
+
+def _read_captions(files: list[pathlib.Path], folder: pathlib.Path, example):
+    which, changes = example
+    file = files[which % len(files)]
+    copy = folder / file.name
+    copy.write_bytes(damaged(file.read_bytes(), changes))
+    captions = list(read_captions(copy))
+    kept, dropped = clean_captions(captions, CaptionRules(min_latin_share=0.2))
+    assert len(kept) + dropped.total() == len(captions)
+    assert not any("\0" in caption or "\n" in caption for _, caption in kept)
+    json.dumps([kept, dropped]).encode()
+
+
+CAPTIONS = Target(st.tuples(_WHICH, CHANGES), _captions, _read_captions, 60, 5000)
 
 
 # Records
@@ -410,6 +435,7 @@ CONFIGS = Target(JSON_CHANGES, lambda folder: to_json(default_config()), _config
 TARGETS = {
     "image files": IMAGES,
     "PNG files, checksums mended": PNGS,
+    "caption files": CAPTIONS,
     "records: serialized bytes": EXAMPLES,
     "records: fields": FIELDS,
     "ArrayRecord shards": SHARDS,

@@ -19,6 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from m2m_jax.errors import UserError
+from m2m_jax.program import duration
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -83,7 +84,7 @@ class MetricWriter:
         left = ""
         if step > first_step:
             seconds_per_step = (now - first_time) / (step - first_step)
-            left = f"  {_duration(seconds_per_step * (self._total_steps - step))} left"
+            left = f"  {duration(seconds_per_step * (self._total_steps - step))} left"
         text = (
             f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  loss {loss:.4f}  "
             f"{images_per_second:.1f} images/s  data wait {data_wait_share:.0%}{left}"
@@ -173,11 +174,3 @@ def forget_after(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
