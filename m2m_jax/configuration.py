@@ -28,10 +28,10 @@ BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 
 # Fields that hold one of a few words.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("set_diffusion", "autoencoder"),
+    "task": ("set_diffusion", "text_to_image", "autoencoder"),
     "data.name": ("emoji", "folder", "precomputed"),
     "data.on_error": ("stop", "skip"),
-    "model.attn2": ("image_set", "none"),
+    "model.attn2": ("image_set", "text", "none"),
     "model.clean_sees": ("preceding", "itself"),
     "model.attention_backend": ("auto", "prefix", "prefix_cudnn", "splash", "dense"),
     "model.remat": ("none", "dots", "blocks"),
@@ -62,6 +62,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "data.batch_size": (1, math.inf),
     "data.prefetch": (0, math.inf),
     "data.threads": (1, math.inf),
+    "data.caption_tag_dropout": (0.0, 1.0),
     "data.augment.hue_degrees": (0.0, 180.0),
     "data.augment.ground_probability": (0.0, 1.0),
     "data.augment.ink_probability": (0.0, 1.0),
@@ -78,6 +79,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "model.norm_eps": (1e-12, 1.0),
     "image_encoder.image_size": (1, math.inf),
     "image_encoder.layer": (-1, math.inf),
+    "text_encoder.max_tokens": (2, math.inf),
     "schedule.num_train_timesteps": (2, math.inf),
     "schedule.shift": (1e-6, math.inf),
     "diffusion.min_snr_gamma": (1e-6, math.inf),
@@ -110,7 +112,7 @@ def default_config() -> ConfigDict:
     """Every field there is, locked: a name that is not here cannot be set."""
     config = ConfigDict()
 
-    config.task = "set_diffusion"  # what is trained: set_diffusion | autoencoder
+    config.task = "set_diffusion"  # what is trained: set_diffusion | text_to_image | autoencoder
     config.seed = 0  # of the parameters, the order of the data and all noise
 
     config.data = ConfigDict()
@@ -127,6 +129,7 @@ def default_config() -> ConfigDict:
     config.data.threads = 2  # that read and decode
     config.data.log_examples = False  # whether each process writes which sets it saw when, WORKDIR/examples
     config.data.on_error = "stop"  # a damaged record: stop | skip: another set in its place, always the same, counted
+    config.data.caption_tag_dropout = 0.0  # read by task=text_to_image: of each of a caption's tags, which commas part
     # Augmentations are drawn once a set and shared by its images.
     config.data.augment = ConfigDict()
     config.data.augment.enabled = True
@@ -156,7 +159,8 @@ def default_config() -> ConfigDict:
     config.model.norm_num_groups = 16
     config.model.norm_eps = 1e-5
     config.model.use_linear_projection = True  # around the transformers: linear (2.x) or 1x1 convolution (1.x)
-    config.model.attn2 = "image_set"  # image_set | none: the single-image model has none
+    # image_set | text: what task=text_to_image has | none: the single-image model has none
+    config.model.attn2 = "image_set"
     config.model.order_embedding = False  # whether attn2 is told the positions of the images in their set
     config.model.clean_sees = "preceding"  # clean images see preceding: those up to itself | itself: only that
     # Within images and within sets. auto: what the platform runs best, see attention/backends.py: resolve. prefix:
@@ -171,6 +175,10 @@ def default_config() -> ConfigDict:
     config.image_encoder.path = ""  # a DINOv2 in transformers' layout
     config.image_encoder.image_size = 224  # pixels a side that it is shown; a multiple of its patches
     config.image_encoder.layer = -1  # tokens after so many of its blocks; -1: after all of them and the last norm
+
+    config.text_encoder = ConfigDict()  # read by task=text_to_image
+    config.text_encoder.path = ""  # a CLIP text encoder or a BERT in transformers' layout, its tokenizer beside it
+    config.text_encoder.max_tokens = 77  # of a caption; longer ones are cut
 
     config.init = ConfigDict()
     config.init.path = "pretrained/unet"  # a U-Net in diffusers' layout to start from; empty: from scratch
@@ -190,7 +198,7 @@ def default_config() -> ConfigDict:
     config.diffusion = ConfigDict()  # the objective
     config.diffusion.loss_weight = "uniform"  # uniform | min_snr
     config.diffusion.min_snr_gamma = 5.0  # read by loss_weight=min_snr
-    config.diffusion.context_dropout = 0.1  # of sets trained without any context, for guidance
+    config.diffusion.context_dropout = 0.1  # of sets trained without any context (or caption), for guidance
     config.diffusion.clean_timestep = 0  # the timestep that the clean branch is told
 
     config.optimizer = ConfigDict()  # AdamW
@@ -308,8 +316,18 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.train.parameters is {config.train.parameters}; only M2M trains a part of its parameters"
         )
-    if config.image_encoder.path and config.model.attn2 == "none":
-        raise UserError("config.image_encoder.path is set; model.attn2='none' attends to no image")
+    if config.image_encoder.path and config.model.attn2 != "image_set":
+        raise UserError(f"config.image_encoder.path is set; model.attn2={config.model.attn2!r} attends to no image")
+    if (config.task == "text_to_image") != (config.model.attn2 == "text") and config.task != "autoencoder":
+        raise UserError(
+            f"config.task is {config.task} and config.model.attn2 {config.model.attn2!r}: "
+            "task='text_to_image' and model.attn2='text' go together"
+        )
+    if (config.task == "text_to_image") != bool(config.text_encoder.path):
+        raise UserError(
+            f"config.task is {config.task} and config.text_encoder.path {config.text_encoder.path!r}: "
+            "task='text_to_image' needs a text encoder, and no other task has one"
+        )
     if config.image_encoder.path and config.data.name == "precomputed":
         raise UserError("config.image_encoder.path is set; it encodes images, and data.name=precomputed holds latents")
     if config.task == "autoencoder":

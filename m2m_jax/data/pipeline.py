@@ -24,7 +24,7 @@ from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white
 
 # Independent random streams of one example.
-_ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM, _SUBSTITUTE_STREAM = 0, 1, 2, 3
+_ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM, _SUBSTITUTE_STREAM, _CAPTION_STREAM = 0, 1, 2, 3, 4
 # With data.on_error=skip: so many sets are tried in the place of a damaged one, and so many are told of.
 _MAX_SUBSTITUTES, _MAX_TOLD = 10, 10
 # Decoded and resized images are kept up to this much; the whole emoji data set at 32 px takes 75 MB.
@@ -33,12 +33,13 @@ _CACHE_BYTES = 256 * 2**20
 _BATCHED = {
     "images_nhwc": "images_bnhwc",
     "latents_nhwc": "latents_bnhwc",
+    "token_ids_ns": "token_ids_bns",
     "example_index": "example_index_b",
     "record_index": "record_index_b",
     "substituted": "substituted_b",
 }
 # What a step computes with. The rest of a batch says what it is, and stays on the host.
-_INPUTS = ("images_bnhwc", "latents_bnhwc")
+_INPUTS = ("images_bnhwc", "latents_bnhwc", "token_ids_bns")
 _ENDLESS = 2**48  # number of examples: more than any run takes
 
 
@@ -110,14 +111,23 @@ SOURCES: dict[str, Callable[[ConfigDict, str], RecordSource]] = {
 class SetExamples:
     """Example i, for any i: {"images_nhwc": uint8 [N, S, S, 3], "example_index", "record_index", "substituted"}.
 
-    Of precomputed latents, {"latents_nhwc": float32 [N, h, w, c]} in the place of the images.
+    Of precomputed latents, {"latents_nhwc": float32 [N, h, w, c]} in the place of the images. With a tokenizer there
+    are captions, too: {"token_ids_ns": int32 [N, s]}, each image's own or, where there is none, its set's.
     With one image a set (N = 1) an epoch goes through all images, otherwise through all sets.
 
     A damaged record raises BadRecord. With data.on_error=skip another one takes its place, which is drawn from
     (seed, i) alone: the same on every resume and for any number of processes. `substituted` says so.
     """
 
-    def __init__(self, source: RecordSource, config: ConfigDict, *, seed: int, augment: bool):
+    def __init__(
+        self,
+        source: RecordSource,
+        config: ConfigDict,
+        *,
+        seed: int,
+        augment: bool,
+        tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
+    ):
         wanted = config.images_per_set
         if wanted < 1:
             raise UserError(f"data.images_per_set={wanted}: must be at least 1")
@@ -142,6 +152,7 @@ class SetExamples:
             _warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
         self._images_per_set, self._image_size = wanted, config.image_size
         self._precomputed = config.name == "precomputed"
+        self._tokenizer, self._tag_dropout = tokenizer, config.caption_tag_dropout if augment else 0.0
         self._augment = None
         if augment and config.augment.enabled:
             self._augment = augmentation.SetAugmentation.from_config(config.augment)
@@ -162,6 +173,7 @@ class SetExamples:
             try:
                 return {
                     **self._content(index, record, chosen),
+                    **self._captions(index, record, chosen),
                     "example_index": np.int64(index),
                     "record_index": np.int64(record),
                     "substituted": np.bool_(attempt > 0),
@@ -185,6 +197,15 @@ class SetExamples:
         if self._augment is None:
             return {"images_nhwc": on_white(images)}
         return {"images_nhwc": self._augment(images, self._rng(_AUGMENTATION_STREAM, index))}
+
+    def _captions(self, index: int, record: int, chosen: np.ndarray) -> dict:
+        """Raises BadRecord."""
+        if self._tokenizer is None:
+            return {}
+        of_set = self._source[record]
+        captions = [of_set.image_captions[image] if of_set.image_captions else of_set.caption for image in chosen]
+        rng = self._rng(_CAPTION_STREAM, index)
+        return {"token_ids_ns": self._tokenizer([drop_tags(text, self._tag_dropout, rng) for text in captions])}
 
     def _tell(self, index: int, error: BadRecord) -> None:
         with self._lock:
@@ -239,16 +260,38 @@ class SetExamples:
         return pixels
 
 
-def open_examples(data_config: ConfigDict, *, split: str, seed: int, augment: bool = True) -> SetExamples:
+def drop_tags(caption: str, share: float, rng: np.random.Generator) -> str:
+    """A caption without each of its tags, which commas part, with probability `share`; one stays in any case.
+
+    So a model learns what each tag says by itself, and what a caption leaves open.
+    """
+    if not share:
+        return caption
+    tags = caption.split(",")
+    keep = rng.random(len(tags)) >= share
+    keep[rng.integers(len(tags))] |= not keep.any()
+    return ",".join(tag for tag, kept in zip(tags, keep, strict=True) if kept).strip()
+
+
+def open_examples(
+    data_config: ConfigDict,
+    *,
+    split: str,
+    seed: int,
+    augment: bool = True,
+    tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
+) -> SetExamples:
     """The examples of a split: "train", "validation" or "test".
 
     data_config: the `data` part of the configuration.
-    augment: False composites on white and does nothing else.
+    augment: False composites on white, leaves captions whole, and does nothing else.
+    tokenizer: captions to ids, int32 [captions, s], where they are wanted.
     Raises UserError if the data cannot be used as the configuration asks.
     """
     if data_config.name not in SOURCES:
         raise UserError(f"data.name={data_config.name!r}: known are {', '.join(SOURCES)}")
-    return SetExamples(SOURCES[data_config.name](data_config, split), data_config, seed=seed, augment=augment)
+    source = SOURCES[data_config.name](data_config, split)
+    return SetExamples(source, data_config, seed=seed, augment=augment, tokenizer=tokenizer)
 
 
 def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] | None = None) -> grain.MapDataset:
@@ -259,7 +302,7 @@ def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] 
     Elements, with b = len(rows): {"images_bnhwc": uint8 [b, N, S, S, 3], "example_index_b": int64 [b],
     "record_index_b": int64 [b], the records of the source that they were made from, "substituted_b": bool [b], which of
     them stand in the place of damaged ones}; of precomputed latents "latents_bnhwc": float32 [b, N, h, w, c] in the
-    place of the images.
+    place of the images; of captions "token_ids_bns": int32 [b, N, s].
     """
     rows = tuple(range(batch_size) if rows is None else rows)
     share = len(rows)
@@ -281,7 +324,7 @@ def _warn(text: str) -> None:
 
 
 def inputs(batch: dict) -> dict:
-    """What of a batch goes to the devices: images or latents."""
+    """What of a batch goes to the devices: images or latents, and captions."""
     return {name: value for name, value in batch.items() if name in _INPUTS}
 
 

@@ -58,9 +58,9 @@ Encode = Callable[[np.ndarray], jax.Array]  # uint8 [batch, S, S, 3] to scaled f
 def main(argv):
     config, output, split = CONFIG.value, Path(OUTPUT.value), SPLIT.value
     config.autoencoder.path = FOLDER.value or config.autoencoder.path
-    config.image_encoder.path = ""  # it has no part in this
     config.data.on_error = "stop"  # every set has its place
     validate(config)
+    config.image_encoder.path = config.text_encoder.path = ""  # they have no part in this
     check_flags(config, output)
     runtime.start()
     index, count = process()

@@ -9,14 +9,12 @@ or different shards of one, never change the same file.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
@@ -26,7 +24,7 @@ from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
 from m2m_jax.errors import UserError
 from m2m_jax.models.autoencoder import AutoencoderConfig
-from m2m_jax.models.parameters import Params
+from m2m_jax.models.parameters import Params, fingerprint
 
 VERSION = 1
 _MAX_SIDE = 2**16  # of images and latents, pixels
@@ -195,12 +193,7 @@ def shard_path(directory: str | Path, split: str, shard: int, num_shards: int) -
 
 def describe_autoencoder(config: AutoencoderConfig, params: Params) -> dict:
     """{"config": its architecture and scaling factor, "sha256": of all its weights}; what JSON holds."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        value = np.ascontiguousarray(params[name], "<f4")
-        digest.update(f"{name} {value.shape}\n".encode())
-        digest.update(value)
-    return {"config": json.loads(json.dumps(dataclasses.asdict(config))), "sha256": digest.hexdigest()}
+    return {"config": json.loads(json.dumps(dataclasses.asdict(config))), "sha256": fingerprint(params)}
 
 
 def require_autoencoder(data: ConfigDict, folder: str, config: AutoencoderConfig, params: Params) -> None:

@@ -38,17 +38,21 @@ class Format:
 
 def read_config(folder: str | Path, library: str) -> dict[str, Any]:
     """The fields of `config.json`. Raises UserError where there is none, or no JSON object in it."""
-    path = Path(folder) / "config.json"
+    return read_json(Path(folder) / "config.json", f"{folder} is not a {library} model folder")
+
+
+def read_json(path: Path, otherwise: str = "a part of the model is missing") -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where there is none; otherwise: what that means."""
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {folder} is not a {library} model folder") from None
+        raise UserError(f"{path} is missing: {otherwise}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is no JSON object: {folder} is not a {library} model folder")
+        raise UserError(f"{path} is no JSON object: {otherwise}")
     return values
 
 
@@ -198,7 +202,7 @@ def _to_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndarr
 def from_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndarray]:
     """A parameter of a torch model under this project's name, in its layout, float32."""
     stem, _, leaf = name.rpartition(".")
-    if leaf == "weight" and stem.endswith("_embedding"):
+    if leaf == "weight" and stem.endswith(("_embedding", "_embeddings")):
         name = f"{stem}.embedding"
     elif leaf == "weight":
         name = f"{stem}.scale" if value.ndim == 1 else f"{stem}.kernel"

@@ -1,7 +1,7 @@
-"""The frozen models beside the U-Net: the autoencoder and, for M2M-DINO, the image encoder.
+"""The frozen models beside the U-Net: the autoencoder and, for M2M-DINO, the image encoder; for text, its encoder.
 
 They decide what the clean images of a set are to the U-Net: latents that stand in its stack, or tokens that it attends
-to.
+to; and what a caption is.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import jax
 from flax import nnx
 
 from m2m_jax.errors import UserError
-from m2m_jax.models import diffusers_folder, transformers_folder
+from m2m_jax.models import diffusers_folder, text_encoders, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config, preprocess
 from m2m_jax.models.folder import config_from, require_same
 from m2m_jax.models.parameters import Params, abstract, merge
+from m2m_jax.models.text_encoders import TextEncoderConfig
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict  # sampling does without
 
 # The keys of their parameters: {AUTOENCODER: {name: array}, IMAGE_ENCODER: ...}.
-AUTOENCODER, IMAGE_ENCODER = "autoencoder", "image_encoder"
+AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER = "autoencoder", "image_encoder", "text_encoder"
 FrozenParams = dict[str, Params]
 
 
@@ -35,15 +36,17 @@ class FrozenModels:
     Attributes:
       image_encoder: None in M2M-Self.
       image_encoder_size: pixels along each side of the images as the encoder sees them.
+      text_encoder: of a text-to-image model; None in M2M.
     """
 
     autoencoder: AutoencoderConfig
     image_encoder: DINOv2Config | None = None
     image_encoder_size: int = 0
+    text_encoder: TextEncoderConfig | None = None
 
     @classmethod
     def load(cls, config: ConfigDict) -> tuple[FrozenModels, FrozenParams]:
-        """Those of a run, from the folders that `config.autoencoder` and `config.image_encoder` name.
+        """Those of a run, from the folders that `autoencoder`, `image_encoder` and `text_encoder` in `config` name.
 
         Raises:
           UserError: a folder holds another model, or not all of it, or none.
@@ -65,8 +68,10 @@ class FrozenModels:
                 )
             models = cls(autoencoder, encoder, size)
             params[IMAGE_ENCODER] = transformers_folder.load_params(folder)
-            require_same(folder, models._encoder_and_shapes[1], params[IMAGE_ENCODER])
-        require_same(config.autoencoder.path, models._autoencoder_and_shapes[1], params[AUTOENCODER])
+        if config.text_encoder.path:
+            encoder, params[TEXT_ENCODER] = text_encoders.load_text_encoder(config.text_encoder.path)
+            models = dataclasses.replace(models, text_encoder=encoder)
+        models.require_params(params, {name: config[name].path for name in params})
         return models, params
 
     @classmethod
@@ -77,12 +82,14 @@ class FrozenModels:
             config_from(AutoencoderConfig, values["autoencoder"], {}),
             config_from(DINOv2Config, encoder, {}) if encoder else None,
             values["image_encoder_size"],
+            text_encoders.from_metadata(values["text_encoder"]) if values["text_encoder"] else None,
         )
 
     @property
     def metadata(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        return dataclasses.asdict(self)
+        text_encoder = text_encoders.to_metadata(self.text_encoder) if self.text_encoder else None
+        return dataclasses.asdict(self) | {"text_encoder": text_encoder}
 
     @property
     def shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -90,7 +97,14 @@ class FrozenModels:
         shapes = {AUTOENCODER: self._autoencoder_and_shapes[1]}
         if self.image_encoder:
             shapes[IMAGE_ENCODER] = self._encoder_and_shapes[1]
+        if self.text_encoder:
+            shapes[TEXT_ENCODER] = self._text_encoder_and_shapes[1]
         return shapes
+
+    def require_params(self, params: FrozenParams, folders: dict[str, str]) -> None:
+        """Raises UserError where `params`, read from `folders`, are not those of these models."""
+        for name, shapes in self.shapes.items():
+            require_same(folders[name], shapes, params[name])
 
     @property
     def context_tokens(self) -> int | None:
@@ -120,6 +134,11 @@ class FrozenModels:
         tokens_bsc = encoder(preprocess(flat_bhwc, self.image_encoder_size))
         return tokens_bsc.reshape(*images_bmhwc.shape[:2], *tokens_bsc.shape[1:])
 
+    def encode_text(self, params: FrozenParams, token_ids_bs: jax.Array) -> jax.Array:
+        """Ids of captions to the tokens [b, s, c] that the U-Net attends to."""
+        encoder = merge(self._text_encoder_and_shapes[0], params[TEXT_ENCODER])
+        return text_encoders.encode_text(encoder, token_ids_bs)
+
     @functools.cached_property
     def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
         return abstract(lambda: AutoencoderKL(self.autoencoder, rngs=nnx.Rngs(0)))
@@ -127,3 +146,7 @@ class FrozenModels:
     @functools.cached_property
     def _encoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
         return abstract(lambda: DINOv2(self.image_encoder, rngs=nnx.Rngs(0)))
+
+    @functools.cached_property
+    def _text_encoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+        return abstract(lambda: text_encoders.make_text_encoder(self.text_encoder))

@@ -4,10 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from m2m_jax.errors import UserError
+from m2m_jax.keys import Stream, stream_key
+from m2m_jax.models.diffusers_folder import load_params, load_unet_config
 from m2m_jax.models.folder import differences
-from m2m_jax.models.parameters import Params
-from m2m_jax.models.unet import UNetConfig
+from m2m_jax.models.parameters import Params, split
+from m2m_jax.models.unet import UNet, UNetConfig
 
 
 def is_set_attention(name: str) -> bool:
@@ -28,6 +32,17 @@ TRAINED: dict[str, Callable[[str], bool]] = {
 }
 
 
+def initial_params(build: Callable[[jax.Array], UNet], config: UNetConfig, folder: str, *, seed: int) -> Params:
+    """Parameters at step 0: from the U-Net in a folder of diffusers' layout, or from scratch where that is empty.
+
+    build: the network of `config`, of a key. Raises UserError as `from_pretrained`.
+    """
+    params = jax.jit(lambda key: split(build(key))[1])(stream_key(seed, 0, Stream.PARAMS))
+    if not folder:
+        return params
+    return from_pretrained(params, config, load_params(folder), load_unet_config(folder), folder)
+
+
 def from_pretrained(
     params: Params, config: UNetConfig, pretrained: Params, pretrained_config: UNetConfig, folder: str
 ) -> Params:
@@ -35,14 +50,15 @@ def from_pretrained(
 
     What of a single-image U-Net is taken over: everything but the attention to text, where it has one. What is new:
     attn2 and the norm before it, in every transformer block. Queries and norm start as copies of attn1's in the same
-    block, and so do keys and values of M2M-Self: they already match like with like. Keys and values of an image
-    encoder's tokens (M2M-DINO) start at random, as they are in `params`. The output projection starts at zero, and
+    block, and so do keys and values of M2M-Self: they already match like with like. Keys and values of an encoder's
+    tokens (M2M-DINO, text) start at random, as they are in `params`. The output projection starts at zero, and
     its bias as the text attention's: at step 0 the network is, whatever the context, the pretrained one with all text
     tokens zero, and the context fades in. Not the paper's choice, which is not known.
 
     Args:
       params: freshly drawn ones of the network of `config`.
-      pretrained: of the network of `pretrained_config`. An M2M network is taken over as it is.
+      pretrained: of the network of `pretrained_config`. An M2M network is taken over as it is, and one that attends to
+        text where this one does.
       folder: where that was read, for messages.
 
     Raises:
@@ -54,7 +70,7 @@ def from_pretrained(
         if ours != theirs
     ]
     new, text_bias = set(), {}
-    if pretrained_config.attn2 != "image_set":
+    if pretrained_config.attn2 not in ("image_set", config.attn2):
         new = {name for name in params if is_set_attention(name)}
         text_bias = {name: x for name, x in pretrained.items() if name.endswith(".attn2.to_out.bias")}
         pretrained = {name: x for name, x in pretrained.items() if not is_set_attention(name)}
@@ -71,7 +87,7 @@ def from_pretrained(
         twin = name.replace(".attn2.", ".attn1.").replace(".norm2.", ".norm1.")
         if ".attn2.to_out." in name:
             started[name] = text_bias.get(name, params[name] * 0)
-        elif ".order." in name or (config.attends_to_encoded and (".to_k." in name or ".to_v." in name)):
+        elif ".order." in name or (config.cross_attention_dim and (".to_k." in name or ".to_v." in name)):
             started[name] = params[name]
         else:
             started[name] = started[twin]

@@ -4,7 +4,10 @@ Flat string keys are what checkpoints, sharding rules, weight folders and export
 is all that `jax.jit`, optax and Orbax need to know of Flax.
 """
 
+import hashlib
+
 import jax
+import numpy as np
 from flax import nnx
 
 Params = dict[str, jax.Array]
@@ -32,6 +35,16 @@ def abstract(build) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
 def count(params: Params) -> int:
     """Number of scalars."""
     return sum(x.size for x in params.values())
+
+
+def fingerprint(params: Params) -> str:
+    """sha256 of all names, shapes and values, as float32."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        value = np.ascontiguousarray(params[name], "<f4")
+        digest.update(f"{name} {value.shape}\n".encode())
+        digest.update(value)
+    return digest.hexdigest()
 
 
 def _path(name: str) -> tuple[str | int, ...]:

@@ -1,4 +1,4 @@
-"""Folders of transformers: what the fields of a CLIP text encoder's and a DINOv2's `config.json` mean here."""
+"""Folders of transformers: what the fields of a text encoder's (CLIP, BERT) and a DINOv2's `config.json` mean here."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 
 from m2m_jax.errors import UserError
 from m2m_jax.models import folder as folders
+from m2m_jax.models.bert import BertConfig
 from m2m_jax.models.clip_text import CLIPTextConfig
 from m2m_jax.models.dinov2 import DINOv2Config
 from m2m_jax.models.parameters import Params
@@ -22,6 +23,26 @@ TRANSFORMERS = folders.Format(
         (".attention.out_proj.", ".attention.output.dense."),
     ),
 )
+
+# BERT's norms stand inside of what they follow there, and its attention's output projection beside the attention.
+BERT_FORMAT = folders.Format(
+    library="transformers",
+    weights="model.safetensors",
+    renamed=(
+        ("embeddings.norm.", "embeddings.LayerNorm."),
+        ("layers.", "encoder.layer."),
+        (".attention.query.", ".attention.self.query."),
+        (".attention.key.", ".attention.self.key."),
+        (".attention.value.", ".attention.self.value."),
+        (".attention.out.", ".attention.output.dense."),
+        (".attention_norm.", ".attention.output.LayerNorm."),
+        (".up.", ".intermediate.dense."),
+        (".down.", ".output.dense."),
+        (".output_norm.", ".output.LayerNorm."),
+    ),
+)
+# What BERT folders may hold and no token's state depends on.
+BERT_UNUSED = ("embeddings.position_ids", "pooler.dense.kernel", "pooler.dense.bias")
 
 # All versions of transformers read CLIP's text encoder with this before every name; 5.x writes it without.
 CLIP_PREFIX = "text_model."
@@ -38,16 +59,31 @@ CLIP_DEFAULTS = {
     "hidden_act": "quick_gelu",
     "eos_token_id": 49407,
 }
+BERT_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 REGISTERS_DEFAULTS = {"patch_size": 16, "num_register_tokens": 4}
 # Fields of DINOv2 that have one value here; another would be another network.
 DINOV2_FIXED = {"hidden_act": "gelu", "num_channels": 3, "qkv_bias": True}
-CLIP_TEXT, DINOV2, DINOV2_WITH_REGISTERS = "clip_text_model", "dinov2", "dinov2_with_registers"  # values of model_type
+BERT_FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+# Values of model_type.
+CLIP_TEXT, BERT, DINOV2, DINOV2_WITH_REGISTERS = "clip_text_model", "bert", "dinov2", "dinov2_with_registers"
 
 
 def load_clip_text_config(folder: str | Path, **overrides) -> CLIPTextConfig:
     """The architecture that a text encoder's folder describes; `overrides` replace fields."""
     values = _read_config(folder, CLIP_TEXT)
     return folders.load_config(CLIPTextConfig, folder, CLIP_DEFAULTS | values, {}, **overrides)
+
+
+def load_bert_config(folder: str | Path, **overrides) -> BertConfig:
+    """The architecture that a BERT folder describes; `overrides` replace fields."""
+    values = _read_config(folder, BERT)
+    folders.require_fixed(folder, values, BERT_FIXED)
+    return folders.load_config(BertConfig, folder, BERT_DEFAULTS | values, {}, **overrides)
 
 
 def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
@@ -72,6 +108,12 @@ def save_clip_text(folder: str | Path, config: CLIPTextConfig, params: Params, d
     folders.save_folder(folder, values, params, dtype, TRANSFORMERS)
 
 
+def save_bert(folder: str | Path, config: BertConfig, params: Params, dtype=np.float32) -> None:
+    """Writes a BERT folder."""
+    values = {"architectures": ["BertModel"], "model_type": BERT, **BERT_FIXED, **dataclasses.asdict(config)}
+    folders.save_folder(folder, values, params, dtype, BERT_FORMAT)
+
+
 def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params, dtype=np.float32) -> None:
     """Writes a DINOv2 folder."""
     architecture, model_type, not_there = "Dinov2Model", DINOV2, "num_register_tokens"
@@ -87,6 +129,12 @@ def load_params(folder: str | Path) -> Params:
     """All parameters of a transformers folder but CLIP_UNUSED; see `folder.load_params`."""
     params = folders.load_params(folder, TRANSFORMERS)
     return {name.removeprefix(CLIP_PREFIX): x for name, x in params.items() if name not in CLIP_UNUSED}
+
+
+def load_bert_params(folder: str | Path) -> Params:
+    """All parameters of a BERT folder but BERT_UNUSED; see `folder.load_params`."""
+    params = folders.load_params(folder, BERT_FORMAT)
+    return {name: x for name, x in params.items() if name not in BERT_UNUSED}
 
 
 def _read_config(folder: str | Path, *model_types: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Autoencoding:
         self.frozen: FrozenParams = {}
 
     summary = "autoencoder"  # what is trained, for the log
+    tokenizer = None  # captions are not read
 
     def _build(self, key: jax.Array | int = 0) -> AutoencoderKL:
         return AutoencoderKL(self.autoencoder_config, rngs=nnx.Rngs(key))

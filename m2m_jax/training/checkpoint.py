@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from m2m_jax.errors import UserError
-from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, FrozenParams
+from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
 from m2m_jax.models.parameters import Params
 from m2m_jax.training import checksums, save_errors
 from m2m_jax.training.config_changes import code_version, config_changes
@@ -43,7 +43,7 @@ from m2m_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 _STATE, _EMA, _ABOUT = "train_state", "ema", "about"
-_ARRAYS = (_STATE, _EMA, AUTOENCODER, IMAGE_ENCODER)
+_ARRAYS = (_STATE, _EMA, AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER)
 _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
 
 # Small arrays are written by one device: to cut one for two takes longer than to write it. Where an array lay is not

@@ -15,11 +15,9 @@ from m2m_jax.data import precomputed
 from m2m_jax.diffusion.objective import SetDraws, draw, set_loss
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
-from m2m_jax.keys import Stream, stream_key
-from m2m_jax.models.diffusers_folder import load_params, load_unet_config
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
-from m2m_jax.models.initialization import from_pretrained, is_set_attention
-from m2m_jax.models.parameters import Params, abstract, merge, split
+from m2m_jax.models.initialization import initial_params, is_set_attention
+from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
 from m2m_jax.sampling.sampler import Sampler
@@ -69,13 +67,7 @@ class SetDiffusion:
 
     def init(self) -> Params:
         """Parameters at step 0: from `config.init.path`, or from scratch where that is empty."""
-        key = stream_key(self.config.seed, 0, Stream.PARAMS)
-        params = jax.jit(lambda key: split(self._build(key))[1])(key)
-        folder = self.config.init.path
-        if folder:
-            pretrained, its_config = load_params(folder), load_unet_config(folder)
-            params = from_pretrained(params, self.unet_config, pretrained, its_config, folder)
-        return params
+        return initial_params(self._build, self.unet_config, self.config.init.path, seed=self.config.seed)
 
     @property
     def summary(self) -> str:
@@ -84,6 +76,7 @@ class SetDiffusion:
         return "set_diffusion" + (f", attention by {attention}" if self.unet_config.attn2 == "image_set" else "")
 
     is_new_parameter = staticmethod(is_set_attention)
+    tokenizer = None  # captions are not read
 
     def draw(self, batch: dict, step: jax.Array) -> SetDraws:
         """What is random in the loss of a batch."""

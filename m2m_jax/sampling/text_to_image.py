@@ -1,0 +1,281 @@
+"""Images from captions: the generator of image sets, from a Stable Diffusion folder or from a run of this project.
+
+Image j of caption i is drawn from noise of (seed, i, j), whatever else is drawn beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from m2m_jax.diffusion.schedule import NoiseSchedule
+from m2m_jax.diffusion.steppers import STEPPERS, advance, begin
+from m2m_jax.errors import UserError
+from m2m_jax.models import diffusers_folder, text_encoders
+from m2m_jax.models.folder import config_from, read_json, require_same
+from m2m_jax.models.frozen import AUTOENCODER, TEXT_ENCODER, FrozenModels, FrozenParams
+from m2m_jax.models.parameters import Params, abstract, fingerprint, merge
+from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
+from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.sampling.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from m2m_jax.training.checkpoint import SavedModel
+
+UNET = "unet"
+MODEL_INDEX = "model_index.json"
+PIPELINE = "StableDiffusionPipeline"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPrograms:
+    """What the programs are compiled for. Static and hashable."""
+
+    unet_config: UNetConfig
+    models: FrozenModels
+    schedule: NoiseSchedule
+    settings: SamplingSettings
+    image_size: int
+
+    def __post_init__(self):
+        self.table  # noqa: B018 (refuses a stepper that is none for this schedule, and too many steps)
+
+    @functools.cached_property
+    def table(self):
+        """The steps of an image."""
+        return STEPPERS[self.settings.stepper](self.schedule, self.settings.steps)
+
+    def generate(
+        self,
+        params: dict[str, Params],
+        token_ids_bs: jax.Array,
+        empty_ids_1s: jax.Array,
+        index_b: jax.Array,
+        images_n: jax.Array,
+        seed: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Latents [b, n, h, w, c], float32 and scaled, and uint8 images [b, n, image_size, image_size, 3]."""
+        b, n = len(index_b), len(images_n)
+        unet, guidance = merge(_graphdef(self.unet_config), params[UNET]), self.settings.guidance
+        shape = self.models.latent_shape(self.image_size)
+
+        def key(index, image):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), image)
+
+        keys_k = jax.vmap(lambda index: jax.vmap(lambda image: key(index, image))(images_n))(index_b).reshape(b * n)
+        tokens_ksc = jnp.repeat(self.models.encode_text(params, token_ids_bs), n, axis=0)
+        if guidance.guides:
+            empty_1sc = self.models.encode_text(params, empty_ids_1s)
+            tokens_ksc = jnp.concatenate([tokens_ksc, jnp.broadcast_to(empty_1sc, tokens_ksc.shape)])
+
+        def fresh_noise(number):
+            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1 + number), shape))(keys_k)
+
+        def network(noised_khwc, timestep):
+            both_khwc = jnp.concatenate([noised_khwc] * 2) if guidance.guides else noised_khwc
+            output_khwc = unet(both_khwc, jnp.broadcast_to(timestep, both_khwc.shape[:1]), tokens_ksc)
+            if not guidance.guides:
+                return output_khwc
+            return guidance(*jnp.split(output_khwc, 2), timestep / self.schedule.num_train_timesteps)
+
+        carry = begin(self.table, jax.vmap(lambda key: jax.random.normal(key, shape))(keys_k))
+        steps = len(self.table.timestep)
+        latents_khwc = advance(self.schedule, self.table, network, carry, fresh_noise, 0, steps)["x"]
+        latents_bnhwc = latents_khwc.reshape(b, n, *shape)
+        return latents_bnhwc, self.models.decode(params, latents_bnhwc)
+
+
+class TextToImage:
+    """A text-to-image model with its parameters in place.
+
+    Attributes:
+      image_size: pixels along each side.
+      num_devices: that share the captions of a call.
+      about: what its images depend on beside captions and seed, as JSON can hold it.
+    """
+
+    def __init__(
+        self,
+        programs: TextPrograms,
+        params: dict[str, Params],
+        tokenizer: Tokenizer,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """params: {"unet": ..., and each frozen model's}. devices: this process's, if None."""
+        self.image_size, self._programs = programs.image_size, programs
+        self._mesh = Mesh(np.array(devices or jax.local_devices()), ("data",))
+        self.num_devices = self._mesh.size
+        self._tokenizer, self._empty_ids_1s = tokenizer, tokenizer([""])
+        weights = {name: fingerprint(of_model) for name, of_model in sorted(params.items())}
+        self.about: dict[str, Any] = {
+            "weights": weights | {"tokenizer": hashlib.sha256(tokenizer.text.encode()).hexdigest()},
+            "schedule": programs.schedule.to_config(),
+            "settings": dataclasses.asdict(programs.settings),
+            "dtype": programs.unet_config.dtype,
+            "image_size": programs.image_size,
+        }
+        self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+        shared, split = (NamedSharding(self._mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+        self._generate = jax.jit(
+            programs.generate,
+            in_shardings=(shared, split, shared, split, shared, shared),
+            out_shardings=(split, split),
+        )
+
+    @property
+    def autoencoder(self) -> tuple[Any, Params]:
+        """The config of the one whose latents it makes, and its parameters."""
+        return self._programs.models.autoencoder, self._params[AUTOENCODER]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of an image."""
+        return self._programs.models.latent_shape(self.image_size)
+
+    def generate(
+        self, captions: Sequence[str], index_b: Sequence[int], images_n: Sequence[int], seed: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Images number `images_n` of each caption. Returns at once, before the device has made them.
+
+        Args:
+          captions: b of them, a multiple of `num_devices`.
+          index_b: the number of each, of which its noise depends.
+
+        Returns:
+          Latents float32 [b, n, h, w, c], scaled; images uint8 [b, n, image_size, image_size, 3].
+        """
+        return self.generate_from_ids(self._tokenizer(captions), index_b, images_n, seed)
+
+    def generate_from_ids(
+        self, token_ids_bs: np.ndarray, index_b: Sequence[int], images_n: Sequence[int], seed: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """`generate` of captions that are token ids already."""
+        numbers = (np.asarray(x, np.uint32) for x in (index_b, images_n, seed))
+        return self._generate(self._params, token_ids_bs, self._empty_ids_1s, *numbers)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        image_size: int | None = None,
+        dtype: str | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        **settings,
+    ) -> TextToImage:
+        """A Stable Diffusion folder in diffusers' layout, or a run of `task=text_to_image`.
+
+        Args:
+          image_size: pixels along each side, if not those that the model was trained at.
+          dtype: of the U-Net's computation; None: float32, or what a run trained in.
+          settings: fields of `SamplingSettings`; what is not given, a run's config says.
+
+        Raises:
+          UserError: it is neither, or a part is missing or another model's.
+        """
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if (Path(path) / MODEL_INDEX).is_file():
+            return _open_folder(cls, Path(path), image_size, dtype, devices, settings)
+        if Path(path).is_dir() and any((Path(path) / name).is_dir() for name in ("unet", "vae", "text_encoder")):
+            raise UserError(f"{path} has no {MODEL_INDEX}: name the folder of a whole Stable Diffusion pipeline")
+        from m2m_jax.training.checkpoint import load_for_sampling  # Orbax is slow to import
+
+        return cls.from_saved(
+            load_for_sampling(path), path, image_size=image_size, dtype=dtype, devices=devices, **settings
+        )
+
+    @classmethod
+    def from_saved(
+        cls,
+        saved: SavedModel,
+        path: str | Path,
+        *,
+        image_size: int | None = None,
+        dtype: str | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        **settings,
+    ) -> TextToImage:
+        """Of a checkpoint that was read already; path: where, for messages."""
+        try:
+            config = saved.metadata["config"]
+            if config["task"] != "text_to_image":
+                raise UserError(f"{path} holds a run of task {config['task']!r}, which makes no images of text")
+            unet = {**saved.metadata["unet"], **({"dtype": dtype} if dtype else {})}
+            models = FrozenModels.from_metadata(saved.metadata["frozen"])
+            programs = TextPrograms(
+                config_from(UNetConfig, unet, {}),
+                models,
+                NoiseSchedule.from_config(config["schedule"]),
+                config_from(SamplingSettings, config["sample"], {}, **settings),
+                image_size or range(2**16)[config["data"]["image_size"]],
+            )
+            models.require_params(saved.frozen, dict.fromkeys(saved.frozen, str(path)))
+            tokenizer = Tokenizer(saved.metadata["tokenizer"])
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"what {path} says of its model is damaged ({error!r}); use another checkpoint") from error
+        _require_multiple(programs)
+        return cls(programs, {UNET: saved.ema_params, **saved.frozen}, tokenizer, devices)
+
+
+def _open_folder(
+    cls, folder: Path, image_size: int | None, dtype: str | None, devices: Sequence[jax.Device] | None, settings: dict
+) -> TextToImage:
+    kind = read_json(folder / MODEL_INDEX).get("_class_name")
+    if kind != PIPELINE:
+        raise UserError(f"{folder} is a {kind}; image sets are built with a {PIPELINE} (Stable Diffusion 1.x, 2.x)")
+    unet_folder, text_folder = folder / "unet", folder / "text_encoder"
+    unet_config = diffusers_folder.load_unet_config(unet_folder, dtype=dtype or "float32")
+    autoencoder = diffusers_folder.load_autoencoder_config(folder / "vae")
+    text_encoder, text_params = text_encoders.load_text_encoder(text_folder)
+    if unet_config.attn2 != "text" or unet_config.cross_attention_dim != text_encoder.hidden_size:
+        raise UserError(
+            f"{unet_folder} attends to tokens of width {unet_config.cross_attention_dim}, and {text_folder} makes some "
+            f"of {text_encoder.hidden_size}: these are of two models"
+        )
+    if unet_config.in_channels != autoencoder.latent_channels:
+        raise UserError(
+            f"{unet_folder} takes {unet_config.in_channels} channels, and latents of {folder / 'vae'} have "
+            f"{autoencoder.latent_channels}: not a text-to-image model, or of two"
+        )
+    models = FrozenModels(autoencoder, text_encoder=text_encoder)
+    frozen: FrozenParams = {AUTOENCODER: diffusers_folder.load_params(folder / "vae"), TEXT_ENCODER: text_params}
+    models.require_params(frozen, {AUTOENCODER: str(folder / "vae"), TEXT_ENCODER: str(text_folder)})
+    unet_params = diffusers_folder.load_params(unet_folder)
+    require_same(unet_folder, abstract(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))[1], unet_params)
+    schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    trained_at = read_json(unet_folder / "config.json").get("sample_size", 64)
+    if image_size is None and type(trained_at) is not int:
+        raise UserError(f"{unet_folder}/config.json: sample_size is {trained_at!r:.60}; give the image size")
+    programs = TextPrograms(
+        unet_config,
+        models,
+        schedule,
+        SamplingSettings(**settings),
+        image_size or trained_at * autoencoder.downsampling,
+    )
+    _require_multiple(programs)
+    tokenizer = load_tokenizer(str(folder / "tokenizer"), text_encoder.max_position_embeddings)
+    return cls(programs, {UNET: unet_params, **frozen}, tokenizer, devices)
+
+
+def _require_multiple(programs: TextPrograms) -> None:
+    factor = programs.models.autoencoder.downsampling * 2 ** (len(programs.unet_config.block_out_channels) - 1)
+    if programs.image_size % factor or programs.image_size < factor:
+        raise UserError(f"the image size is {programs.image_size}; this model needs a multiple of {factor}")
+
+
+@functools.cache
+def _graphdef(config: UNetConfig) -> nnx.GraphDef:
+    return abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))[0]

@@ -1,0 +1,157 @@
+"""The task of text-to-image: latent diffusion of single images under their captions, as Stable Diffusion is trained.
+
+Its models generate the image sets that M2M learns from (`m2m_jax.data.build_mis`).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from PIL import Image
+
+from m2m_jax.configuration import to_json
+from m2m_jax.data import precomputed
+from m2m_jax.diffusion.objective import SetDraws, draw
+from m2m_jax.diffusion.schedule import NoiseSchedule
+from m2m_jax.keys import Stream, stream_key
+from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
+from m2m_jax.models.initialization import initial_params, is_set_attention
+from m2m_jax.models.parameters import Params, abstract, merge
+from m2m_jax.models.tokenizer import load_tokenizer
+from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
+from m2m_jax.sampling.text_to_image import TextToImage
+from m2m_jax.training.checkpoint import SavedModel
+
+
+class TextToImageTask:
+    """Loss, evaluation and sample grid of a U-Net that attends to captions, in the latent space of an autoencoder."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.models, self.frozen = FrozenModels.load(config)
+        if config.data.name == "precomputed":
+            precomputed.require_autoencoder(
+                config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER]
+            )
+        self.tokenizer = load_tokenizer(config.text_encoder.path, config.text_encoder.max_tokens)
+        self.empty_ids_1s = self.tokenizer([""])
+        self.schedule = NoiseSchedule.from_config(config.schedule)
+        channels = self.models.autoencoder.latent_channels
+        self.unet_config = UNetConfig(
+            in_channels=channels,
+            out_channels=channels,
+            cross_attention_dim=self.models.text_encoder.hidden_size,
+            **{**config.model, "attention_backend": "prefix"},
+        )
+        self.unet, self.shapes = abstract(self._build)
+
+    summary = "text_to_image"  # what is trained, for the log
+
+    def _build(self, key: jax.Array | int = 0) -> UNet:
+        return UNet(self.unet_config, rngs=nnx.Rngs(key))
+
+    def init(self) -> Params:
+        """Parameters at step 0: from `config.init.path`, or from scratch where that is empty."""
+        return initial_params(self._build, self.unet_config, self.config.init.path, seed=self.config.seed)
+
+    is_new_parameter = staticmethod(is_set_attention)  # attn2, whatever it attends to
+
+    def draw(self, batch: dict, step: jax.Array) -> SetDraws:
+        """What is random in the loss of a batch; the context of an image is its caption."""
+        config, shape = self.config, (*batch["token_ids_bns"].shape[:2], *self._latent_shape)
+        return draw(self.schedule, shape, seed=config.seed, step=step, config=config.diffusion)
+
+    def loss(self, params: Params, frozen: FrozenParams, batch: dict, draws: SetDraws) -> tuple[jax.Array, dict]:
+        """Scalar loss and scalars for the log. Where the draws say so, the caption is the empty one, for guidance."""
+        ids_bns = jnp.where(draws.keep_context_b[:, None, None], batch["token_ids_bns"], self.empty_ids_1s[None])
+        error_bn = self._squared_error(params, frozen, batch, ids_bns, draws.noise_bnhwc, draws.timestep_bn)
+        config = self.config.diffusion
+        weight_bn = self.schedule.loss_weight(draws.timestep_bn, config.loss_weight, config.min_snr_gamma)
+        loss = jnp.mean(weight_bn * error_bn)
+        return loss, {"loss": loss}
+
+    def evaluate(
+        self, params: Params, frozen: FrozenParams, batch: dict, batch_index: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Is the caption used? Losses of held-out images under their own, under another's and under the empty caption,
+        with the same noise and timestep."""
+        ids_bns = batch["token_ids_bns"]
+        shape = (*ids_bns.shape[:2], *self._latent_shape)
+        noise_key, timestep_key = jax.random.split(stream_key(self.config.seed, batch_index, Stream.EVAL))
+        # A timestep in each of as many equal strata as there are images.
+        fraction_bn = (jnp.arange(math.prod(shape[:2])) + jax.random.uniform(timestep_key)).reshape(shape[:2])
+        timestep_bn = (fraction_bn / math.prod(shape[:2]) * self.schedule.num_train_timesteps).astype(jnp.int32)
+        noise_bnhwc = jax.random.normal(noise_key, shape)
+        captions = {
+            "loss_own_caption": ids_bns,
+            "loss_other_caption": jnp.roll(ids_bns, 1, axis=0),
+            "loss_no_caption": jnp.broadcast_to(self.empty_ids_1s[None], ids_bns.shape),
+        }
+        return {
+            name: jnp.mean(self._squared_error(params, frozen, batch, ids_bns, noise_bnhwc, timestep_bn))
+            for name, ids_bns in captions.items()
+        }
+
+    @staticmethod
+    def score(means: dict[str, float]) -> float:
+        """Which checkpoint is best, by the means over an evaluation's batches: lower is better."""
+        return means["eval/loss_own_caption"]
+
+    def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
+        """Held-out images above what is generated from their captions."""
+        ids_bns = np.asarray(batch["token_ids_bns"])
+        if "latents_bnhwc" in batch:
+            images_bnhwc = np.asarray(jax.jit(self.models.decode)(self.frozen, batch["latents_bnhwc"]))
+        else:
+            images_bnhwc = np.asarray(batch["images_bnhwc"])
+        generator = TextToImage.from_saved(
+            SavedModel(self.metadata, params, self.frozen, step), "this run", devices=jax.local_devices()[:1]
+        )
+        made_bnhwc = generator.generate_from_ids(ids_bns[:, 0], np.arange(len(ids_bns)), [0], self.config.seed)[1]
+        width = math.gcd(len(ids_bns), 8)
+        pairs = zip(
+            *(np.asarray(x)[:, 0].reshape(-1, width, *x.shape[2:]) for x in (images_bnhwc, made_bnhwc)), strict=True
+        )
+        return contact_sheet(
+            [Row("", [Group("held out", list(a)), Group("of its caption", list(b))]) for a, b in pairs]
+        )
+
+    @property
+    def metadata(self) -> dict:
+        """What a checkpoint must say so that it can be sampled from alone."""
+        return {
+            "config": to_json(self.config),
+            "unet": dataclasses.asdict(self.unet_config),
+            "frozen": self.models.metadata,
+            "tokenizer": self.tokenizer.text,
+        }
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        return self.models.latent_shape(self.config.data.image_size)
+
+    def _squared_error(
+        self,
+        params: Params,
+        frozen: FrozenParams,
+        batch: dict,
+        ids_bns: jax.Array,
+        noise_bnhwc: jax.Array,
+        timestep_bn: jax.Array,
+    ) -> jax.Array:
+        """Of the prediction for each image, [b, n]."""
+        latents_bnhwc = batch.get("latents_bnhwc")
+        if latents_bnhwc is None:
+            latents_bnhwc = self.models.encode(frozen, batch["images_bnhwc"])
+        noised_bnhwc = self.schedule.add_noise(latents_bnhwc, noise_bnhwc, timestep_bn)
+        target_bnhwc = self.schedule.target(latents_bnhwc, noise_bnhwc, timestep_bn)
+        noised_khwc, ids_ks = jax.lax.collapse(noised_bnhwc, 0, 2), jax.lax.collapse(ids_bns, 0, 2)
+        timestep_k = self.schedule.network_timestep(timestep_bn).reshape(-1)
+        tokens_ksc = self.models.encode_text(frozen, ids_ks)
+        output_khwc = merge(self.unet, params)(noised_khwc, timestep_k, tokens_ksc)
+        return jnp.mean((output_khwc.reshape(target_bnhwc.shape) - target_bnhwc) ** 2, axis=(2, 3, 4))
