@@ -106,7 +106,7 @@ def clean_captions(
             continue
         kept.append((row, spaced))
         if rules.drop_duplicates:
-            digests.append(_digest(spaced))
+            digests.append(digest(spaced))
     if rules.drop_duplicates and kept:
         # 8 bytes a caption, where a set of strings would need as much as the captions.
         first = np.sort(np.unique(np.frombuffer(digests, np.uint64), return_index=True)[1])
@@ -134,8 +134,9 @@ def _is_latin(character: str) -> bool:
     return character.isalpha() and "LATIN " in unicodedata.name(unicodedata.normalize("NFKC", character)[0], "")
 
 
-def _digest(caption: str) -> int:
-    """64 bits: among 12 million captions the chance that any two that differ agree is 4 in a million."""
+def digest(caption: str) -> int:
+    """64 bits of a caption, the same for those that count as duplicates. Among 12 million captions the
+    chance that any two that differ agree is 4 in a million."""
     if not caption.isascii():
         caption = " ".join(unicodedata.normalize("NFKC", caption).split())
     return int.from_bytes(hashlib.blake2b(caption.casefold().encode(), digest_size=8).digest(), "little")

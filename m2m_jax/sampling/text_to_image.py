@@ -125,11 +125,15 @@ class TextToImage:
             "image_size": programs.image_size,
         }
         self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
-        shared, split = (NamedSharding(self._mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+        shared, split = PartitionSpec(), PartitionSpec("data")
+        # Each device runs the program by itself. Left to XLA they exchange halves of the guided batch at every step.
         self._generate = jax.jit(
-            programs.generate,
-            in_shardings=(shared, split, shared, split, shared, shared),
-            out_shardings=(split, split),
+            jax.shard_map(
+                programs.generate,
+                mesh=self._mesh,
+                in_specs=(shared, split, shared, split, shared, shared),
+                out_specs=split,
+            )
         )
 
     @property

@@ -22,8 +22,9 @@ class Interruption:
     once. With several processes one that is told tells all, and all stop after the same step.
     """
 
-    def __init__(self):
-        self._joined = jax.distributed.is_initialized()
+    def __init__(self, together: bool = True):
+        """together: whether processes stop together; each may be at another step, and stop by itself, where not."""
+        self._joined = together and jax.distributed.is_initialized()
         self._asked_until = 0
         self._stopping = False
         self._terminated = False
@@ -45,14 +46,14 @@ class Interruption:
     def __exit__(self, *error: object) -> None:
         os.close(signal.set_wakeup_fd(self._wakeup))  # which ends the thread
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: JAX's, which is not Python's
         self._thread.join()
         os.close(self._pipe)
 
     def requested(self, step: int) -> bool:
         """Whether to save and stop after this step: all processes call it after every step, and hear the same."""
         if not self._joined:
-            self._stopping = self._terminated or self._presses > 0
+            return self._terminated or self._presses > 0
         # JAX agrees on the step after the last one that any process has asked about, and says yes at that one alone: a
         # run that resumes, or was told before its first step, must not jump over it.
         for number in range(min(self._asked_until + 1, step), step + 1):

@@ -83,7 +83,7 @@ class MetricWriter:
         left = ""
         if step > first_step:
             seconds_per_step = (now - first_time) / (step - first_step)
-            left = f"  {_duration(seconds_per_step * (self._total_steps - step))} left"
+            left = f"  {duration(seconds_per_step * (self._total_steps - step))} left"
         text = (
             f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  loss {loss:.4f}  "
             f"{images_per_second:.1f} images/s  data wait {data_wait_share:.0%}{left}"
@@ -175,7 +175,8 @@ def forget_after(path: Path, step: int) -> None:
     os.replace(partial, path)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,0 +1,238 @@
+"""Writes what `mis.py` describes: every file whole or not at all, by any number of processes."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from m2m_jax.data import mis, records
+from m2m_jax.data.mis import Build, Manifest, Shard, ShardReport
+from m2m_jax.errors import UserError
+from m2m_jax.training.save_errors import reason
+
+_UNFINISHED = ".partial"  # how the name of a file ends while it is written
+# Ours: processes of several hosts, or containers, may have one number.
+_ME = f"{os.getpid()}-{secrets.token_hex(4)}"
+_TRIES = 10  # to write a file that other processes write alike
+
+
+def start(directory: str | Path, build: Build) -> None:
+    """Writes `build.json`, or finds it there.
+
+    Raises UserError where the folder holds another build or something else, or cannot be written.
+    """
+    path = mis.folder(directory) / mis.BUILD
+    try:
+        if not path.exists():
+            others = [name for name in _names(path.parent) if not name.endswith(_UNFINISHED)]
+            if others:
+                raise UserError(f"{path.parent} holds {others[0]}, and no build of this program: name another --output")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_json(path, build)
+    except OSError as error:
+        raise UserError(f"--output={directory} cannot be written: {error.strerror}") from error
+    there = mis.read_build(directory)
+    wanted = json.loads(json.dumps(dataclasses.asdict(build)))
+    found = dataclasses.asdict(there)
+    for values in (wanted, found):
+        values.pop("command")
+    if (different := _first_difference(found, wanted)) is not None:
+        raise UserError(f"{path} is of another build: {different}; name another --output, or remove {path.parent}")
+
+
+def finish(directory: str | Path, build: Build) -> Manifest | None:
+    """Writes TFDS's files and the manifest if all shards are done; None if some are not.
+
+    The same whoever calls it: several processes may, at once.
+    """
+    shards = build.shards
+    if not all(mis.report_path(directory, shard).exists() for shard in shards):
+        return None
+    reports = [mis.read_report(directory, shard) for shard in shards]
+    splits = {split: [report for shard, report in zip(shards, reports) if shard.split == split] for split in mis.SPLITS}
+    splits = {split: found for split, found in splits.items() if found}
+    manifest = Manifest(
+        version=mis.VERSION,
+        settings=build.settings,
+        sets=sum(len(report.num_images) for report in reports),
+        images=sum(sum(report.num_images) for report in reports),
+        dropped={
+            "captions": build.dropped_captions,
+            "images": _total(report.dropped_images for report in reports),
+            "sets": _total(report.dropped_sets for report in reports),
+        },
+        splits=splits,
+    )
+    path = mis.folder(directory)
+    with disk_errors(path):
+        _write_tfds(path, splits)
+        _write_json(path / mis.MANIFEST, manifest)
+        _remove_leftovers(path)
+    return manifest
+
+
+class ShardWriter:
+    """Writes one shard, whole or not at all; the same records make the same bytes."""
+
+    def __init__(self, directory: str | Path, shard: Shard, made_on: str):
+        """Raises UserError, as all methods do, where the disk is full or cannot be written."""
+        self._directory, self._shard, self._made_on = directory, shard, made_on
+        self._path = mis.folder(directory) / shard.name
+        self._aside = _aside(self._path)
+        self._num_images: list[int] = []
+        self._dropped_images: collections.Counter[str] = collections.Counter()
+        self._dropped_sets: collections.Counter[str] = collections.Counter()
+        with disk_errors(self._path):
+            _remove_leftovers(self._path.parent, shard.name)
+            self._writer = ArrayRecordWriter(str(self._aside), "group_size:1")
+
+    def add(self, serialized: bytes, num_images: int) -> None:
+        with disk_errors(self._path):
+            self._writer.write(serialized)
+        self._num_images.append(num_images)
+
+    def count_dropped(self, images: Mapping[str, int], set_by: str | None = None) -> None:
+        """images: of one set, by rule. set_by: the rule that dropped the set."""
+        self._dropped_images.update(images)
+        if set_by is not None:
+            self._dropped_sets[set_by] += 1
+
+    def finish(self) -> None:
+        """The records are on disk before their name is, and that before what describes them."""
+        with disk_errors(self._path):
+            self._writer.close()
+            try:
+                sha256 = _flush_and_hash(self._aside)
+            except FileNotFoundError:  # taken for a leftover by the other
+                raise UserError(
+                    f"{self._path} is written by two processes: give each a --process_index of its own"
+                ) from None
+            report = ShardReport(
+                name=self._shard.name,
+                sha256=sha256,
+                num_bytes=self._aside.stat().st_size,
+                captions=len(self._shard.captions),
+                num_images=self._num_images,
+                dropped_images=_total([self._dropped_images]),
+                dropped_sets=_total([self._dropped_sets]),
+                made_on=self._made_on,
+            )
+            self._aside.replace(self._path)
+            _write_json(mis.report_path(self._directory, self._shard), report)
+
+    def abandon(self) -> None:
+        """Leaves nothing."""
+        with contextlib.suppress(RuntimeError):
+            self._writer.close()
+        with contextlib.suppress(OSError):
+            self._aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What a full or read-only disk says, as a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
+        if why := reason(error):
+            raise UserError(f"{path} cannot be written: {why}") from error
+        raise
+
+
+def _write_tfds(path: Path, splits: Mapping[str, list[ShardReport]]) -> None:
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=mis.KIND, version=tfds.core.Version(mis.TFDS_VERSION), data_dir=str(path), module_name=""
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity, description=mis.__doc__, features=records.features(), disable_shuffling=True
+    )
+    info.set_file_format("array_record")
+    template = tfds.core.ShardedFileTemplate(data_dir=path, dataset_name=mis.KIND, filetype_suffix="array_record")
+    info.set_splits(
+        tfds.core.splits.SplitDict(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[len(report.num_images) for report in reports],
+                num_bytes=sum(report.num_bytes for report in reports),
+                filename_template=template,
+            )
+            for split, reports in splits.items()
+        )
+    )
+    with tempfile.TemporaryDirectory() as elsewhere:
+        info.write_to_directory(elsewhere)
+        for file in sorted(Path(elsewhere).iterdir()):
+            _write(path / file.name, file.read_bytes())
+
+
+def _write_json(path: Path, values: Any) -> None:
+    _write(path, (json.dumps(dataclasses.asdict(values)) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    aside = _aside(path)
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+            return
+        except FileNotFoundError:  # taken for a leftover by a process that finishes at the same time
+            if not tries_left or not path.parent.is_dir():
+                raise
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_ME}{_UNFINISHED}")
+
+
+def _remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Of processes that were killed while they wrote the file of that name."""
+    for leftover in folder.glob(f".{name}.*{_UNFINISHED}"):
+        leftover.unlink(missing_ok=True)
+
+
+def _names(path: Path) -> list[str]:
+    return sorted(os.listdir(path)) if path.exists() else []
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: collections.Counter[str] = collections.Counter()
+    for one in counts:
+        total.update(one)
+    return dict(sorted(total.items()))
+
+
+def _first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
+    """In words: the first field that differs, by its dotted name, with both values."""
+    if found == wanted:
+        return None
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            here = f"{name}.{key}" if name else key
+            if (different := _first_difference(found.get(key), wanted.get(key), here)) is not None:
+                return different
+    return f"{name} was {found!r:.80}, and now is {wanted!r:.80}"
+
+
+def _flush_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
