@@ -39,11 +39,13 @@ def data_config(**changes) -> ConfigDict:
         {
             "name": "emoji",
             "path": "",
+            "latents": False,
             "directory": "data",
             "image_size": IMAGE_SIZE,
             "images_per_set": 4,
             "kinds": ("style", "content"),
             "on_error": "stop",
+            "caption_tag_dropout": 0.0,
             "augment": {
                 "enabled": True,
                 "hue_degrees": 180.0,
