@@ -44,8 +44,8 @@ def data_config(**changes) -> ConfigDict:
             "image_size": IMAGE_SIZE,
             "images_per_set": 4,
             "kinds": ("style", "content"),
-            "on_error": "stop",
             "caption_tag_dropout": 0.0,
+            "on_error": "stop",
             "augment": {
                 "enabled": True,
                 "hue_degrees": 180.0,

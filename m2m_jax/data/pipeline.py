@@ -229,6 +229,11 @@ class SetExamples:
         """What the records of a batch are called, for messages. Reads those records, and decodes no image."""
         return [self._source[int(index)].set_id for index in record_index_b]
 
+    def titles(self, record_index_b: Iterable[int]) -> list[str]:
+        """What the records of a batch show: their captions or, where there is none, their names."""
+        sets = [self._source[int(index)] for index in record_index_b]
+        return [one.caption or one.set_id for one in sets]
+
     def choose(self, index: int) -> tuple[int, np.ndarray]:
         """Example index -> (record of the source, which of its images, in order: int [N])."""
         epoch, position = divmod(index, self._epoch_length)

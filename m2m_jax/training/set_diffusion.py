@@ -94,7 +94,12 @@ class SetDiffusion:
         config = self.config
         unet, inputs = merge(self.unet, params), self._latents_and_context(frozen, batch)
         return context_losses(
-            unet, self.schedule, *inputs, seed=config.seed, batch_index=batch_index, config=config.diffusion
+            unet,
+            self.schedule,
+            *inputs,
+            seed=config.seed,
+            batch_index=batch_index,
+            clean_timestep=config.diffusion.clean_timestep,
         )
 
     @staticmethod

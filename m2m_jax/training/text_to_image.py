@@ -81,8 +81,9 @@ class TextToImageTask:
         shape = (*ids_bns.shape[:2], *self._latent_shape)
         noise_key, timestep_key = jax.random.split(stream_key(self.config.seed, batch_index, Stream.EVAL))
         # A timestep in each of as many equal strata as there are images.
-        fraction_bn = (jnp.arange(math.prod(shape[:2])) + jax.random.uniform(timestep_key)).reshape(shape[:2])
-        timestep_bn = (fraction_bn / math.prod(shape[:2]) * self.schedule.num_train_timesteps).astype(jnp.int32)
+        count = math.prod(shape[:2])
+        fraction_k = (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(timestep_key, (count,))) / count
+        timestep_bn = (fraction_k * self.schedule.num_train_timesteps).astype(jnp.int32).reshape(shape[:2])
         noise_bnhwc = jax.random.normal(noise_key, shape)
         captions = {
             "loss_own_caption": ids_bns,
