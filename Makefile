@@ -42,7 +42,7 @@ BUILD ?= build
 SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py errors.py images.py runtime.py $(addprefix sampling/, \
   bundle.py bundle_program.py contact_sheet.py html_page.py job.py set_sampler.py))
 
-.PHONY: help demo road test test-full fuzz soak lint format parity plan bench bench-context bench-overhead sampler clean
+.PHONY: help demo road test test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
@@ -55,6 +55,7 @@ help:
 	@echo 'make plan       what training at full size needs and can reach on TPUs, compiled without one: docs/planning.md'
 	@echo 'make bench-context  seconds an image with 0 to 24 context images, cached and uncached'
 	@echo 'make bench-overhead  what checkpoints and guards cost, as shares of training time'
+	@echo 'make bench-reading  how fast image sets from captions are read, against how fast the demo uses them up'
 	@echo 'make soak       kill a run 20 times, and compare it bit for bit with one that nobody killed'
 	@echo 'make sampler    dist/m2m-sample.pyz, which samples from an exported bundle without model code'
 	@echo 'make lint       ruff check and ruff format --check'
@@ -134,6 +135,10 @@ bench-context: $(DEMO_ENV)
 bench-overhead: $(DEMO_ENV)
 	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
 	$(RUN) benchmarks.overhead --config $(DEMO_CONFIG)
+
+bench-reading: $(DEMO_ENV)
+	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
+	$(RUN) benchmarks.mis_reading --config $(DEMO_CONFIG)
 
 soak: $(DEMO_ENV)
 	$(RUN) m2m_jax.data.prepare --size=32 --directory=data

@@ -18,7 +18,7 @@ from absl import flags
 from flax import nnx
 
 from m2m_jax import runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, to_json, validate
+from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, to_json, validate
 from m2m_jax.data.pipeline import batches, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER
@@ -38,8 +38,8 @@ OUTPUT = flags.DEFINE_string("output", None, "JSON file to write: all figures, a
 def main(argv):
     config = CONFIG.value
     validate(config)
-    if config.data.name == "precomputed":
-        raise UserError("config.data.name=precomputed holds latents of one autoencoder; name the images")
+    if reads_latents(config.data):
+        raise UserError("config.data names latents, which are of one autoencoder; name the images")
     if config.data.images_per_set < 2:
         raise UserError("config.data.images_per_set is 1: there is no context to evaluate")
     runtime.start()

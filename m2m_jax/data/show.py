@@ -8,7 +8,7 @@ images a set with --config.data.images_per_set.
 
 from absl import flags
 
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, validate
 from m2m_jax.data.pipeline import make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
@@ -24,8 +24,8 @@ OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", required=True)
 def main(argv):
     config = CONFIG.value
     validate(config)
-    if config.data.name == "precomputed":
-        raise UserError("config.data.name=precomputed holds latents; name the images that they were made from")
+    if reads_latents(config.data):
+        raise UserError("config.data names latents; name the images that they were made from")
     examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
     batch = make_dataset(examples, batch_size=NUM_SETS.value)[0]
     titles = examples.titles(batch["record_index_b"])
