@@ -18,7 +18,6 @@ TEST := .venv-test/bin/python -m
 
 # One stamp file for each Python version and set of requirements: newer than the requirements means installed.
 DEMO_ENV := .venv/.installed-$(VERSION)
-PLAN := .venv-plan/bin/python -m m2m_jax.plan --config configs/mis_sd21_self.py
 PLAN_ENV := .venv-plan/.installed-$(VERSION)
 TEST_ENV := .venv-test/.installed-$(VERSION)$(if $(PARITY),-parity)
 
@@ -27,6 +26,15 @@ DEMO_RUN := runs/demo
 DEMO_SETS := $(DEMO_RUN)/test_sets
 DEMO_SAMPLES := $(DEMO_RUN)/test_samples
 
+ROAD := runs/road
+ROAD_ENV := .venv/.installed-road-$(VERSION)
+ROAD_RUNS := self_on_mis dino_on_mis self_on_emoji dino_on_emoji
+ON_MIS := --config.data.name=mis --config.data.path=$(ROAD)/data
+COMMA := ,
+SPACE := $(subst ,, )
+ROAD_EVALUATE := $(RUN) m2m_jax.evaluate --config configs/emoji.py:road --split=test --batches=23 \
+  --checkpoints=$(subst $(SPACE),$(COMMA),$(addprefix $(ROAD)/,$(ROAD_RUNS)))
+
 # The sampler binary: the part of m2m_jax that a bundle needs, as one file.
 SAMPLER ?= dist/m2m-sample.pyz
 SAMPLER_PYTHON ?= $(PYTHON)
@@ -34,10 +42,11 @@ BUILD ?= build
 SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py errors.py images.py runtime.py $(addprefix sampling/, \
   bundle.py bundle_program.py contact_sheet.py html_page.py job.py set_sampler.py))
 
-.PHONY: help demo test test-full fuzz soak lint format parity plan bench bench-context bench-overhead sampler clean
+.PHONY: help demo road test test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
+	@echo 'make road       the road of the paper, small: text-to-image, synthetic sets, M2M on them, tried on real ones; hours'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-full  lint, then every test'
 	@echo 'make fuzz       14,000 damaged images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
@@ -46,6 +55,7 @@ help:
 	@echo 'make plan       what training at full size needs and can reach on TPUs, compiled without one: docs/planning.md'
 	@echo 'make bench-context  seconds an image with 0 to 24 context images, cached and uncached'
 	@echo 'make bench-overhead  what checkpoints and guards cost, as shares of training time'
+	@echo 'make bench-reading  how fast image sets from captions are read, against how fast the demo uses them up'
 	@echo 'make soak       kill a run 20 times, and compare it bit for bit with one that nobody killed'
 	@echo 'make sampler    dist/m2m-sample.pyz, which samples from an exported bundle without model code'
 	@echo 'make lint       ruff check and ruff format --check'
@@ -60,6 +70,32 @@ demo: $(DEMO_ENV)
 	@echo
 	@echo 'Contact sheet (context images framed in blue, generated ones beside them):'
 	@echo "$(CURDIR)/$(DEMO_SAMPLES)/contact_sheet.png"
+
+# Each line is skipped, or costs seconds, where it is done; docs/road.md has the hours and what comes out.
+road: $(ROAD_ENV)
+	mkdir -p $(ROAD)
+	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
+	test -d data/minilm || $(RUN) m2m_jax.data.prepare_minilm --output=data/minilm
+	test -d data/vit_s14 || $(RUN) m2m_jax.data.prepare_vit --output=data/vit_s14
+	$(RUN) m2m_jax.train --config configs/emoji_t2i.py --workdir $(ROAD)/t2i
+	$(RUN) m2m_jax.data.emoji_captions --output=$(ROAD)/captions.txt --num_captions=2400
+	$(RUN) m2m_jax.data.build_mis --captions=$(ROAD)/captions.txt --generator=$(ROAD)/t2i --output=$(ROAD)/data \
+	  --sets_per_shard=64 --validation_share=0.04
+	$(RUN) m2m_jax.data.show --config configs/emoji.py:road $(ON_MIS) --config.data.images_per_set=12 \
+	  --config.data.augment.enabled=False --output=$(ROAD)/mis.png
+	$(RUN) m2m_jax.train --config configs/emoji.py:road $(ON_MIS) --workdir $(ROAD)/self_on_mis
+	$(RUN) m2m_jax.train --config configs/emoji_dino.py:road $(ON_MIS) --workdir $(ROAD)/dino_on_mis
+	$(RUN) m2m_jax.train --config configs/emoji.py:road --workdir $(ROAD)/self_on_emoji
+	$(RUN) m2m_jax.train --config configs/emoji_dino.py:road --workdir $(ROAD)/dino_on_emoji
+	test -f $(ROAD)/recoloured.json || $(ROAD_EVALUATE) --output=$(ROAD)/recoloured.json
+	test -f $(ROAD)/as_drawn.json || $(ROAD_EVALUATE) --output=$(ROAD)/as_drawn.json --config.data.augment.enabled=False
+	test -d $(ROAD)/sets || $(RUN) m2m_jax.data.export --config configs/emoji.py:road --split=test --num_sets=12 \
+	  --output=$(ROAD)/sets
+	for run in $(ROAD_RUNS); do $(RUN) m2m_jax.sample --checkpoint=$(ROAD)/$$run --sets=$(ROAD)/sets --num_context=3 \
+	  --num_images=4 --output=$(ROAD)/$$run/test_samples || exit; done
+	@echo
+	@echo 'Synthetic sets: $(ROAD)/mis.png; losses on real sets: $(ROAD)/recoloured.json, as_drawn.json; contact sheets:'
+	@ls $(ROAD)/*/test_samples/contact_sheet.png
 
 test: lint
 	$(TEST) pytest $(PYTEST_ARGS)
@@ -84,10 +120,9 @@ parity:
 	@$(MAKE) --no-print-directory lint PARITY=1
 	$(TEST) pytest $(PYTEST_ARGS) -m 'slow or not slow' -k parity
 
-# Two plans, 40 and 9 minutes on two busy cores. The second does not fit, and says what would help.
+# A day on 2 cores, or a night; those that docs/plans has already are not made again.
 plan: $(PLAN_ENV)
-	$(PLAN) --topology=v5p:4x4x4
-	$(PLAN) --config.model.attention_backend=prefix --topology=v5e:16x16 --config.data.batch_size=256 || test $$? = 1
+	.venv-plan/bin/python -m benchmarks.plans
 
 bench:
 	@$(MAKE) --no-print-directory lint PARITY=1
@@ -100,6 +135,10 @@ bench-context: $(DEMO_ENV)
 bench-overhead: $(DEMO_ENV)
 	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
 	$(RUN) benchmarks.overhead --config $(DEMO_CONFIG)
+
+bench-reading: $(DEMO_ENV)
+	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
+	$(RUN) benchmarks.mis_reading --config $(DEMO_CONFIG)
 
 soak: $(DEMO_ENV)
 	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
@@ -132,6 +171,10 @@ endef
 
 .venv/.installed-$(VERSION): requirements.txt
 	$(call install,.venv,-r requirements.txt,about 1.2 GB and 2 minutes)
+
+.venv/.installed-road-$(VERSION): .venv/.installed-$(VERSION) requirements-dino.txt requirements-text.txt
+	$(call install,.venv,-r requirements-dino.txt,0.3 GB)
+	$(call install,.venv,--no-deps -r requirements-text.txt,0.1 GB)
 
 .venv-plan/.installed-$(VERSION): requirements.txt requirements-tpu.txt
 	$(call install,.venv-plan,-r requirements-tpu.txt,about 1.9 GB and 2 minutes)

@@ -4,7 +4,8 @@
     python -m m2m_jax.train --config configs/emoji.py:demo --workdir runs/demo
 
 Presets: none, the full run (hours on 2 cores, minutes on a GPU); `:demo`, what `make demo` trains (under 10 minutes on
-2 cores); `:tiny`, seconds, for tests. `--config.init.path=` (empty) starts from scratch. Results: docs/emoji.md.
+2 cores); `:road`, twice that, for `make road`; `:tiny`, seconds, for tests. `--config.init.path=` (empty) starts from
+scratch. Results: docs/emoji.md.
 """
 
 from ml_collections import ConfigDict
@@ -18,6 +19,13 @@ PRESETS = {
         "train.ema_decay": 0.99,
         "optimizer.warmup_steps": 25,
         "eval.every": 250,
+        "checkpoint.every": 100,
+    },
+    "road": {  # `make road` compares runs on synthetic and on real sets with each other
+        "train.steps": 1_000,
+        "train.ema_decay": 0.99,
+        "optimizer.warmup_steps": 50,
+        "eval.every": 500,
         "checkpoint.every": 100,
     },
     "tiny": {

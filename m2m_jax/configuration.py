@@ -29,7 +29,7 @@ BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 # Fields that hold one of a few words.
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("set_diffusion", "text_to_image", "autoencoder"),
-    "data.name": ("emoji", "folder", "precomputed"),
+    "data.name": ("emoji", "folder", "precomputed", "mis"),
     "data.on_error": ("stop", "skip"),
     "model.attn2": ("image_set", "text", "none"),
     "model.clean_sees": ("preceding", "itself"),
@@ -116,8 +116,11 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of the parameters, the order of the data and all noise
 
     config.data = ConfigDict()
-    config.data.name = "emoji"  # emoji | folder | precomputed: latents, from m2m_jax.data.precompute
-    config.data.path = ""  # folder: the folder of folders of images; precomputed: the folder of latents
+    # emoji | folder | precomputed: latents, from m2m_jax.data.precompute | mis: sets made from captions, from
+    # m2m_jax.data.build_mis
+    config.data.name = "emoji"
+    config.data.path = ""  # folder: the folder of folders of images; precomputed, mis: the --output of what made it
+    config.data.latents = False  # read by mis: train on the latents that it holds, and not on its images
     config.data.directory = "data"  # where prepared data sets live (the TFDS data_dir)
     config.data.image_size = 32  # pixels a side
     config.data.images_per_set = 4  # 1 to 25
@@ -280,15 +283,18 @@ def validate(config: ConfigDict) -> None:
             limits = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
             raise UserError(f"config.{name} is {fields[name]}; it must be {limits}")
 
-    if config.data.name in ("folder", "precomputed") and not config.data.path:
+    if config.data.name != "emoji" and not config.data.path:
         raise UserError(f"config.data.path is empty; data.name={config.data.name} needs --config.data.path=DIR")
-    if config.data.name == "precomputed" and config.data.augment.enabled:
+    if config.data.latents and config.data.name != "mis":
+        raise UserError(f"config.data.latents is True; data.name={config.data.name} has no choice of them")
+    latents = "data.latents=True reads latents" if config.data.latents else "data.name=precomputed holds latents"
+    if reads_latents(config.data) and config.data.augment.enabled:
         raise UserError(
             "config.data.augment.enabled is True; precomputed latents cannot be augmented: "
             "set --config.data.augment.enabled=False, or train on the images"
         )
-    if config.data.name == "precomputed" and config.task == "autoencoder":
-        raise UserError("config.data.name=precomputed holds latents; task=autoencoder needs a data set of images")
+    if reads_latents(config.data) and config.task == "autoencoder":
+        raise UserError(f"config.{latents}; task=autoencoder needs a data set of images")
     unknown_kinds = sorted(set(config.data.kinds) - {"style", "content"})
     if not config.data.kinds or unknown_kinds:
         raise UserError(f"config.data.kinds is {tuple(config.data.kinds)}; it takes style, content or both")
@@ -328,13 +334,18 @@ def validate(config: ConfigDict) -> None:
             f"config.task is {config.task} and config.text_encoder.path {config.text_encoder.path!r}: "
             "task='text_to_image' needs a text encoder, and no other task has one"
         )
-    if config.image_encoder.path and config.data.name == "precomputed":
-        raise UserError("config.image_encoder.path is set; it encodes images, and data.name=precomputed holds latents")
+    if config.image_encoder.path and reads_latents(config.data):
+        raise UserError(f"config.image_encoder.path is set; it encodes images, and {latents}")
     if config.task == "autoencoder":
         _validate_channels("autoencoder", config.autoencoder, config.data.image_size)
     else:
         _validate_channels("model", config.model, config.data.image_size)
         _validate_levels(config.model)
+
+
+def reads_latents(data: ConfigDict) -> bool:
+    """Whether batches hold latents in the place of images. data: the `data` part of a config."""
+    return data.name == "precomputed" or data.latents
 
 
 def _validate_type(name: str, value: Any, default: Any) -> None:

@@ -8,6 +8,8 @@ Stable Diffusion's autoencoder and DINOv2. The evaluation, which keeps no gradie
 Exit code 0: it fits; 1: it does not, and what to change is said; 2: bad input.
 
     --job sample             what sampling takes, sets shared evenly by the devices: --sets_per_device
+    --job build_mis          what it takes to build image sets from --captions with the config's U-Net, at --mfu of the
+                             peak, by formula: chip-hours and storage
     --topology v5p:4x4x4     chips of v4, v5e, v5p, v6e or tpu7x, and how they are connected
                              a100, h100, h200, l4 and how many a node has: h100:8, planned by formula
     --slices 2               as many such slices or nodes, connected by the data-centre network
@@ -32,6 +34,7 @@ from m2m_jax.planning.memory import gib
 from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.sampling import plan_sampling, sampling_as_text
 from m2m_jax.planning.search import search
+from m2m_jax.planning.set_building import build_as_text, plan_build
 from m2m_jax.planning.workload import NOT_READ, Workload, count_flops
 from m2m_jax.program import run_program
 
@@ -39,8 +42,10 @@ CONFIG = define_config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and how they are connected: v5p:4x4x4.", required=True)
 SLICES = flags.DEFINE_integer("slices", 1, "How many of that topology, side by side.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Find the mesh and the batch size that promise most.")
-JOB = flags.DEFINE_enum("job", "train", ["train", "sample"], "What is planned.")
+JOB = flags.DEFINE_enum("job", "train", ["train", "sample", "build_mis"], "What is planned.")
 SETS = flags.DEFINE_integer("sets_per_device", 1, "Of --job=sample: sets that a device samples at once.", lower_bound=1)
+CAPTIONS = flags.DEFINE_integer("captions", 12_000_000, "Of --job=build_mis.", lower_bound=1)
+MFU = flags.DEFINE_float("mfu", 0.3, "Of --job=build_mis: the share of the chips' peak that is assumed.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 
@@ -49,6 +54,11 @@ def main(argv) -> int:
     config.data.path = config.data.path or NOT_READ
     validate(config)
     prepare()
+    if JOB.value == "build_mis":
+        build = plan_build(config, TOPOLOGY.value, SLICES.value, CAPTIONS.value, MFU.value)
+        as_json = json.dumps(dataclasses.asdict(build) | {"hours": build.hours}, indent=1)
+        print(as_json if JSON.value else build_as_text(build, TOPOLOGY.value))
+        return 0
     gpus, samples = gpus_of(TOPOLOGY.value), JOB.value == "sample"
     if samples and SEARCH.value:
         raise UserError("--search is for training; try values of --sets_per_device")

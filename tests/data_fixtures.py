@@ -39,6 +39,7 @@ def data_config(**changes) -> ConfigDict:
         {
             "name": "emoji",
             "path": "",
+            "latents": False,
             "directory": "data",
             "image_size": IMAGE_SIZE,
             "images_per_set": 4,

@@ -20,13 +20,15 @@ from caption_fixtures import SUFFIXES, write_captions
 from flax import nnx
 from fuzz_mutations import CHANGES, JSON_CHANGES, damaged, damaged_json, image_seeds, mended_png
 from hypothesis import strategies as st
+from mis_fixtures import set_name, write_mis
 from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
 
 from m2m_jax import configuration, program
 from m2m_jax.configuration import default_config, from_json, to_json, validate
-from m2m_jax.data import pipeline, precomputed, records
+from m2m_jax.data import mis, pipeline, precomputed, records
 from m2m_jax.data.captions import CaptionRules, clean_captions, read_captions
+from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
 from m2m_jax.images import check_header, read_image, write_png
@@ -248,6 +250,24 @@ def _split_in(folder):
 MANIFESTS = Target(JSON_CHANGES | CHANGES, _split_in, _read_manifest, 40, 600)
 
 
+def _read_mis_manifest(prepared, folder: pathlib.Path, changes):
+    shutil.copytree(prepared, folder, dirs_exist_ok=True)
+    path = mis.folder(folder) / mis.MANIFEST
+    data = path.read_bytes()
+    text = json.dumps(damaged_json(json.loads(data), changes)).encode() if _is_tree(changes) else damaged(data, changes)
+    path.write_bytes(text)
+    source = MisRecords(str(folder), "train", latents=None, image_size=None)
+    for index in range(len(source.kinds)):
+        assert source[index].set_id == set_name("train", index)
+
+
+def _mis_in(folder):
+    return write_mis(folder, captions={"train": 3}, images_per_set=2, sets_per_shard=2)
+
+
+MIS_MANIFESTS = Target(JSON_CHANGES | CHANGES, _mis_in, _read_mis_manifest, 40, 2000)
+
+
 SMALL_UNET = UNetConfig(
     block_out_channels=(8,),
     down_block_types=("CrossAttnDownBlock2D",),
@@ -440,6 +460,7 @@ TARGETS = {
     "records: fields": FIELDS,
     "ArrayRecord shards": SHARDS,
     "manifests of latents": MANIFESTS,
+    "manifests of image sets from captions": MIS_MANIFESTS,
     "bundles": BUNDLES,
     "bundles, hashes mended": SIGNED,
     "model folders": MODELS,

@@ -40,8 +40,9 @@ def test_default_is_valid_and_locked():
 
 
 CONFIGS = {
-    "emoji": {"", "demo", "tiny"},
-    "emoji_dino": {"", "demo", "tiny"},
+    "emoji": {"", "demo", "road", "tiny"},
+    "emoji_dino": {"", "demo", "road", "tiny"},
+    "emoji_t2i": {"", "tiny"},
     "emoji_base": {"", "tiny"},
     "emoji_vae": {"", "tiny"},
     "mis_sd21_self": {""},
@@ -89,7 +90,7 @@ def _leaves(tree, prefix=""):
         ("train.steps", 0, ["train.steps", "0", "at least 1"]),
         ("data.images_per_set", 26, ["images_per_set", "26", "between 1 and 25"]),
         ("data.images_per_set", 0, ["images_per_set", "between 1 and 25"]),
-        ("model.attn2", "image_sets", ["model.attn2", "image_sets", "image_set, none"]),
+        ("model.attn2", "image_sets", ["model.attn2", "image_sets", "image_set, text, none"]),
         ("sample.stepper", "rk4", ["sample.stepper", "dpmpp_2m, ddim"]),
         ("data.image_size", 33, ["image_size", "33", "multiple of 2"]),
         ("data.name", "folder", ["data.path", "--config.data.path"]),

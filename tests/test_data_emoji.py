@@ -111,7 +111,7 @@ def test_style_rows_hold_their_split(splits, subjects):
     for split, sets in splits.items():
         for record in sets:
             if record.kind == "style":
-                assert {caption.rpartition(", ")[0] for caption in record.image_captions} <= names[split]
+                assert {caption.rsplit(", ", 2)[0] for caption in record.image_captions} <= names[split]
 
 
 def test_records(splits):

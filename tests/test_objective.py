@@ -94,7 +94,9 @@ def evaluate():
         unet = merge(graphdef, params)
         config = default_config().diffusion
         context = latents[:, :-1]
-        return context_losses(unet, SCHEDULE, latents, context, seed=1, batch_index=batch_index, config=config)
+        return context_losses(
+            unet, SCHEDULE, latents, context, seed=1, batch_index=batch_index, clean_timestep=config.clean_timestep
+        )
 
     return functools.partial(run, params)
 

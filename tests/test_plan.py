@@ -454,3 +454,40 @@ def test_a_tiny_plan_of_sampling():
     assert plan["programs"]["denoise"]["seconds"] > 0
     assert plan["images_per_second"] == pytest.approx(8 / plan["image_seconds"])
     assert 0 < plan["cache"] < plan["parameters"] < plan["limit"]
+
+
+# Building image sets
+
+
+def _plan_building(*arguments) -> dict:
+    result = run("plan", TINY, "--job=build_mis", "--config.data.images_per_set=25", "--json", *arguments)
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def test_building_is_planned_by_formula():
+    plan = _plan_building("--topology=v5e:4x8", "--slices=2", "--captions=1000", "--mfu=0.5")
+    assert (plan["chips"], plan["peak_flops"], plan["evaluations"]) == (64, 197e12, 4)
+    flops = 4 * plan["unet_flops"] + plan["decoder_flops"]
+    assert plan["hours"] == pytest.approx(25_000 * flops / (64 * 197e12 * 0.5) / 3600)
+    assert plan["bytes"]["latents, float16"] == 25_000 * 8 * 8 * 4 * 2
+    other = _plan_building("--topology=h100:8", "--captions=2000", "--config.sample.guidance_scale=1")
+    assert (other["chips"], other["evaluations"], other["unet_flops"]) == (8, 2, plan["unet_flops"])
+    text = run("plan", TINY, "--job=build_mis", "--topology=h100:8").out
+    assert "by formula, at 30% of the peak" in text and "chip-hours" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology=v5e:4xa"], "say how many chips along each side"),
+        (["--topology=v5e:4x0"], "say how many chips along each side"),
+        (["--topology=v9:4x4"], "--topology=v9:4x4 is unknown"),
+        (["--topology=h100"], "say how many a node has"),
+        (["--topology=v5e:2x2", "--mfu=0"], "--mfu=0.0: must be above 0"),
+        (["--topology=v5e:2x2", "--mfu=1.5"], "--mfu=1.5: must be above 0"),
+    ],
+)
+def test_builds_that_cannot_be_planned(arguments, words):
+    result = run("plan", TINY, "--job=build_mis", *arguments)
+    assert result.code == 2 and words in result.err

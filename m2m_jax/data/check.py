@@ -3,7 +3,8 @@
     python -m m2m_jax.data.check DIR
     python -m m2m_jax.data.check --config configs/emoji.py --config.data.name=folder --config.data.path=DIR
 
-DIR is a folder of folders of images, the output of `m2m_jax.data.precompute`, or the directory of prepared data sets.
+DIR is a folder of folders of images, the output of `m2m_jax.data.precompute` or of `m2m_jax.data.build_mis`, or the
+directory of prepared data sets.
 A config names the data set as for training, and its data.images_per_set is asked of every set. All splits are read.
 Prints a report and writes a sheet of thumbnails, sets with problems first. Exit code 0: clean, 1: problems, 2: DIR
 can't be checked.
@@ -20,8 +21,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
-from m2m_jax.data import folder, precomputed
+from m2m_jax.data import folder, mis, precomputed
 from m2m_jax.data.inspection import SetReport, Summary, inspect_set
+from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.pipeline import RecordSource, open_emoji
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
@@ -70,6 +72,9 @@ def find_sources(path: str) -> list[RecordSource]:
     splits = sorted(file.stem.removeprefix("precomputed-") for file in root.glob("precomputed-*.json"))
     if splits:
         return [precomputed.PrecomputedRecords(path, split, None, strict=False) for split in splits]
+    if mis.folder(root).is_dir():
+        splits = mis.read_manifest(root).splits
+        return [MisRecords(path, split, latents=None, image_size=None, strict=False) for split in splits]
     sizes = sorted(int(one.name[:-2]) for one in root.glob("emoji/*px") if one.name[:-2].isdecimal())
     if sizes:
         return [source for size in sizes for source in _emoji(path, size)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, validate
 from m2m_jax.data.pipeline import make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
@@ -25,9 +25,9 @@ OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.",
 def main(argv):
     config, output = CONFIG.value, Path(OUTPUT.value)
     validate(config)
-    if config.data.name == "precomputed":
+    if reads_latents(config.data):
         raise UserError(
-            "config.data.name=precomputed holds latents; name the data set of images that they were made from"
+            f"config.data.name={config.data.name} gives latents; name the data set of images that they were made from"
         )
     if NUM_SETS.value < 1:
         raise UserError(f"--num_sets must be at least 1, not {NUM_SETS.value}")

@@ -17,7 +17,9 @@ import numpy as np
 from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
-from m2m_jax.data import augmentation, folder, precomputed, records
+from m2m_jax.configuration import reads_latents
+from m2m_jax.data import augmentation, folder, mis, precomputed, records
+from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
 from m2m_jax.errors import UserError
@@ -29,6 +31,7 @@ _ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM, _SUBSTITUTE_STREAM, _CAPTIO
 _MAX_SUBSTITUTES, _MAX_TOLD = 10, 10
 # Decoded and resized images are kept up to this much; the whole emoji data set at 32 px takes 75 MB.
 _CACHE_BYTES = 256 * 2**20
+_RECORDS_AT_ONCE = 32  # more than there are threads, data.threads
 # Names of an example's parts -> of a batch's.
 _BATCHED = {
     "images_nhwc": "images_bnhwc",
@@ -96,6 +99,11 @@ def _open_precomputed(config: ConfigDict, split: str) -> RecordSource:
     return precomputed.PrecomputedRecords(config.path, split, config.image_size, strict=_strict(config))
 
 
+def _open_mis(config: ConfigDict, split: str) -> RecordSource:
+    size = config.image_size
+    return MisRecords(config.path, split, latents=config.latents, image_size=size, strict=_strict(config))
+
+
 def _strict(config: ConfigDict) -> bool:
     return config.on_error == "stop"
 
@@ -105,6 +113,7 @@ SOURCES: dict[str, Callable[[ConfigDict, str], RecordSource]] = {
     "emoji": _open_emoji,
     "folder": _open_folder,
     "precomputed": _open_precomputed,
+    "mis": _open_mis,
 }
 
 
@@ -132,8 +141,8 @@ class SetExamples:
         if wanted < 1:
             raise UserError(f"data.images_per_set={wanted}: must be at least 1")
         kinds, counts = np.asarray(source.kinds), np.asarray(source.num_images)
-        # Kinds to choose from are the emoji data set's, as images or as latents: a folder has but its own.
-        of_kind = np.isin(kinds, [*config.kinds, folder.KIND])
+        # Kinds to choose from are the emoji data set's, as images or as latents: the others have but their own.
+        of_kind = np.isin(kinds, [*config.kinds, folder.KIND, mis.KIND])
         if not of_kind.any():
             known = sorted(set(kinds.tolist()))
             raise UserError(f"data.kinds={tuple(config.kinds)}: {source.name} has {known}")
@@ -151,7 +160,7 @@ class SetExamples:
         if self._skip and left_out:
             _warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
         self._images_per_set, self._image_size = wanted, config.image_size
-        self._precomputed = config.name == "precomputed"
+        self._latents = reads_latents(config)
         self._tokenizer, self._tag_dropout = tokenizer, config.caption_tag_dropout if augment else 0.0
         self._augment = None
         if augment and config.augment.enabled:
@@ -159,6 +168,8 @@ class SetExamples:
         # A cache of one instance: a decorated method would keep every instance alive.
         cached = functools.lru_cache(maxsize=_CACHE_BYTES // (4 * self._image_size**2))
         self._load_image = cached(self._load_image)
+        # A record is read once for all of its images that an example takes, in whichever thread.
+        self._read = functools.lru_cache(maxsize=_RECORDS_AT_ONCE)(source.__getitem__)
 
     @property
     def epoch_length(self) -> int:
@@ -191,7 +202,7 @@ class SetExamples:
 
     def _content(self, index: int, record: int, chosen: np.ndarray) -> dict:
         """Raises BadRecord."""
-        if self._precomputed:
+        if self._latents:
             return {"latents_nhwc": self._source[record].latents[chosen].astype(np.float32)}
         images = np.stack([self._load_image(record, image) for image in chosen])
         if self._augment is None:
@@ -202,7 +213,7 @@ class SetExamples:
         """Raises BadRecord."""
         if self._tokenizer is None:
             return {}
-        of_set = self._source[record]
+        of_set = self._read(record)
         captions = [of_set.image_captions[image] if of_set.image_captions else of_set.caption for image in chosen]
         rng = self._rng(_CAPTION_STREAM, index)
         return {"token_ids_ns": self._tokenizer([drop_tags(text, self._tag_dropout, rng) for text in captions])}
@@ -217,6 +228,11 @@ class SetExamples:
     def set_ids(self, record_index_b: Iterable[int]) -> list[str]:
         """What the records of a batch are called, for messages. Reads those records, and decodes no image."""
         return [self._source[int(index)].set_id for index in record_index_b]
+
+    def titles(self, record_index_b: Iterable[int]) -> list[str]:
+        """What the records of a batch show: their captions or, where there is none, their names."""
+        sets = [self._source[int(index)] for index in record_index_b]
+        return [one.caption or one.set_id for one in sets]
 
     def choose(self, index: int) -> tuple[int, np.ndarray]:
         """Example index -> (record of the source, which of its images, in order: int [N])."""
@@ -246,7 +262,7 @@ class SetExamples:
 
     def _load_image(self, record_index: int, image_index: int) -> np.ndarray:
         """uint8 RGBA [S, S, 4], read-only because it is shared."""
-        record = self._source[record_index]
+        record = self._read(record_index)
         if not record.images:
             raise UserError(
                 f"{self._source.name}, set {record.set_id!r}: holds latents; training on pixels needs images"

@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from m2m_jax import runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, validate
 from m2m_jax.data import precomputed, records
 from m2m_jax.data.pipeline import SOURCES, RecordSource
 from m2m_jax.data.shards import count_records
@@ -103,8 +103,10 @@ def main(argv):
 
 def check_flags(config: ConfigDict, output: Path) -> None:
     """Refuses flags that cannot be meant, before anything is opened."""
-    if config.data.name == "precomputed":
-        raise UserError("config.data.name=precomputed is latents already; name the data set of images to encode")
+    if reads_latents(config.data):
+        raise UserError(
+            f"config.data.name={config.data.name} is latents already; name the data set of images to encode"
+        )
     for flag in (RECORDS_PER_SHARD, BATCH_SIZE):
         if flag.value < 1:
             raise UserError(f"--{flag.name} must be at least 1, not {flag.value}")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
-from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
 from m2m_jax.data import records
@@ -194,19 +193,6 @@ def shard_path(directory: str | Path, split: str, shard: int, num_shards: int) -
 def describe_autoencoder(config: AutoencoderConfig, params: Params) -> dict:
     """{"config": its architecture and scaling factor, "sha256": of all its weights}; what JSON holds."""
     return {"config": json.loads(json.dumps(dataclasses.asdict(config))), "sha256": fingerprint(params)}
-
-
-def require_autoencoder(data: ConfigDict, folder: str, config: AutoencoderConfig, params: Params) -> None:
-    """Raises UserError unless the latents that `config.data` names were made by the autoencoder in `folder`."""
-    used = describe_autoencoder(config, params)
-    for split in (data.train_split, data.eval_split):
-        made_with = read_manifest(data.path, split).autoencoder
-        if made_with != used:
-            hashes = " and ".join(str(one.get("sha256"))[:12] for one in (made_with, used))
-            raise UserError(
-                f"config.autoencoder.path={folder} is not the autoencoder of the latents in {data.path} ({split}): "
-                f"weights {hashes}; name that one, or precompute the latents again"
-            )
 
 
 def serialize(record: records.ImageSetRecord) -> bytes:

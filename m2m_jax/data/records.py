@@ -6,7 +6,7 @@ A record is one image set, the unit that Image-Set Attention works on. On disk i
 | field          | type              | meaning                                                          |
 |----------------|-------------------|------------------------------------------------------------------|
 | set_id         | text              | unique within the data set, stable over rebuilds                 |
-| kind           | text              | what the images share, e.g. "style", "content", "folder"         |
+| kind           | text              | what the images share, e.g. "style", "content", "folder", "mis"  |
 | caption        | text              | describes the whole set; may be empty                            |
 | images         | sequence of bytes | up to 25 encoded images: PNG, JPEG or WebP; RGBA for cut-outs    |
 | image_captions | sequence of text  | empty, or one caption an image, in the same order                |

@@ -1,4 +1,4 @@
-"""Records by their number, from array_record files: what both data sets on disk, emoji and precomputed, read.
+"""Records by their number, from array_record files: what all data sets of such files read.
 
 The files carry checksums, which their reader compares: a damaged record is an error, never another record.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import itertools
+import resource
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from m2m_jax.errors import UserError
 _FEATURES = records.features()
 _NAMED = 3  # files in a message
 _OPENED_AT_ONCE = 16
+_OTHER_FILES = 512  # that a process may have open
 
 
 class ShardRecords:
@@ -54,7 +56,8 @@ class ShardRecords:
         self.name, self.kinds, self.num_images = name, kinds, num_images
         self._paths, self._remedy = list(paths), remedy
         self._ends = list(itertools.accumulate(counts))
-        self._readers: dict[int, ArrayRecordReader] = {}
+        self._readers: dict[int, ArrayRecordReader] = {}  # a file that was read once stays open
+        _allow_open_files(name, len(self._paths))
         self._lock = threading.Lock()
         with concurrent.futures.ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
             found = list(pool.map(_fault, self._paths, counts))
@@ -106,6 +109,20 @@ def count_records(path: Path) -> int:
         reader.close()  # raises where the file is cut off
         return count
     return 0
+
+
+def _allow_open_files(name: str, more: int) -> None:
+    """Has the system let this process open so many more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if more <= _OTHER_FILES or soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError):
+        wanted = soft
+    if wanted < more + _OTHER_FILES:
+        raise UserError(f"{name} is {more} files, and this process may open {wanted}: raise the limit with ulimit -n")
 
 
 def _fault(path: Path, count: int) -> str | None:

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
+from m2m_jax.configuration import reads_latents
 from m2m_jax.errors import UserError
 from m2m_jax.planning import hlo, memory
 from m2m_jax.planning.chips import Chip
@@ -62,7 +63,7 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, wo
     kept_of_a_set = kept_of_two - kept_of_one
     kept = kept_of_one + (sets // parts - 1) * kept_of_a_set
     frozen_bytes, batch = _bytes(task.frozen), _bytes(batch_shapes(config, task, sets))
-    reads_frozen = config.data.name != "precomputed"
+    reads_frozen = not reads_latents(config.data)
     needs = Memory(
         **state_bytes,
         frozen=frozen_bytes,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
+from m2m_jax.configuration import reads_latents
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
@@ -71,7 +72,7 @@ def frozen_models(config: ConfigDict) -> tuple[FrozenModels, list[str]]:
 def batch_shapes(config: ConfigDict, task: SetDiffusion | Autoencoding, batch_size: int) -> dict:
     """A batch as it reaches the devices; see `data.pipeline.make_dataset` and `inputs`."""
     sets, size = (batch_size, config.data.images_per_set), config.data.image_size
-    if config.data.name == "precomputed":
+    if reads_latents(config.data):
         return {"latents_bnhwc": jax.ShapeDtypeStruct((*sets, *task.models.latent_shape(size)), jnp.float32)}
     return {"images_bnhwc": jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)}
 

@@ -18,7 +18,7 @@ def context_losses(
     *,
     seed: int,
     batch_index: jax.Array,
-    config,
+    clean_timestep: int,
 ) -> dict[str, jax.Array]:
     """Losses of the last image of each set, with the same noise and timestep under every context.
 
@@ -26,7 +26,7 @@ def context_losses(
       latents_bnhwc: scaled latents of held-out sets.
       context: the first n - 1 images of each set, as `denoise_sets` takes them.
       seed, batch_index: noise and timesteps depend on these two alone, so every evaluation sees the same.
-      config: `config.diffusion`.
+      clean_timestep: see `denoise_sets`.
 
     Returns:
       loss_own_context: all n - 1 images before it as context.
@@ -45,7 +45,7 @@ def context_losses(
         # The same noised image at positions 0 .. n - 1 of one stack: position k sees k context images.
         repeated = (jnp.repeat(x[:, None], n, axis=1) for x in (latents_bnhwc[:, -1], noise_bhwc, timestep_b))
         layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
-        error_bn = squared_error(unet, schedule, context, *repeated, layout, clean_timestep=config.clean_timestep)
+        error_bn = squared_error(unet, schedule, context, *repeated, layout, clean_timestep=clean_timestep)
         return error_bn.mean(axis=0)
 
     own_n = losses(context)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.configuration import to_json
-from m2m_jax.data import precomputed
+from m2m_jax.data.latents import require_autoencoder
 from m2m_jax.diffusion.objective import SetDraws, draw, set_loss
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
@@ -43,10 +43,8 @@ class SetDiffusion:
             self.models, self.frozen = FrozenModels.load(config)
         else:
             self.models, self.frozen = models, models.shapes
-        if models is None and config.data.name == "precomputed":
-            precomputed.require_autoencoder(
-                config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER]
-            )
+        if models is None:
+            require_autoencoder(config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER])
         self.schedule = NoiseSchedule.from_config(config.schedule)
         channels, encoder = self.models.autoencoder.latent_channels, self.models.image_encoder
         platform = platform or jax.default_backend()
@@ -96,7 +94,12 @@ class SetDiffusion:
         config = self.config
         unet, inputs = merge(self.unet, params), self._latents_and_context(frozen, batch)
         return context_losses(
-            unet, self.schedule, *inputs, seed=config.seed, batch_index=batch_index, config=config.diffusion
+            unet,
+            self.schedule,
+            *inputs,
+            seed=config.seed,
+            batch_index=batch_index,
+            clean_timestep=config.diffusion.clean_timestep,
         )
 
     @staticmethod

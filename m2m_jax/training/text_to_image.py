@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.configuration import to_json
-from m2m_jax.data import precomputed
+from m2m_jax.data.latents import require_autoencoder
 from m2m_jax.diffusion.objective import SetDraws, draw
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.keys import Stream, stream_key
@@ -34,10 +34,7 @@ class TextToImageTask:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.models, self.frozen = FrozenModels.load(config)
-        if config.data.name == "precomputed":
-            precomputed.require_autoencoder(
-                config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER]
-            )
+        require_autoencoder(config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER])
         self.tokenizer = load_tokenizer(config.text_encoder.path, config.text_encoder.max_tokens)
         self.empty_ids_1s = self.tokenizer([""])
         self.schedule = NoiseSchedule.from_config(config.schedule)

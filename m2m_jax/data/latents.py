@@ -1,0 +1,33 @@
+"""Latents are bound to the autoencoder that made them, whichever data set holds them."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from m2m_jax.configuration import reads_latents
+from m2m_jax.data import mis, precomputed
+from m2m_jax.errors import UserError
+from m2m_jax.models.autoencoder import AutoencoderConfig
+from m2m_jax.models.parameters import Params
+
+
+def require_autoencoder(data: ConfigDict, folder: str, config: AutoencoderConfig, params: Params) -> None:
+    """Raises UserError if `config.data` names latents that were not made by the autoencoder in `folder`."""
+    if not reads_latents(data):
+        return
+    used = precomputed.describe_autoencoder(config, params)
+    for split in (data.train_split, data.eval_split):
+        made_with = _made_with(data, split)
+        if made_with != used:
+            hashes = " and ".join(str(one.get("sha256"))[:12] for one in (made_with, used))
+            raise UserError(
+                f"config.autoencoder.path={folder} is not the autoencoder of the latents in {data.path} ({split}): "
+                f"weights {hashes}; name that one, or make the latents again"
+            )
+
+
+def _made_with(data: ConfigDict, split: str) -> dict:
+    if data.name == "precomputed":
+        return precomputed.read_manifest(data.path, split).autoencoder
+    made_with = mis.read_manifest(data.path).settings.get("autoencoder")
+    return made_with if isinstance(made_with, dict) else {}

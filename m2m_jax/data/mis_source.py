@@ -1,0 +1,58 @@
+"""Image sets made from captions, as training reads them: `data.name=mis`. Layout of the folder: `mis.py`."""
+
+from __future__ import annotations
+
+from m2m_jax.data import mis, records
+from m2m_jax.data.records import BadRecord
+from m2m_jax.data.shards import ShardRecords
+from m2m_jax.errors import UserError
+
+
+class MisRecords(ShardRecords):
+    """A split of what `m2m_jax.data.build_mis` made: a `pipeline.RecordSource`.
+
+    latents: what is wanted of the records: their latents, their images, or (None) whatever they hold.
+    image_size: pixels a side that latents must be of; images are resized. None: any.
+    strict: as for `ShardRecords`. Raises UserError where the data set is not finished, or has not what is wanted.
+    """
+
+    def __init__(
+        self, directory: str, split: str, *, latents: bool | None, image_size: int | None, strict: bool = True
+    ):
+        manifest = mis.read_manifest(directory)
+        store, made_at = manifest.settings["store"], manifest.settings["image_size"]
+        if split not in manifest.splits:
+            raise UserError(f"data.path={directory!r} has no split {split!r}; it has {', '.join(manifest.splits)}")
+        if latents and store == "images":
+            raise UserError(
+                f"config.data.latents is True, and {directory} holds images alone: set --config.data.latents=False, or "
+                "build it with --store=both"
+            )
+        if latents is False and store == "latents":
+            raise UserError(
+                f"config.data.latents is False, and {directory} holds latents alone: set --config.data.latents=True"
+            )
+        if latents and image_size not in (None, made_at):
+            raise UserError(
+                f"data.path={directory!r} holds latents of images of {made_at} px: "
+                f"set --config.data.image_size={made_at}, not {image_size}"
+            )
+        self._latent_shape = None if store == "images" else tuple(manifest.settings["latent_shape"])
+        shards, num_images = manifest.splits[split], manifest.num_images(split)
+        super().__init__(
+            f"{mis.folder(directory)} ({split})",
+            [mis.folder(directory) / shard.name for shard in shards],
+            [len(shard.num_images) for shard in shards],
+            [mis.KIND] * len(num_images),
+            num_images,
+            remedy="remove what is damaged, and build_mis, called as before, makes it again",
+            strict=strict,
+        )
+
+    def __getitem__(self, index: int) -> records.ImageSetRecord:
+        record = super().__getitem__(index)
+        expected = self._latent_shape and (self.num_images[index], *self._latent_shape)
+        found = None if record.latents is None else record.latents.shape
+        if found != expected:
+            raise BadRecord(f"{record.origin}, set {record.set_id!r}: its latents are {found}, not {expected}")
+        return record

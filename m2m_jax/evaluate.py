@@ -1,0 +1,126 @@
+"""Is the context used, on any image sets? Several runs side by side, on the same sets, noise and timesteps.
+
+    python -m m2m_jax.evaluate --config configs/emoji.py:demo --checkpoints=runs/a,runs/b --output=table.json
+
+The config says what the sets are: its data source, images a set, augmentation, seed and the size of a batch; of a run
+all but the parameters and what its checkpoint says of them is ignored. For the last image of each set: the denoising
+loss with the images before it as context, with those of another set in their place, and with fewer of its own
+(`training/evaluation.py`). Losses of runs with different autoencoders or noise schedules are not of one kind, and
+refused.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from m2m_jax import runtime
+from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, to_json, validate
+from m2m_jax.data.pipeline import batches, make_dataset, open_examples
+from m2m_jax.errors import UserError
+from m2m_jax.models.frozen import AUTOENCODER
+from m2m_jax.models.parameters import abstract, fingerprint, merge
+from m2m_jax.models.unet import UNet
+from m2m_jax.program import run_program
+from m2m_jax.sampling.sampler import Sampler
+from m2m_jax.training.evaluation import context_losses
+
+CONFIG = define_config_flag()
+CHECKPOINTS = flags.DEFINE_list("checkpoints", None, "Workdirs of runs, or WORKDIR/checkpoints/STEP.", required=True)
+SPLIT = flags.DEFINE_string("split", "test", "Which split of the data set.")
+BATCHES = flags.DEFINE_integer("batches", 16, "So many batches of config.eval.batch_size sets.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "JSON file to write: all figures, and what they are of.")
+
+
+def main(argv):
+    config = CONFIG.value
+    validate(config)
+    if reads_latents(config.data):
+        raise UserError("config.data names latents, which are of one autoencoder; name the images")
+    if config.data.images_per_set < 2:
+        raise UserError("config.data.images_per_set is 1: there is no context to evaluate")
+    runtime.start()
+    examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
+    dataset = make_dataset(examples, batch_size=config.eval.batch_size)
+    samplers = {path: Sampler.from_checkpoint(path) for path in CHECKPOINTS.value}
+    require_comparable(samplers, config.data.image_size)
+
+    table = {}
+    for path, sampler in samplers.items():
+        table[path] = {"step": sampler.step, "parameters": sum(x.size for x in sampler.unet_params.values())}
+        table[path] |= losses(sampler, dataset, config)
+    print(as_text(table, config))
+    if OUTPUT.value:
+        about = {"config": to_json(config), "split": SPLIT.value, "batches": BATCHES.value, "runs": table}
+        try:
+            Path(OUTPUT.value).write_text(json.dumps(about, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--output={OUTPUT.value} cannot be written: {error.strerror}") from error
+
+
+def require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:
+    """Raises UserError unless the losses of these mean the same, on images of so many pixels a side."""
+    (first, of_first), *others = samplers.items()
+    for path, sampler in samplers.items():
+        if sampler.image_size != image_size:
+            raise UserError(
+                f"{path} was trained at {sampler.image_size} px, and config.data.image_size is {image_size}"
+            )
+    for path, sampler in others:
+        if sampler.schedule != of_first.schedule:
+            raise UserError(f"{path} and {first} have different noise schedules: their losses are not of one kind")
+        if fingerprint(sampler.frozen[AUTOENCODER]) != fingerprint(of_first.frozen[AUTOENCODER]):
+            raise UserError(f"{path} and {first} have different autoencoders: their losses are not of one kind")
+
+
+def losses(sampler: Sampler, dataset, config) -> dict[str, list[float | None]]:
+    """{name: [mean, standard error of it]} over the batches; of one batch there is no error."""
+    unet_config, models, schedule = sampler.static.unet_config, sampler.models, sampler.schedule
+    graphdef = abstract(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))[0]
+
+    @jax.jit
+    def of_batch(unet_params, frozen, images_bnhwc, batch_index):
+        context = models.context(frozen, images_bnhwc[:, :-1])
+        return context_losses(
+            merge(graphdef, unet_params),
+            schedule,
+            models.encode(frozen, images_bnhwc),
+            context,
+            seed=config.seed,
+            batch_index=batch_index,
+            clean_timestep=sampler.clean_timestep,
+        )
+
+    stream = batches(dataset, 0, config.data.prefetch, config.data.threads)
+    found = [
+        of_batch(sampler.unet_params, sampler.frozen, next(stream)["images_bnhwc"], np.uint32(i))
+        for i in range(BATCHES.value)
+    ]
+    values = {name: np.array([float(one[name]) for one in found]) for name in found[0]}
+    return {name: [x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else None] for name, x in values.items()}
+
+
+def as_text(table: dict, config) -> str:
+    """A line a run: losses with their standard errors, and by how much another set's context is worse."""
+    sets = BATCHES.value * config.eval.batch_size
+    width = max(map(len, table))
+
+    def said(mean: float, error: float | None) -> str:
+        return f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+    lines = [f"{sets} sets of {config.data.images_per_set} images, {SPLIT.value} split; loss of the last image"]
+    for path, row in table.items():
+        own, other = (row[f"loss_{whose}_context"] for whose in ("own", "other"))
+        sizes = [value[0] for name, value in row.items() if name.startswith("loss_by_context_size/")]
+        lines.append(
+            f"{path:{width}}  step {row['step']}: own context {said(*own)}, another's {said(*other)} "
+            f"({other[0] / own[0]:.2f} times); with 0, 1, ... own images " + ", ".join(f"{size:.4f}" for size in sizes)
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_program(main, check_arguments)
