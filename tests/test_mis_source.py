@@ -184,12 +184,20 @@ def test_more_shards_than_a_process_may_open():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
-        shards._allow_open_files("somewhere", 1500)
+        assert shards._allow_open_files(1500) == 1500
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 2524
-        with pytest.raises(UserError, match=f"somewhere is {hard} files, and this process may open {hard}"):
-            shards._allow_open_files("somewhere", hard)
+        assert shards._allow_open_files(hard) == hard - 1024
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_shards_are_closed_to_open_others(tmp_path, monkeypatch):
+    directory = write_mis(tmp_path, captions={"train": 6}, images_per_set=1, sets_per_shard=1)
+    monkeypatch.setattr(shards, "_allow_open_files", lambda more: 2)
+    source = MisRecords(str(directory), "train", latents=None, image_size=None)
+    for index in (0, 1, 2, 3, 4, 5, 0, 3, 3, 1):
+        assert source[index].set_id == set_name("train", index)
+        assert len(source._readers) <= 2
 
 
 def test_latents_of_another_shape_are_refused(tmp_path):
