@@ -32,6 +32,8 @@ ROAD_RUNS := self_on_mis dino_on_mis self_on_emoji dino_on_emoji
 ON_MIS := --config.data.name=mis --config.data.path=$(ROAD)/data
 COMMA := ,
 SPACE := $(subst ,, )
+ROAD_EVALUATE := $(RUN) m2m_jax.evaluate --config configs/emoji.py:road --split=test --batches=23 \
+  --checkpoints=$(subst $(SPACE),$(COMMA),$(addprefix $(ROAD)/,$(ROAD_RUNS)))
 
 # The sampler binary: the part of m2m_jax that a bundle needs, as one file.
 SAMPLER ?= dist/m2m-sample.pyz
@@ -85,14 +87,14 @@ road: $(ROAD_ENV)
 	$(RUN) m2m_jax.train --config configs/emoji_dino.py:road $(ON_MIS) --workdir $(ROAD)/dino_on_mis
 	$(RUN) m2m_jax.train --config configs/emoji.py:road --workdir $(ROAD)/self_on_emoji
 	$(RUN) m2m_jax.train --config configs/emoji_dino.py:road --workdir $(ROAD)/dino_on_emoji
-	test -f $(ROAD)/table.json || $(RUN) m2m_jax.evaluate --config configs/emoji.py:road --split=test --batches=23 \
-	  --checkpoints=$(subst $(SPACE),$(COMMA),$(addprefix $(ROAD)/,$(ROAD_RUNS))) --output=$(ROAD)/table.json
+	test -f $(ROAD)/recoloured.json || $(ROAD_EVALUATE) --output=$(ROAD)/recoloured.json
+	test -f $(ROAD)/as_drawn.json || $(ROAD_EVALUATE) --output=$(ROAD)/as_drawn.json --config.data.augment.enabled=False
 	test -d $(ROAD)/sets || $(RUN) m2m_jax.data.export --config configs/emoji.py:road --split=test --num_sets=12 \
 	  --output=$(ROAD)/sets
 	for run in $(ROAD_RUNS); do $(RUN) m2m_jax.sample --checkpoint=$(ROAD)/$$run --sets=$(ROAD)/sets --num_context=3 \
 	  --num_images=4 --output=$(ROAD)/$$run/test_samples || exit; done
 	@echo
-	@echo 'Synthetic sets: $(ROAD)/mis.png; losses on real sets: $(ROAD)/table.json; contact sheets:'
+	@echo 'Synthetic sets: $(ROAD)/mis.png; losses on real sets: $(ROAD)/recoloured.json, as_drawn.json; contact sheets:'
 	@ls $(ROAD)/*/test_samples/contact_sheet.png
 
 test: lint

@@ -1,4 +1,4 @@
-"""How every `python -m m2m_jax...` starts, and how it ends on bad input."""
+"""How every `python -m m2m_jax...` starts, how it ends on bad input, and how it says how long something takes."""
 
 from __future__ import annotations
 
@@ -64,3 +64,12 @@ def read_flags(
         if "does not take an argument" not in str(error):
             raise
         raise UserError(str(error)) from error
+
+
+def duration(seconds: float) -> str:
+    """For people: "2 h 05 min"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -37,6 +37,15 @@ def start() -> None:
     _join_processes()
 
 
+def fix_cpu_threads() -> None:
+    """Call before `start` where any number of devices, and of cores, must give the same numbers.
+
+    XLA's CPU backend divides long sums among its threads, of which there are as many as cores or, where these are more,
+    devices: the order of adding up, and so the last bit, would depend on both. Accelerators have nothing of this.
+    """
+    os.environ.setdefault("PJRT_NPROC", str(MAX_CPU_DEVICES))
+
+
 def _join_processes() -> None:
     """Waits for the other processes of a launch, if the variable M2M_PROCESSES says that there are any.
 

@@ -95,6 +95,7 @@ def main(argv):
     make_set = set_building.SetMaker(
         STORE.value, IMAGE_FORMAT.value, QUALITY.value, LATENTS_DTYPE.value, set_rules(), set_rules().load_filter()
     )
+    runtime.fix_cpu_threads()
     runtime.start()
     index, count = process()
     rules = caption_rules()
@@ -184,7 +185,7 @@ def open_generator() -> TextToImage:
         GENERATOR.value,
         image_size=IMAGE_SIZE.value,
         dtype=DTYPE.value,
-        devices=jax.local_devices(),
+        devices=tuple(jax.local_devices()),
         steps=STEPS.value,
         stepper=STEPPER.value,
         guidance_scale=GUIDANCE.value,

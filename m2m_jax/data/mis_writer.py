@@ -55,7 +55,7 @@ def start(directory: str | Path, build: Build) -> None:
 def finish(directory: str | Path, build: Build) -> Manifest | None:
     """Writes TFDS's files and the manifest if all shards are done; None if some are not.
 
-    The same whoever calls it: several processes may, at once.
+    The same whoever calls it: several processes may, at once. Raises UserError where the rules have dropped all sets.
     """
     shards = build.shards
     if not all(mis.report_path(directory, shard).exists() for shard in shards):
@@ -76,6 +76,8 @@ def finish(directory: str | Path, build: Build) -> Manifest | None:
         splits=splits,
     )
     path = mis.folder(directory)
+    if not manifest.sets:
+        raise UserError(f"{path}: the rules have dropped all sets ({manifest.dropped}); remove it, and relax them")
     with disk_errors(path):
         _write_tfds(path, splits)
         _write_json(path / mis.MANIFEST, manifest)
@@ -169,6 +171,7 @@ def _write_tfds(path: Path, splits: Mapping[str, list[ShardReport]]) -> None:
                 filename_template=template,
             )
             for split, reports in splits.items()
+            if any(report.num_images for report in reports)  # TFDS opens no split without examples
         )
     )
     with tempfile.TemporaryDirectory() as elsewhere:

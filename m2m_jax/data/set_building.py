@@ -21,7 +21,7 @@ from m2m_jax.data import mis, mis_writer, precomputed, records
 from m2m_jax.data.mis import Shard
 from m2m_jax.data.set_cleaning import SafetyFilter, SetRules, clean_set
 from m2m_jax.errors import UserError
-from m2m_jax.training.metrics import duration
+from m2m_jax.program import duration
 
 if TYPE_CHECKING:
     from m2m_jax.sampling.text_to_image import TextToImage
@@ -57,7 +57,8 @@ class SetMaker:
 
     def __call__(self, slot: Slot, latents_nhwc: np.ndarray, images_nhwc: np.ndarray) -> MadeSet:
         """latents float32 [n, h, w, c], images uint8 [n, S, S, 3]."""
-        latents_nhwc = latents_nhwc.astype(self.latents_dtype)
+        with np.errstate(over="ignore"):  # found below
+            latents_nhwc = latents_nhwc.astype(self.latents_dtype)
         if not np.isfinite(latents_nhwc).all():
             raise UserError(
                 f"row {slot.index} of the captions, {slot.caption!r:.60}: its latents are not finite as "

@@ -19,6 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from m2m_jax.errors import UserError
+from m2m_jax.program import duration
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -173,12 +174,3 @@ def forget_after(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def duration(seconds: float) -> str:
-    """For people."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

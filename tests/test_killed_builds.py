@@ -1,0 +1,45 @@
+"""A build that is killed, as in tests/killed_builds.py, and one by processes with different numbers of devices."""
+
+import pathlib
+
+import jax
+import pytest
+from build_fixtures import differences, write_captions
+from killed_builds import Builds, Moment, table, unfinished
+from text_fixtures import make_stable_diffusion
+
+from m2m_jax.data import mis
+
+MOMENTS = (Moment(0.5), Moment(0.5, shards=2), Moment(0.1, shards=1))
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    captions = write_captions(folder / "captions.txt", 150)
+    cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    return Builds(captions, make_stable_diffusion(folder / "generator"), cache)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, builds):
+    """By one process on one device: where it is, and when its shards were there."""
+    output = tmp_path_factory.mktemp("builds") / "unbroken"
+    return output, builds.finish(output)
+
+
+def test_killed_while_it_starts_and_writes_a_build_ends_byte_for_byte_as_if_it_were_not(builds, unbroken, tmp_path):
+    expected, seen = unbroken
+    kills = [builds.kill(tmp_path / "killed", moment, seen[0], (seen[-1] - seen[0]) / len(seen)) for moment in MOMENTS]
+    print(table(kills))
+    assert None not in kills
+    assert kills[0].there == 0 < kills[1].there < kills[2].there < len(seen)
+    builds.finish(tmp_path / "killed")
+    assert not differences(expected, tmp_path / "killed") and not unfinished(tmp_path / "killed")
+    manifest = mis.read_manifest(expected)
+    assert manifest.sets == 150
+
+
+def test_one_device_and_four_in_two_processes_at_once_make_the_same(builds, unbroken, tmp_path):
+    builds.finish(tmp_path / "shared", devices=(1, 4))
+    assert not differences(unbroken[0], tmp_path / "shared")
