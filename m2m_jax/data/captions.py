@@ -209,7 +209,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
     import pyarrow as pa  # 40 MB that only this format needs
     import pyarrow.parquet
 
-    with _refusing(path, pa.ArrowException, OSError), pyarrow.parquet.ParquetFile(path) as file:
+    errors = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last of names of columns
+    with _refusing(path, *errors), pyarrow.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         name = _caption_column(schema.names)
         if name is None:

@@ -23,7 +23,7 @@ from m2m_jax.errors import UserError
 _FEATURES = records.features()
 _NAMED = 3  # files in a message
 _OPENED_AT_ONCE = 16
-_OTHER_FILES = 512  # that a process may have open
+_OTHER_FILES = 1024  # that a process may have open
 
 
 class ShardRecords:
@@ -56,8 +56,8 @@ class ShardRecords:
         self.name, self.kinds, self.num_images = name, kinds, num_images
         self._paths, self._remedy = list(paths), remedy
         self._ends = list(itertools.accumulate(counts))
-        self._readers: dict[int, ArrayRecordReader] = {}  # a file that was read once stays open
-        _allow_open_files(name, len(self._paths))
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._most_open = _allow_open_files(len(self._paths))
         self._lock = threading.Lock()
         with concurrent.futures.ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
             found = list(pool.map(_fault, self._paths, counts))
@@ -95,6 +95,8 @@ class ShardRecords:
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
             if shard not in self._readers:
+                if len(self._readers) >= self._most_open:
+                    self._readers.pop(next(iter(self._readers)))  # closed when no thread reads from it
                 self._readers[shard] = ArrayRecordReader(str(self._paths[shard]))
             return self._readers[shard]
 
@@ -111,18 +113,17 @@ def count_records(path: Path) -> int:
     return 0
 
 
-def _allow_open_files(name: str, more: int) -> None:
-    """Has the system let this process open so many more files."""
+def _allow_open_files(more: int) -> int:
+    """Has the system let this process open so many more files. Returns how many of them it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if more <= _OTHER_FILES or soft == resource.RLIM_INFINITY:
-        return
+    if more <= _OTHER_FILES // 2 or soft == resource.RLIM_INFINITY:
+        return more
     wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (ValueError, OSError):
         wanted = soft
-    if wanted < more + _OTHER_FILES:
-        raise UserError(f"{name} is {more} files, and this process may open {wanted}: raise the limit with ulimit -n")
+    return max(min(more, wanted - _OTHER_FILES), 1)
 
 
 def _fault(path: Path, count: int) -> str | None:
