@@ -23,9 +23,9 @@ SETTINGS = (
 
 
 def write_captions(path: pathlib.Path, number: int) -> pathlib.Path:
-    """So many captions, all different."""
+    """So many captions, up to 17,576, all different."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    lines = [f"red {letters[i % 26]} cat {letters[i // 26]}" for i in range(number)]
+    lines = [f"red {letters[i % 26]} cat {letters[i // 26 % 26]}, {letters[i // 676]}" for i in range(number)]
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
 

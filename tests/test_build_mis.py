@@ -387,6 +387,15 @@ def test_a_full_disk_is_said_in_a_line_and_leaves_nothing(tmp_path):
     assert list(mis.folder(tmp_path).iterdir()) == []
 
 
+def test_too_little_memory_is_said_in_a_line(tmp_path, captions, generator, monkeypatch):
+    def too_much(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(TextToImage, "generate", too_much)
+    result = build(captions, generator, tmp_path / "sets")
+    assert result.code == 2 and "--sets_at_once=2 and --images_at_once=1: lower them" in result.err
+
+
 def test_a_damaged_manifest_is_refused(copy):
     path = mis.folder(copy) / mis.MANIFEST
     values = json.loads(path.read_text())

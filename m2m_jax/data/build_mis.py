@@ -1,18 +1,22 @@
 """Makes image sets from captions: each set is one caption, drawn again and again from other noise ("MIS").
 
-    python -m m2m_jax.data.build_mis --captions=captions.tsv --generator=stable-diffusion-2-1-base --output=data
+    python -m m2m_jax.data.build_mis --captions=captions.tsv --generator=stable-diffusion-2-1-base --output=data \
+        --guidance_scale=7.5
     python -m m2m_jax.train --config configs/mis_sd21_self.py --config.data.name=mis --config.data.path=data ...
 
 Captions are read from the files that `captions.py` knows, and cleaned. The generator is a Stable Diffusion folder, or a
-run of this project's text-to-image task; this project's own models run either. Image j of the caption in row i is made
-from noise of (--seed, i, j) alone, so that any shard can be made again by itself, and builds with the same settings
-agree byte for byte on the same kind of device, whatever the number of devices and processes.
+run of this project's text-to-image task; this project's own models run either. A run knows how it samples; for a folder
+that is 25 steps of dpmpp_2m without guidance, where flags do not say otherwise.
+
+Image j of the caption in row i is made from noise of (--seed, i, j) alone, so any shard can be made again by itself.
+Builds with the same settings agree byte for byte, whatever the number of devices and processes, where they run the same
+kernels: one kind of CPU does. For GPUs XLA takes the kernels that it finds fastest, which may differ in the last bit.
 
 Shards appear whole: a build that was interrupted, or killed, goes on with the first shard that is missing. SIGTERM and
 Ctrl-C end it after the images being made; the shard that was begun is left out. Several processes, also on several
-hosts with one file system, share the shards where each is told its --process_index and --process_count; the processes
-of a launch (`launch/`) know theirs. Whichever ends last writes the manifest. A folder that holds another build is
-refused. Layout of the folder: `mis.py`.
+hosts with one file system, share the shards where each is told its --process_index and --process_count; processes that
+M2M_PROCESSES joins (`runtime.py`) know theirs. Whichever ends last writes the manifest. A folder that holds another
+build is refused. Layout of the folder: `mis.py`.
 
 Cleaning: the flags that are named like rules of `captions.CaptionRules` and `set_cleaning.SetRules`, which say what
 they mean. How many each rule dropped stands in the manifest.
@@ -23,7 +27,7 @@ import hashlib
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -73,7 +77,7 @@ _DEFINE = {
     "float": flags.DEFINE_float,
     "str": flags.DEFINE_string,
 }
-_SECONDS_BETWEEN_LOOKS = 5.0
+_SECONDS_BETWEEN_LOOKS = 10.0
 
 
 def _define_rules(rules: type, names: dict[str, str]) -> Callable[[], object]:
@@ -98,53 +102,39 @@ def main(argv):
     runtime.fix_cpu_threads()
     runtime.start()
     index, count = process()
-    rules = caption_rules()
-    kept, dropped = clean_captions(read_captions(CAPTIONS.value), rules)
-    captions = {split: [] for split in mis.SPLITS}
-    for row, caption in kept:
-        captions[mis.split_of(caption, VALIDATION.value, TEST.value)].append((row, caption))
-    print(f"{len(kept)} captions ({'; '.join(f'{len(of)} {split}' for split, of in captions.items())})", flush=True)
+    captions, dropped = read_splits()
     with Interruption(together=False) as interruption:
         generator = open_generator()
         build = mis.Build(
             version=mis.VERSION,
-            settings=settings(generator, rules, make_set.rules),
-            captions={split: len(of) for split, of in captions.items() if of},
-            dropped_captions=dict(sorted(dropped.items())),
+            settings=settings(generator),
+            captions={split: len(of) for split, of in captions.items()},
+            dropped_captions=dropped,
             command=command(),
         )
         mis_writer.start(output, build)
         mine = build.shards[index::count]
         missing = [shard for shard in mine if not mis.is_done(output, shard)]
         if len(missing) < len(mine):
-            print(f"{len(mine) - len(missing)} of {len(mine)} shards are there already", flush=True)
-        batching = set_building.Batching(
-            IMAGES_PER_SET.value, SETS_AT_ONCE.value, IMAGES_AT_ONCE.value or IMAGES_PER_SET.value, SEED.value
-        )
-
-        def should_stop() -> bool:
-            return interruption.requested(0)
-
-        def report(line: str) -> None:
-            print(line, flush=True)
-
-        if not set_building.build_shards(output, missing, captions, generator, batching, make_set, should_stop, report):
-            print(f"stopped; go on with: {build.command}", flush=True)
-            return interruption.exit_code()
-        while (manifest := mis_writer.finish(output, build)) is None:
+            say(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
+        done = make(output, missing, captions, generator, make_set, lambda: interruption.requested(0))
+        while done and (manifest := mis_writer.finish(output, build)) is None:
             # Where JAX joined the processes, the end of one would be the end of all.
             if not jax.distributed.is_initialized():
-                print("done; other processes have shards to make: whichever ends last writes the manifest", flush=True)
+                say("done; other processes have shards to make: whichever ends last writes the manifest")
                 return 0
-            if should_stop():
-                return interruption.exit_code()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-    print(
-        f"{mis.folder(output)}: {manifest.sets} sets, {manifest.images} images; dropped: "
-        + "; ".join(f"{what} {sum(by.values())} {by or ''}".rstrip() for what, by in manifest.dropped.items()),
-        flush=True,
-    )
+            done = not interruption.requested(0)
+        if not done:
+            say(f"stopped; go on with: {build.command}")
+            return interruption.exit_code()
+    counts = (f"{what} {sum(by.values())} {by or ''}".rstrip() for what, by in manifest.dropped.items())
+    say(f"{mis.folder(output)}: {manifest.sets} sets, {manifest.images} images; dropped: {'; '.join(counts)}")
     return 0
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def check_flags(output: Path) -> None:
@@ -179,6 +169,38 @@ def process() -> tuple[int, int]:
     return index, count
 
 
+def read_splits() -> tuple[dict[str, list[tuple[int, str]]], dict[str, int]]:
+    """({split: (row, caption) of its captions, in order}, {rule: captions that it dropped})."""
+    kept, dropped = clean_captions(read_captions(CAPTIONS.value), caption_rules())
+    captions = {split: [] for split in mis.SPLITS}
+    for row, caption in kept:
+        captions[mis.split_of(caption, VALIDATION.value, TEST.value)].append((row, caption))
+    say(f"{len(kept)} captions ({'; '.join(f'{len(of)} {split}' for split, of in captions.items())})")
+    return {split: of for split, of in captions.items() if of}, dict(sorted(dropped.items()))
+
+
+def make(
+    output: Path,
+    shards: Sequence[mis.Shard],
+    captions: dict[str, list[tuple[int, str]]],
+    generator: TextToImage,
+    make_set: set_building.SetMaker,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """`set_building.build_shards` with the flags' batches."""
+    at_once = IMAGES_AT_ONCE.value or IMAGES_PER_SET.value
+    batching = set_building.Batching(IMAGES_PER_SET.value, SETS_AT_ONCE.value, at_once, SEED.value)
+    try:
+        return set_building.build_shards(output, shards, captions, generator, batching, make_set, should_stop, say)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the devices have too little memory for --sets_at_once={SETS_AT_ONCE.value} and "
+            f"--images_at_once={at_once}: lower them"
+        ) from error
+
+
 def open_generator() -> TextToImage:
     """The generator on this process's devices."""
     return TextToImage.open(
@@ -192,12 +214,12 @@ def open_generator() -> TextToImage:
     )
 
 
-def settings(generator: TextToImage, rules: CaptionRules, of_sets: SetRules) -> dict:
+def settings(generator: TextToImage) -> dict:
     """All that decides what the records are."""
     with open(CAPTIONS.value, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "captions": {"file": Path(CAPTIONS.value).name, "sha256": sha256, "rules": dataclasses.asdict(rules)},
+        "captions": {"file": Path(CAPTIONS.value).name, "sha256": sha256, "rules": dataclasses.asdict(caption_rules())},
         "generator": generator.about,
         "autoencoder": precomputed.describe_autoencoder(*generator.autoencoder),
         "latent_shape": list(generator.latent_shape),
@@ -208,7 +230,7 @@ def settings(generator: TextToImage, rules: CaptionRules, of_sets: SetRules) -> 
         "image_format": None if STORE.value == "latents" else IMAGE_FORMAT.value,
         "quality": QUALITY.value if STORE.value != "latents" and IMAGE_FORMAT.value == "webp" else None,
         "latents_dtype": None if STORE.value == "images" else LATENTS_DTYPE.value,
-        "rules": dataclasses.asdict(of_sets),
+        "rules": dataclasses.asdict(set_rules()),
         "validation_share": VALIDATION.value,
         "test_share": TEST.value,
         "sets_per_shard": SETS_PER_SHARD.value,

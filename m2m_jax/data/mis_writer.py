@@ -57,10 +57,15 @@ def finish(directory: str | Path, build: Build) -> Manifest | None:
 
     The same whoever calls it: several processes may, at once. Raises UserError where the rules have dropped all sets.
     """
-    shards = build.shards
-    if not all(mis.report_path(directory, shard).exists() for shard in shards):
-        return None
-    reports = [mis.read_report(directory, shard) for shard in shards]
+    shards, reports = build.shards, []
+    for shard in shards:
+        try:
+            reports.append(mis.read_report(directory, shard))
+            size = (mis.folder(directory) / shard.name).stat().st_size
+        except (UserError, OSError):
+            return None
+        if size != reports[-1].num_bytes:
+            return None
     splits = {split: [report for shard, report in zip(shards, reports) if shard.split == split] for split in mis.SPLITS}
     splits = {split: found for split, found in splits.items() if found}
     manifest = Manifest(
