@@ -56,7 +56,7 @@ help:
 	@echo 'make bench-context  seconds an image with 0 to 24 context images, cached and uncached'
 	@echo 'make bench-overhead  what checkpoints and guards cost, as shares of training time'
 	@echo 'make bench-reading  how fast image sets from captions are read, against how fast the demo uses them up'
-	@echo 'make soak       kill a run 20 times, and compare it bit for bit with one that nobody killed'
+	@echo 'make soak       kill a run 20 times and a build of image sets 10 times; each must end bit for bit as one that nobody killed'
 	@echo 'make sampler    dist/m2m-sample.pyz, which samples from an exported bundle without model code'
 	@echo 'make lint       ruff check and ruff format --check'
 	@echo 'make format     let ruff mend what it can'
@@ -143,6 +143,7 @@ bench-reading: $(DEMO_ENV)
 soak: $(DEMO_ENV)
 	$(RUN) m2m_jax.data.prepare --size=32 --directory=data
 	.venv/bin/python tests/soak.py --kills=20
+	PYTHONPATH=. .venv/bin/python tests/soak_builds.py --kills=10
 
 sampler:
 	rm -rf $(BUILD)/sampler && mkdir -p $(BUILD)/sampler $(dir $(SAMPLER))

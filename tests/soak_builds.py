@@ -1,8 +1,8 @@
 """A build of image sets that is killed with SIGKILL again and again, and started again with the same command, is the
 build that nobody killed, byte for byte.
 
-    python tests/soak_builds.py --kills=10                  # docs/mis.md has what it printed
-    python tests/soak_builds.py --kills=10 --processes=2    # both are killed at once
+    PYTHONPATH=. python tests/soak_builds.py --kills=10                  # docs/mis.md has what it printed
+    PYTHONPATH=. python tests/soak_builds.py --kills=10 --processes=2 --captions=1200    # both are killed at once
 
 An unbroken build first. Then one that is killed at moments drawn from --seed: every fourth while it starts, the others
 while it makes the shard that it has come to, after a number of new ones. At last it is left to finish.
