@@ -24,8 +24,6 @@ they mean. How many each rule dropped stands in the manifest.
 
 import dataclasses
 import hashlib
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +35,7 @@ from m2m_jax import runtime
 from m2m_jax.data import mis, mis_writer, precomputed, records, set_building
 from m2m_jax.data.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.data.set_cleaning import SetRules
+from m2m_jax.data.work_sharing import check_process_flags, command, process
 from m2m_jax.errors import UserError
 from m2m_jax.program import run_program
 from m2m_jax.sampling.text_to_image import TextToImage
@@ -65,8 +64,6 @@ TEST = flags.DEFINE_float("test_share", 0.01, "Likewise.")
 
 SETS_AT_ONCE = flags.DEFINE_integer("sets_at_once", 1, "A device makes together.", lower_bound=1)
 IMAGES_AT_ONCE = flags.DEFINE_integer("images_at_once", None, "Of each set; all if not given.")
-PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Which process this is, from 0; JAX's if not given.")
-PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many share the work; JAX's if not given.")
 
 # Rules that have the same name for captions and for images.
 _FLAGS_OF_CAPTIONS = {"drop_duplicates": "drop_duplicate_captions"}
@@ -110,7 +107,7 @@ def main(argv):
             settings=settings(generator),
             captions={split: len(of) for split, of in captions.items()},
             dropped_captions=dropped,
-            command=command(),
+            command=command("m2m_jax.data.build_mis"),
         )
         mis_writer.start(output, build)
         mine = build.shards[index::count]
@@ -155,18 +152,7 @@ def check_flags(output: Path) -> None:
         )
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; name a folder")
-    if (PROCESS_INDEX.value is None) != (PROCESS_COUNT.value is None):
-        raise UserError("--process_index and --process_count belong together: give both or neither")
-
-
-def process() -> tuple[int, int]:
-    """Index and count of the processes that share the shards."""
-    if PROCESS_COUNT.value is None:
-        return jax.process_index(), jax.process_count()
-    index, count = PROCESS_INDEX.value, PROCESS_COUNT.value
-    if not 0 <= index < count:
-        raise UserError(f"--process_index={index} must be 0 to --process_count - 1 = {count - 1}")
-    return index, count
+    check_process_flags()
 
 
 def read_splits() -> tuple[dict[str, list[tuple[int, str]]], dict[str, int]]:
@@ -237,18 +223,6 @@ def settings(generator: TextToImage) -> dict:
         "sets_at_once": SETS_AT_ONCE.value,
         "images_at_once": IMAGES_AT_ONCE.value or IMAGES_PER_SET.value,
     }
-
-
-def command() -> str:
-    """What was called, less the division of the work: any one process can finish a build."""
-    kept, arguments = [], iter(sys.argv[1:])
-    for argument in arguments:
-        if argument.lstrip("-").startswith(("process_index", "process_count")):
-            if "=" not in argument:
-                next(arguments, None)  # its value
-        else:
-            kept.append(argument)
-    return shlex.join(["python", "-m", "m2m_jax.data.build_mis", *kept])
 
 
 if __name__ == "__main__":

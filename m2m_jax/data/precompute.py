@@ -17,8 +17,6 @@ on several hosts with one file system, share the shards of a split where each is
 """
 
 import itertools
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,6 +33,7 @@ from m2m_jax.configuration import check_arguments, define_config_flag, reads_lat
 from m2m_jax.data import precomputed, records
 from m2m_jax.data.pipeline import SOURCES, RecordSource
 from m2m_jax.data.shards import count_records
+from m2m_jax.data.work_sharing import check_process_flags, command, process
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
@@ -48,8 +47,6 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", records.LATENT_DTYPES, "What laten
 KEEP_IMAGES = flags.DEFINE_bool("keep_images", False, "Store the encoded images beside their latents.")
 RECORDS_PER_SHARD = flags.DEFINE_integer("records_per_shard", 512, "Sets in a shard.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images encoded at once.")
-PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Which process this is, from 0; JAX's if not given.")
-PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many share the work; JAX's if not given.")
 
 _SETS_READ_AHEAD = 8
 Encode = Callable[[np.ndarray], jax.Array]  # uint8 [batch, S, S, 3] to scaled float32 latents [batch, h, w, c]
@@ -85,7 +82,7 @@ def main(argv):
         kinds=list(source.kinds),
         num_images=list(source.num_images),
         made_from=source.name,
-        command=command(),
+        command=command("m2m_jax.data.precompute"),
     )
     precomputed.write_manifest(output, split, manifest)
     for shard in range(index, manifest.num_shards, count):
@@ -112,18 +109,7 @@ def check_flags(config: ConfigDict, output: Path) -> None:
             raise UserError(f"--{flag.name} must be at least 1, not {flag.value}")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; name a folder")
-    if (PROCESS_INDEX.value is None) != (PROCESS_COUNT.value is None):
-        raise UserError("--process_index and --process_count belong together: give both or neither")
-
-
-def process() -> tuple[int, int]:
-    """Index and count of the processes that share the shards."""
-    if PROCESS_COUNT.value is None:
-        return jax.process_index(), jax.process_count()
-    index, count = PROCESS_INDEX.value, PROCESS_COUNT.value
-    if not 0 <= index < count:
-        raise UserError(f"--process_index={index} must be 0 to --process_count - 1 = {count - 1}")
-    return index, count
+    check_process_flags()
 
 
 def check_source(source: RecordSource) -> None:
@@ -187,18 +173,6 @@ def encode_images(images: Iterable[np.ndarray], encode: Encode) -> Iterator[np.n
         # The last batch is filled up: one shape, compiled once.
         full_bhwc = np.stack(batch + [batch[-1]] * (BATCH_SIZE.value - len(batch)))
         yield from np.asarray(encode(full_bhwc))[: len(batch)]
-
-
-def command() -> str:
-    """What was called, less the division of the work: any one process can complete a split."""
-    kept, arguments = [], iter(sys.argv[1:])
-    for argument in arguments:
-        if argument.lstrip("-").startswith(("process_index", "process_count")):
-            if "=" not in argument:
-                next(arguments, None)  # its value
-        else:
-            kept.append(argument)
-    return shlex.join(["python", "-m", "m2m_jax.data.precompute", *kept])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""Several processes that share the shards of one job: which are whose. Two flags of the programs that import this."""
+
+import shlex
+import sys
+
+import jax
+from absl import flags
+
+from m2m_jax.errors import UserError
+
+PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Which process this is, from 0; JAX's if not given.")
+PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many share the work; JAX's if not given.")
+
+
+def check_process_flags() -> None:
+    """Raises UserError where only one is given, before anything is opened."""
+    if (PROCESS_INDEX.value is None) != (PROCESS_COUNT.value is None):
+        raise UserError("--process_index and --process_count belong together: give both or neither")
+
+
+def process() -> tuple[int, int]:
+    """Index and count of the processes that share the shards."""
+    if PROCESS_COUNT.value is None:
+        return jax.process_index(), jax.process_count()
+    index, count = PROCESS_INDEX.value, PROCESS_COUNT.value
+    if not 0 <= index < count:
+        raise UserError(f"--process_index={index} must be 0 to --process_count - 1 = {count - 1}")
+    return index, count
+
+
+def command(module: str) -> str:
+    """What was called, less the division of the work: any one process can finish it."""
+    kept, arguments = [], iter(sys.argv[1:])
+    for argument in arguments:
+        if argument.lstrip("-").startswith((PROCESS_INDEX.name, PROCESS_COUNT.name)):
+            if "=" not in argument:
+                next(arguments, None)  # its value
+        else:
+            kept.append(argument)
+    return shlex.join(["python", "-m", module, *kept])
