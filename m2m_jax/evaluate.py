@@ -15,15 +15,14 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 
 from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, to_json, validate
 from m2m_jax.data.pipeline import batches, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER
-from m2m_jax.models.parameters import abstract, fingerprint, merge
-from m2m_jax.models.unet import UNet
+from m2m_jax.models.parameters import fingerprint, merge
+from m2m_jax.models.unet import unet_structure
 from m2m_jax.program import run_program
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.training.evaluation import context_losses
@@ -79,7 +78,7 @@ def require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:
 def losses(sampler: Sampler, dataset, config) -> dict[str, list[float | None]]:
     """{name: [mean, standard error of it]} over the batches; of one batch there is no error."""
     unet_config, models, schedule = sampler.static.unet_config, sampler.models, sampler.schedule
-    graphdef = abstract(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))[0]
+    graphdef = unet_structure(unet_config)[0]
 
     @jax.jit
     def of_batch(unet_params, frozen, images_bnhwc, batch_index):

@@ -20,6 +20,7 @@ from m2m_jax.models.layers import (
     zeros,
 )
 from m2m_jax.models.limits import BLOCKS, CHANNELS, LAYERS, require_between, require_levels, require_one_of
+from m2m_jax.models.parameters import abstract
 from m2m_jax.models.transformer import CrossAttention, ImageSetAttention, ImageSets, KeptImages, SpatialTransformer
 
 ATTN2 = ("image_set", "text", "none")
@@ -249,6 +250,12 @@ def _attn2(c: UNetConfig):
         clean_sees=c.clean_sees,
         backend=c.attention_backend,
     )
+
+
+@functools.cache
+def unet_structure(config: UNetConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """What `parameters.abstract` says of it: structure and shapes. Kept, for at full size it takes seconds."""
+    return abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))
 
 
 def denoise_sets(

@@ -11,15 +11,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from ml_collections import ConfigDict
 
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.steppers import STEPPERS
 from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import FrozenModels
-from m2m_jax.models.parameters import Params, abstract, merge
-from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.models.parameters import Params, merge
+from m2m_jax.models.unet import UNetConfig, unet_structure
 from m2m_jax.planning.chips import chip_of, gpus_of
 from m2m_jax.planning.workload import frozen_models
 
@@ -144,7 +143,7 @@ def _unet_flops(config: ConfigDict, models: FrozenModels, latent_shape: tuple[in
         cross_attention_dim=TEXT_WIDTH,
         **{**config.model, **fields},
     )
-    unet, shapes = abstract(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))
+    unet, shapes = unet_structure(unet_config)
 
     def evaluate(params: Params, *inputs: jax.Array) -> jax.Array:
         return merge(unet, params)(*inputs)

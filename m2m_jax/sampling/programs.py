@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.steppers import STEPPERS, Carry, StepTable, advance, begin
 from m2m_jax.models.context_cache import ContextCache, append_image, denoise_next, empty_cache
 from m2m_jax.models.frozen import FrozenModels
-from m2m_jax.models.parameters import Params, abstract, merge
-from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.models.parameters import Params, merge
+from m2m_jax.models.unet import UNet, UNetConfig, unet_structure
 from m2m_jax.sampling.set_sampler import PROGRAMS
 from m2m_jax.sampling.settings import SamplingSettings
 
@@ -87,7 +85,7 @@ class Programs:
         return self.models.decode(params, latents_bhwc)
 
     def _unet(self, params: AllParams) -> UNet:
-        return merge(_graphdef(self.unet_config), params[UNET])
+        return merge(unet_structure(self.unet_config)[0], params[UNET])
 
 
 COMPILED = {
@@ -99,9 +97,3 @@ COMPILED = {
 
 def _keys(cache: ContextCache, seed_b: jax.Array) -> jax.Array:
     return jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed_b, cache.position_b)
-
-
-@functools.cache
-def _graphdef(config: UNetConfig) -> nnx.GraphDef:
-    """Kept, because each program asks for it when it is traced, and at full size it takes seconds."""
-    return abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))[0]

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2m_jax.diffusion.schedule import NoiseSchedule
@@ -24,9 +23,9 @@ from m2m_jax.errors import UserError
 from m2m_jax.models import diffusers_folder, text_encoders
 from m2m_jax.models.folder import config_from, read_json, require_same
 from m2m_jax.models.frozen import AUTOENCODER, TEXT_ENCODER, FrozenModels, FrozenParams
-from m2m_jax.models.parameters import Params, abstract, fingerprint, merge
+from m2m_jax.models.parameters import Params, fingerprint, merge
 from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
-from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.models.unet import UNetConfig, unet_structure
 from m2m_jax.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class TextPrograms:
     ) -> tuple[jax.Array, jax.Array]:
         """Latents [b, n, h, w, c], float32 and scaled, and uint8 images [b, n, image_size, image_size, 3]."""
         b, n = len(index_b), len(images_n)
-        unet, guidance = merge(_graphdef(self.unet_config), params[UNET]), self.settings.guidance
+        unet, guidance = merge(unet_structure(self.unet_config)[0], params[UNET]), self.settings.guidance
         shape = self.models.latent_shape(self.image_size)
 
         def key(index, image):
@@ -257,7 +256,7 @@ def _open_folder(
     frozen: FrozenParams = {AUTOENCODER: diffusers_folder.load_params(folder / "vae"), TEXT_ENCODER: text_params}
     models.require_params(frozen, {AUTOENCODER: str(folder / "vae"), TEXT_ENCODER: str(text_folder)})
     unet_params = diffusers_folder.load_params(unet_folder)
-    require_same(unet_folder, abstract(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))[1], unet_params)
+    require_same(unet_folder, unet_structure(unet_config)[1], unet_params)
     schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
     trained_at = read_json(unet_folder / "config.json").get("sample_size", 64)
     if image_size is None and type(trained_at) is not int:
@@ -278,8 +277,3 @@ def _require_multiple(programs: TextPrograms) -> None:
     factor = programs.models.autoencoder.downsampling * 2 ** (len(programs.unet_config.block_out_channels) - 1)
     if programs.image_size % factor or programs.image_size < factor:
         raise UserError(f"the image size is {programs.image_size}; this model needs a multiple of {factor}")
-
-
-@functools.cache
-def _graphdef(config: UNetConfig) -> nnx.GraphDef:
-    return abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))[0]
