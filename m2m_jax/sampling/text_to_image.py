@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 UNET = "unet"
 MODEL_INDEX = "model_index.json"
 PIPELINE = "StableDiffusionPipeline"
+FOLDER_SETTINGS = {"stepper": "ddim", "steps": 50, "guidance_scale": 7.5}  # steps and guidance: diffusers' own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +182,7 @@ class TextToImage:
         Args:
           image_size: pixels along each side, if not those that the model was trained at.
           dtype: of the U-Net's computation; None: float32, or what a run trained in.
-          settings: fields of `SamplingSettings`; what is not given, a run's config says.
+          settings: fields of `SamplingSettings`; what is not given, a run's config says, of a folder FOLDER_SETTINGS.
 
         Raises:
           UserError: it is neither, or a part is missing or another model's.
@@ -265,7 +266,7 @@ def _open_folder(
         unet_config,
         models,
         schedule,
-        SamplingSettings(**settings),
+        SamplingSettings(**FOLDER_SETTINGS | settings),
         image_size or trained_at * autoencoder.downsampling,
     )
     _require_multiple(programs)
