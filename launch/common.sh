@@ -79,13 +79,16 @@ restarting() {
   local left=$1 code pid told='' interrupted
   shift
   while true; do
+    # Before it starts: a signal that comes sooner than its number is known is passed on when it is.
+    pid=''
+    trap 'told=TERM interrupted=1; [[ -z $pid ]] || kill -TERM -- "-$pid" 2>/dev/null || true' TERM HUP
+    trap 'told=INT interrupted=1; [[ -z $pid ]] || kill -INT -- "-$pid" 2>/dev/null || true' INT
     # A process group of its own: Ctrl-C on a terminal reaches it through this shell alone, and once.
     set -m
     "$@" &
     pid=$!
     set +m
-    trap 'told=1 interrupted=1; kill -TERM -- "-$pid" 2>/dev/null || true' TERM HUP
-    trap 'told=1 interrupted=1; kill -INT -- "-$pid" 2>/dev/null || true' INT
+    [[ -z $told ]] || kill "-$told" -- "-$pid" 2>/dev/null || true
     while true; do
       interrupted='' code=0
       wait "$pid" || code=$?

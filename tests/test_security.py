@@ -41,7 +41,7 @@ SOURCES = sorted(file for name in FOLDERS for file in (ROOT / name).rglob("*.py"
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_source_runs_what_it_reads(file):
-    text = file.read_text()
+    text = file.read_text().replace("trust_remote_code=False", "")
     assert not [word for word in WORDS if word in text]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -189,7 +189,7 @@ def test_prepared_data_stays_within_itself(tmp_path):
     where.mkdir(parents=True)
     info = {
         "name": "emoji",
-        "version": "1.0.0",
+        "version": str(builder.version),
         "configName": "16px",
         "fileFormat": "array_record",
         "splits": [{"name": "train", "shardLengths": ["1"], "filepathTemplate": "../../../{SPLIT}.{FILEFORMAT}"}],

@@ -1,5 +1,6 @@
 """Images from captions: parity with diffusers' pipeline, what noise depends on, folders, training and its sampler."""
 
+import contextlib
 import json
 import shutil
 
@@ -138,6 +139,17 @@ def test_ids_have_parity_with_transformers(folder, transformers):
 def test_what_is_no_tokenizer_is_refused(text):
     with pytest.raises(UserError, match="not a tokenizer of this project"):
         Tokenizer(text)
+
+
+def test_code_beside_a_tokenizer_is_not_run(folder, tmp_path):
+    there = shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    (there / "evil.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\nclass Evil: pass\n")
+    values = json.loads((there / "tokenizer_config.json").read_text())
+    evil = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (there / "tokenizer_config.json").write_text(json.dumps(values | evil))
+    with contextlib.suppress(UserError):
+        load_tokenizer(str(there), CLIP_LENGTH)
+    assert not (tmp_path / "was run").exists()
 
 
 # --- Training -------------------------------------------------------------------------------------------------------
