@@ -101,7 +101,6 @@ class TextToImage:
     Attributes:
       image_size: pixels along each side.
       num_devices: that share the captions of a call.
-      about: what its images depend on beside captions and seed, as JSON can hold it.
     """
 
     def __init__(
@@ -116,14 +115,6 @@ class TextToImage:
         self._mesh = Mesh(np.array(devices or jax.local_devices()), ("data",))
         self.num_devices = self._mesh.size
         self._tokenizer, self._empty_ids_1s = tokenizer, tokenizer([""])
-        weights = {name: fingerprint(of_model) for name, of_model in sorted(params.items())}
-        self.about: dict[str, Any] = {
-            "weights": weights | {"tokenizer": hashlib.sha256(tokenizer.text.encode()).hexdigest()},
-            "schedule": programs.schedule.to_config(),
-            "settings": dataclasses.asdict(programs.settings),
-            "dtype": programs.unet_config.dtype,
-            "image_size": programs.image_size,
-        }
         self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
         shared, split = PartitionSpec(), PartitionSpec("data")
         # Each device runs the program by itself. Left to XLA they exchange halves of the guided batch at every step.
@@ -135,6 +126,18 @@ class TextToImage:
                 out_specs=split,
             )
         )
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """What its images depend on beside captions and seed, as JSON can hold it. Reads all weights."""
+        weights = {name: fingerprint(of_model) for name, of_model in sorted(self._params.items())}
+        return {
+            "weights": weights | {"tokenizer": hashlib.sha256(self._tokenizer.text.encode()).hexdigest()},
+            "schedule": self._programs.schedule.to_config(),
+            "settings": dataclasses.asdict(self._programs.settings),
+            "dtype": self._programs.unet_config.dtype,
+            "image_size": self._programs.image_size,
+        }
 
     @property
     def autoencoder(self) -> tuple[Any, Params]:

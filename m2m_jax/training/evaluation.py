@@ -10,6 +10,13 @@ from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.unet import UNet
 
 
+def stratified_timesteps(schedule: NoiseSchedule, key: jax.Array, count: int) -> jax.Array:
+    """One timestep in each of `count` equal strata, int32 [count]: far less variance between batches than independent
+    draws."""
+    fraction_k = (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(key, (count,))) / count
+    return (fraction_k * schedule.num_train_timesteps).astype(jnp.int32)
+
+
 def context_losses(
     unet: UNet,
     schedule: NoiseSchedule,
@@ -36,9 +43,7 @@ def context_losses(
     b, n, *image = latents_bnhwc.shape
     key = stream_key(seed, batch_index, Stream.EVAL)
     noise_key, timestep_key = jax.random.split(key)
-    # One timestep in each of b equal strata: far less variance between batches than independent draws.
-    fraction_b = (jnp.arange(b, dtype=jnp.float32) + jax.random.uniform(timestep_key, (b,))) / b
-    timestep_b = (fraction_b * schedule.num_train_timesteps).astype(jnp.int32)
+    timestep_b = stratified_timesteps(schedule, timestep_key, b)
     noise_bhwc = jax.random.normal(noise_key, (b, *image))
 
     def losses(context):

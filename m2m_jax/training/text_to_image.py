@@ -26,6 +26,7 @@ from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
 from m2m_jax.sampling.text_to_image import TextToImage
 from m2m_jax.training.checkpoint import SavedModel
+from m2m_jax.training.evaluation import stratified_timesteps
 
 
 class TextToImageTask:
@@ -80,10 +81,7 @@ class TextToImageTask:
         ids_bns = batch["token_ids_bns"]
         shape = (*ids_bns.shape[:2], *self._latent_shape)
         noise_key, timestep_key = jax.random.split(stream_key(self.config.seed, batch_index, Stream.EVAL))
-        # A timestep in each of as many equal strata as there are images.
-        count = math.prod(shape[:2])
-        fraction_k = (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(timestep_key, (count,))) / count
-        timestep_bn = (fraction_k * self.schedule.num_train_timesteps).astype(jnp.int32).reshape(shape[:2])
+        timestep_bn = stratified_timesteps(self.schedule, timestep_key, math.prod(shape[:2])).reshape(shape[:2])
         noise_bnhwc = jax.random.normal(noise_key, shape)
         captions = {
             "loss_own_caption": ids_bns,
