@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from m2m_jax import disk
 from m2m_jax.errors import UserError
 
 # What is read. Pillow knows more formats, but some of those start other programs (EPS) or are no pictures.
@@ -141,16 +142,8 @@ def write_png(path: str | os.PathLike[str], image: np.ndarray | Image.Image) -> 
     """Writes uint8 [H, W, 3] (or a Pillow image) as PNG; the file appears whole or not at all."""
     if not isinstance(image, Image.Image):
         image = as_pillow(image)
-    path = pathlib.Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(unfinished, format="PNG")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+    with disk.errors(path), disk.new_file(pathlib.Path(path)) as aside:
+        image.save(aside, format="PNG")
 
 
 def as_pillow(image_hwc: np.ndarray) -> Image.Image:

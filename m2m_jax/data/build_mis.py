@@ -23,7 +23,6 @@ they mean. How many each rule dropped stands in the manifest.
 """
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from m2m_jax import runtime
+from m2m_jax import disk, runtime
 from m2m_jax.data import mis, mis_writer, precomputed, records, set_building
 from m2m_jax.data.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.data.set_cleaning import SetRules
@@ -202,10 +201,13 @@ def open_generator() -> TextToImage:
 
 def settings(generator: TextToImage) -> dict:
     """All that decides what the records are."""
-    with open(CAPTIONS.value, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    captions = Path(CAPTIONS.value)
     return {
-        "captions": {"file": Path(CAPTIONS.value).name, "sha256": sha256, "rules": dataclasses.asdict(caption_rules())},
+        "captions": {
+            "file": captions.name,
+            "sha256": disk.sha256(captions),
+            "rules": dataclasses.asdict(caption_rules()),
+        },
         "generator": generator.about,
         "autoencoder": precomputed.describe_autoencoder(*generator.autoencoder),
         "latent_shape": list(generator.latent_shape),

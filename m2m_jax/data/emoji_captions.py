@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
+from m2m_jax import disk
 from m2m_jax.data.emoji_recombination import SHARES, recombine
 from m2m_jax.data.emoji_subjects import load_subjects
 from m2m_jax.errors import UserError
@@ -26,13 +27,9 @@ def main(argv):
     if output.suffix != ".txt":
         raise UserError(f"--output={output}: captions are written as .txt")
     captions = recombine(load_subjects(), NUM_CAPTIONS.value, SEED.value)
-    aside = output.with_name(f".{output.name}.partial")
-    try:
+    with disk.errors(f"--output={output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text("".join(f"{caption}\n" for _, caption in captions), encoding="utf-8")
-        aside.replace(output)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error.strerror}") from error
+        disk.write(output, "".join(f"{caption}\n" for _, caption in captions).encode())
     counts = collections.Counter(kind for kind, _ in captions)
     print(f"{output}: {len(captions)} captions ({', '.join(f'{kind}: {counts[kind]}' for kind in SHARES)})")
 

@@ -5,11 +5,11 @@
 Sets, choice of images and augmentation are those that the config's input pipeline would give for that split.
 """
 
-import shutil
 from pathlib import Path
 
 from absl import flags
 
+from m2m_jax import disk
 from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, validate
 from m2m_jax.data.pipeline import make_dataset, open_examples
 from m2m_jax.errors import UserError
@@ -31,19 +31,16 @@ def main(argv):
         )
     if NUM_SETS.value < 1:
         raise UserError(f"--num_sets must be at least 1, not {NUM_SETS.value}")
-    if output.exists():
-        raise UserError(f"--output={output} exists already; remove it or name another folder")
+    disk.require_new(output)
     examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
     sets = make_dataset(examples, batch_size=NUM_SETS.value)[0]
 
-    aside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    for s, images_nhwc in enumerate(sets["images_bnhwc"]):
-        folder = aside / f"{s:03d}"
-        folder.mkdir(parents=True)
-        for i, image_hwc in enumerate(images_nhwc):
-            write_png(folder / f"{i:03d}.png", image_hwc)
-    aside.rename(output)
+    with disk.new_folder(output) as aside:
+        for s, images_nhwc in enumerate(sets["images_bnhwc"]):
+            folder = aside / f"{s:03d}"
+            folder.mkdir()
+            for i, image_hwc in enumerate(images_nhwc):
+                write_png(folder / f"{i:03d}.png", image_hwc)
     print(f"{output}: {NUM_SETS.value} sets of {config.data.images_per_set} images")
 
 

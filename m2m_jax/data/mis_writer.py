@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 
+from m2m_jax import disk
 from m2m_jax.data import mis, records
 from m2m_jax.data.mis import Build, Manifest, Shard, ShardReport
+from m2m_jax.data.record_writer import RecordWriter
 from m2m_jax.errors import UserError
-from m2m_jax.training.save_errors import reason
-
-_UNFINISHED = ".partial"  # how the name of a file ends while it is written
-# Ours: processes of several hosts, or containers, may have one number.
-_ME = f"{os.getpid()}-{secrets.token_hex(4)}"
-_TRIES = 10  # to write a file that other processes write alike
 
 
 def start(directory: str | Path, build: Build) -> None:
@@ -34,15 +26,13 @@ def start(directory: str | Path, build: Build) -> None:
     Raises UserError where the folder holds another build or something else, or cannot be written.
     """
     path = mis.folder(directory) / mis.BUILD
-    try:
+    with disk.errors(f"--output={directory}"):
         if not path.exists():
-            others = [name for name in _names(path.parent) if not name.endswith(_UNFINISHED)]
+            others = [name for name in _names(path.parent) if not name.endswith(disk.UNFINISHED)]
             if others:
                 raise UserError(f"{path.parent} holds {others[0]}, and no build of this program: name another --output")
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_json(path, build)
-    except OSError as error:
-        raise UserError(f"--output={directory} cannot be written: {error.strerror}") from error
     there = mis.read_build(directory)
     wanted = json.loads(json.dumps(dataclasses.asdict(build)))
     found = dataclasses.asdict(there)
@@ -83,31 +73,27 @@ def finish(directory: str | Path, build: Build) -> Manifest | None:
     path = mis.folder(directory)
     if not manifest.sets:
         raise UserError(f"{path}: the rules have dropped all sets ({manifest.dropped}); remove it, and relax them")
-    with disk_errors(path):
+    with disk.errors(path):
         _write_tfds(path, splits)
         _write_json(path / mis.MANIFEST, manifest)
-        _remove_leftovers(path)
+        disk.remove_leftovers(path)
     return manifest
 
 
 class ShardWriter:
-    """Writes one shard, whole or not at all; the same records make the same bytes."""
+    """Writes one shard and what describes it."""
 
     def __init__(self, directory: str | Path, shard: Shard, made_on: str):
         """Raises UserError, as all methods do, where the disk is full or cannot be written."""
         self._directory, self._shard, self._made_on = directory, shard, made_on
         self._path = mis.folder(directory) / shard.name
-        self._aside = _aside(self._path)
         self._num_images: list[int] = []
         self._dropped_images: collections.Counter[str] = collections.Counter()
         self._dropped_sets: collections.Counter[str] = collections.Counter()
-        with disk_errors(self._path):
-            _remove_leftovers(self._path.parent, shard.name)
-            self._writer = ArrayRecordWriter(str(self._aside), "group_size:1")
+        self._writer = RecordWriter(self._path)
 
     def add(self, serialized: bytes, num_images: int) -> None:
-        with disk_errors(self._path):
-            self._writer.write(serialized)
+        self._writer.write(serialized)
         self._num_images.append(num_images)
 
     def count_dropped(self, images: Mapping[str, int], set_by: str | None = None) -> None:
@@ -118,44 +104,23 @@ class ShardWriter:
 
     def finish(self) -> None:
         """The records are on disk before their name is, and that before what describes them."""
-        with disk_errors(self._path):
-            self._writer.close()
-            try:
-                sha256 = _flush_and_hash(self._aside)
-            except FileNotFoundError:  # taken for a leftover by the other
-                raise UserError(
-                    f"{self._path} is written by two processes: give each a --process_index of its own"
-                ) from None
+        self._writer.finish()
+        with disk.errors(self._path):
             report = ShardReport(
                 name=self._shard.name,
-                sha256=sha256,
-                num_bytes=self._aside.stat().st_size,
+                sha256=disk.sha256(self._path),
+                num_bytes=self._path.stat().st_size,
                 captions=len(self._shard.captions),
                 num_images=self._num_images,
                 dropped_images=_total([self._dropped_images]),
                 dropped_sets=_total([self._dropped_sets]),
                 made_on=self._made_on,
             )
-            self._aside.replace(self._path)
             _write_json(mis.report_path(self._directory, self._shard), report)
 
     def abandon(self) -> None:
         """Leaves nothing."""
-        with contextlib.suppress(RuntimeError):
-            self._writer.close()
-        with contextlib.suppress(OSError):
-            self._aside.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """What a full or read-only disk says, as a UserError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
-        if why := reason(error):
-            raise UserError(f"{path} cannot be written: {why}") from error
-        raise
+        self._writer.abandon()
 
 
 def _write_tfds(path: Path, splits: Mapping[str, list[ShardReport]]) -> None:
@@ -182,39 +147,11 @@ def _write_tfds(path: Path, splits: Mapping[str, list[ShardReport]]) -> None:
     with tempfile.TemporaryDirectory() as elsewhere:
         info.write_to_directory(elsewhere)
         for file in sorted(Path(elsewhere).iterdir()):
-            _write(path / file.name, file.read_bytes())
+            disk.write(path / file.name, file.read_bytes())
 
 
 def _write_json(path: Path, values: Any) -> None:
-    _write(path, (json.dumps(dataclasses.asdict(values)) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    aside = _aside(path)
-    for tries_left in reversed(range(_TRIES)):
-        try:
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-            return
-        except FileNotFoundError:  # taken for a leftover by a process that finishes at the same time
-            if not tries_left or not path.parent.is_dir():
-                raise
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{_ME}{_UNFINISHED}")
-
-
-def _remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Of processes that were killed while they wrote the file of that name."""
-    for leftover in folder.glob(f".{name}.*{_UNFINISHED}"):
-        leftover.unlink(missing_ok=True)
+    disk.write(path, f"{json.dumps(dataclasses.asdict(values))}\n".encode())
 
 
 def _names(path: Path) -> list[str]:
@@ -238,9 +175,3 @@ def _first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
             if (different := _first_difference(found.get(key), wanted.get(key), here)) is not None:
                 return different
     return f"{name} was {found!r:.80}, and now is {wanted!r:.80}"
-
-
-def _flush_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()

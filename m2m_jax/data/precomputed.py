@@ -10,15 +10,15 @@ or different shards of one, never change the same file.
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
+from m2m_jax import disk
 from m2m_jax.data import records
+from m2m_jax.data.record_writer import RecordWriter
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
 from m2m_jax.errors import UserError
@@ -155,31 +155,16 @@ def write_manifest(directory: Path, split: str, manifest: Manifest) -> None:
                     f"{path} is of other latents: {field.name} differs{values}; name another --output, or remove that"
                 )
         return
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with disk.errors(f"--output={directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(dataclasses.asdict(manifest)) + "\n", encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"--output={directory} cannot be written: {error.strerror}") from error
+        disk.write(path, f"{json.dumps(dataclasses.asdict(manifest))}\n".encode())
 
 
 def write_shard(path: Path, image_sets: Iterable[records.ImageSetRecord]) -> None:
     """Writes one shard, whole or not at all; the same records make the same bytes."""
-    leftovers = f".{path.name}.*.partial"  # of runs that were killed
-    aside = path.with_name(leftovers.replace("*", str(os.getpid())))
-    writer = ArrayRecordWriter(str(aside), "group_size:1")
-    try:
+    with RecordWriter(path) as writer:
         for record in image_sets:
             writer.write(serialize(record))
-        writer.close()
-        aside.replace(path)
-    except FileNotFoundError:  # taken for a leftover by the other
-        raise UserError(f"{path} is written by two processes: give each a --process_index of its own") from None
-    finally:
-        aside.unlink(missing_ok=True)
-    for leftover in path.parent.glob(leftovers):
-        leftover.unlink(missing_ok=True)
 
 
 def manifest_path(directory: str | Path, split: str) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
+from m2m_jax import disk
 from m2m_jax.errors import UserError
 from m2m_jax.models.folder import require_same
 from m2m_jax.models.parameters import abstract, count
@@ -36,8 +37,7 @@ licence).
 
 def prepare_minilm(output: Path) -> int:
     """Writes the folder, note on its licence included, and returns the number of parameters."""
-    if output.exists():
-        raise UserError(f"--output={output} exists already; remove it or name another folder")
+    disk.require_new(output)
     spec = importlib.util.find_spec(MODULE)
     if spec is None:
         raise UserError(
@@ -47,13 +47,10 @@ def prepare_minilm(output: Path) -> int:
     config, params = load_text_encoder(source)
     require_same(source, abstract(lambda: make_text_encoder(config))[1], params)
     load_tokenizer(str(source), config.max_position_embeddings)
-    aside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name in FILES:
-        shutil.copyfile(source / name, aside / name)
-    (aside / "LICENSE.md").write_text(NOTE.format(package=PACKAGE, version=importlib.metadata.version(PACKAGE)))
-    aside.rename(output)
+    with disk.new_folder(output) as aside:
+        for name in FILES:
+            shutil.copyfile(source / name, aside / name)
+        (aside / "LICENSE.md").write_text(NOTE.format(package=PACKAGE, version=importlib.metadata.version(PACKAGE)))
     return count(params)
 
 

@@ -11,7 +11,6 @@ become saliency. Any other DINOv2 folder of transformers can stand in its place.
 import dataclasses
 import importlib.metadata
 import importlib.util
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
+from m2m_jax import disk
 from m2m_jax.errors import UserError
 from m2m_jax.models import dinov2
 from m2m_jax.models.folder import from_torch, require_same
@@ -124,16 +124,13 @@ def _bias(add) -> str | None:
 
 def prepare_vit(output: Path) -> Mapping[str, np.ndarray]:
     """Writes the folder, licence included, and returns its parameters."""
-    if output.exists():
-        raise UserError(f"--output={output} exists already; remove it or name another folder")
+    disk.require_new(output)
     params = encoder_params(load_graph())
     require_same(f"{MODEL_FILE} of {PACKAGE}", abstract(lambda: dinov2.DINOv2(CONFIG, rngs=nnx.Rngs(0)))[1], params)
-    aside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    save_dinov2(aside, CONFIG, params)
     version = importlib.metadata.version(PACKAGE)
-    (aside / "LICENSE.md").write_text(NOTE.format(file=MODEL_FILE, package=PACKAGE, version=version))
-    aside.rename(output)
+    with disk.new_folder(output) as aside:
+        save_dinov2(aside, CONFIG, params)
+        (aside / "LICENSE.md").write_text(NOTE.format(file=MODEL_FILE, package=PACKAGE, version=version))
     return params
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from m2m_jax import disk
 from m2m_jax.errors import UserError
 from m2m_jax.models.parameters import Params
 
@@ -178,14 +179,12 @@ def save_folder(folder: str | Path, values: dict[str, Any], params: Params, dtyp
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(_to_torch(name, np.asarray(x).astype(dtype), form) for name, x in params.items())
-    # Written aside and renamed: a folder that can be opened is whole.
-    partial = folder / f"{form.weights}.partial"
-    partial.touch()
-    mode = partial.stat().st_mode
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(mode)  # safetensors lets nobody else read it
-    partial.rename(folder / form.weights)
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    with disk.new_file(folder / form.weights) as aside:
+        aside.touch()
+        mode = aside.stat().st_mode
+        save_file(tensors, aside, metadata={"format": "pt"})
+        aside.chmod(mode)  # safetensors lets nobody else read it
+    disk.write(folder / "config.json", f"{json.dumps(values, indent=2)}\n".encode())
 
 
 def _to_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndarray]:

@@ -11,7 +11,6 @@ BUNDLE/ holds
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax
 import jax.export
 import numpy as np
 
+from m2m_jax import disk
 from m2m_jax.errors import UserError
 from m2m_jax.sampling.set_sampler import PROGRAMS, SetSampler
 
@@ -69,7 +69,9 @@ class Bundle(SetSampler):
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     """manifest.json for what stands in `folder`."""
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(folder.iterdir())}
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": disk.sha256(file)} for file in sorted(folder.iterdir())
+    }
     manifest = {"format": FORMAT, "jax": jax.__version__, **fields, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -116,13 +118,8 @@ def _check_file(folder: Path, name: str, files: Mapping[str, Mapping[str, Any]])
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise UserError(f"{path} has {size} bytes, not {expected['bytes']}: copy the bundle again")
-    if _digest(path) != expected["sha256"]:
+    if disk.sha256(path) != expected["sha256"]:
         raise UserError(f"{path} is not the file that was exported (its SHA-256 differs): copy the bundle again")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load(folder: Path, name: str, manifest: Mapping[str, Any]) -> Callable:

@@ -7,20 +7,19 @@ shows them all. Everything is written aside first: what stands in `output` is wh
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
 import json
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
+from m2m_jax import disk
 from m2m_jax.errors import UserError
 from m2m_jax.images import SUFFIXES, write_png
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
@@ -124,7 +123,7 @@ def run(job: Job, load: Callable[[int], SetSampler], about: dict[str, Any]) -> P
     contexts = {name: sampler.read(files) for name, files in sets.items()}
     seeds = {name: (job.seed + number) % (MAX_SEED + 1) for number, name in enumerate(sets)}
     output, names = Path(job.output), list(sets)
-    with _written_aside(output) as aside:
+    with disk.errors(f"--output={output}"), disk.folder_aside(output) as aside:
         rows, records = [], {}
         for start in range(0, len(names), job.batch_size):
             batch = names[start : start + job.batch_size]
@@ -146,6 +145,7 @@ def run(job: Job, load: Callable[[int], SetSampler], about: dict[str, Any]) -> P
             write_png(aside / "contact_sheet.png", contact_sheet(rows))
         if job.html:
             (aside / "index.html").write_text(html_page(rows, records))
+        _move_into(aside, output)
     return output / ("index.html" if job.html else "contact_sheet.png" if job.contact_sheet else "")
 
 
@@ -179,21 +179,6 @@ def step_line(stream: TextIO, which: str) -> OnStep:
         stream.flush()
 
     return show
-
-
-@contextlib.contextmanager
-def _written_aside(output: Path) -> Iterator[Path]:
-    """A folder whose content is renamed into `output` in the end, or removed if anything goes wrong before."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        try:
-            yield aside
-            _move_into(aside, output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error.strerror or error}") from error
 
 
 def _move_into(aside: Path, output: Path) -> None:

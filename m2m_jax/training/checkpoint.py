@@ -34,6 +34,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from m2m_jax import disk
 from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
 from m2m_jax.models.parameters import Params
@@ -255,7 +256,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            reason = save_errors.reason(error)
+            reason = disk.reason(error)
             if not reason:
                 raise
             if jax.process_index() == 0:

@@ -7,12 +7,13 @@ later).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from m2m_jax import disk
 
 FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+/[^\n]+)")
@@ -26,13 +27,9 @@ def write(folder: Path) -> None:
     """
     names = sorted(name for item in folder.iterdir() if item.is_dir() for name in _files(folder, item.name))
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = list(pool.map(lambda name: _digest(folder / name, flush=True), names))
-    aside = folder / f"{FILE}.partial"
-    with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, folder / FILE)
+        digests = list(pool.map(lambda name: disk.sha256(folder / name, flush=True), names))
+    lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
+    disk.write(folder / FILE, "".join(lines).encode())
 
 
 def damage(folder: Path, items: Iterable[str], share: tuple[int, int] = (0, 1)) -> str:
@@ -60,7 +57,7 @@ def damage(folder: Path, items: Iterable[str], share: tuple[int, int] = (0, 1)) 
 
     def changed(name: str) -> str:
         try:
-            same = (folder / name).is_file() and _digest(folder / name) == listed[name]
+            same = (folder / name).is_file() and disk.sha256(folder / name) == listed[name]
         except OSError as error:
             return f"{_named(name)} cannot be read: {error.strerror or error}"
         return "" if same else f"{_named(name)} is not what was saved, by its SHA-256"
@@ -88,13 +85,6 @@ def _files(folder: Path, item: str) -> set[str]:
         for parent, _, names in os.walk(folder / item)
         for name in names
     }
-
-
-def _digest(path: Path, flush: bool = False) -> str:
-    with open(path, "rb") as file:
-        if flush:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _named(name: str) -> str:

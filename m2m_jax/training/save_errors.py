@@ -1,38 +1,11 @@
-"""What a full or read-only disk looks like through Orbax and TensorStore, and what of it is said once too often."""
+"""What Orbax and TensorStore say once too often of a full or read-only disk."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import sys
 
-# What is the disk's fault and not ours.
-_CODES = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENOTDIR,
-    errno.ENOENT,
-)
-
-
-def reason(error: BaseException | None) -> str:
-    """What the disk said, of an error or of what caused it; an empty text where it was not the disk."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _CODES:
-            return error.strerror or str(error)
-        # TensorStore, which writes the arrays, raises a ValueError with the system's words in it.
-        for code in _CODES:
-            if os.strerror(code) in str(error):
-                return os.strerror(code)
-        error = error.__cause__ or error.__context__
-    return ""
+from m2m_jax.disk import reason
 
 
 def say_once() -> None:

@@ -1,0 +1,141 @@
+"""Files and folders that appear whole or not at all, and what a full or read-only disk says, in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from m2m_jax.errors import UserError
+
+UNFINISHED = ".partial"  # how a name ends while what it names is written
+# Ours: processes of several hosts, or containers, may have one number.
+_ME = f"{os.getpid()}-{secrets.token_hex(4)}"
+_TRIES = 10  # to write a file that other processes write alike
+
+# What is the disk's fault and not ours.
+_CODES = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+)
+
+
+def reason(error: BaseException | None) -> str:
+    """What the disk said, of an error or of what caused it; an empty text where it was not the disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _CODES:
+            return error.strerror or str(error)
+        # TensorStore and array_record raise ValueError and RuntimeError with the system's words in it.
+        for code in _CODES:
+            if os.strerror(code) in str(error):
+                return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+@contextlib.contextmanager
+def errors(what: str | Path, more: str = "") -> Iterator[None]:
+    """Makes what the disk says a UserError: `what` cannot be written, why, and `more`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if why := reason(error):
+            raise UserError(f"{what} cannot be written: {why}{more}") from error
+        raise
+
+
+def unfinished(path: Path) -> Path:
+    """What to write in the place of `path`, beside it, and then to `finish`."""
+    return path.with_name(f".{path.name}.{_ME}{UNFINISHED}")
+
+
+def finish(aside: Path, path: Path) -> None:
+    """Gives a file its name, once its content is on the disk. Raises OSError."""
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def sha256(path: Path, flush: bool = False) -> str:
+    """Of a file's content, in hexadecimal. flush: it is on the disk, not in a cache, afterwards. Raises OSError."""
+    with path.open("rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Of processes that were killed while they wrote what has that name."""
+    for leftover in folder.glob(f".{name}.*{UNFINISHED}"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, which replaces `path` in the end, or is removed if anything goes wrong. Raises OSError."""
+    aside = unfinished(path)
+    try:
+        yield aside
+        finish(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file, also where other processes write it alike at the same time. Raises OSError."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            with new_file(path) as aside:
+                aside.write_bytes(data)
+            return
+        except FileNotFoundError:  # taken for a leftover by another
+            if not tries_left or not path.parent.is_dir():
+                raise
+
+
+def require_new(path: Path, flag: str = "--output") -> None:
+    """Raises UserError where there is something already: before work is done that could not be written."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{flag}={path} exists already; remove it or name another folder")
+
+
+@contextlib.contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, which is removed in the end. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
+    aside = unfinished(path)
+    aside.mkdir()
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, flag: str = "--output") -> Iterator[Path]:
+    """A folder to fill, which becomes `path` in the end, or is removed if anything goes wrong. Raises UserError."""
+    require_new(path, flag)
+    with errors(f"{flag}={path}"), folder_aside(path) as aside:
+        yield aside
+        aside.rename(path)
