@@ -18,8 +18,9 @@ from absl import flags
 
 from benchmarks.overhead import median_and_range
 from m2m_jax import runtime
-from m2m_jax.data import mis, set_building
-from m2m_jax.data.set_cleaning import SetRules
+from m2m_jax.data import mis
+from m2m_jax.data.set_building import building
+from m2m_jax.data.set_building.cleaning import SetRules
 from m2m_jax.program import run_program
 from m2m_jax.sampling.text_to_image import TextToImage
 
@@ -31,7 +32,7 @@ GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Of the caption.")
 IMAGES_PER_SET = flags.DEFINE_integer("images_per_set", 25, "Images of a caption.")
 SETS_AT_ONCE = flags.DEFINE_integer("sets_at_once", 1, "A device makes together.")
 STORE = flags.DEFINE_enum("store", "images", mis.STORES, "What records hold.")
-IMAGE_FORMAT = flags.DEFINE_enum("image_format", "webp_lossless", set_building.IMAGE_FORMATS, "Of stored images.")
+IMAGE_FORMAT = flags.DEFINE_enum("image_format", "webp_lossless", building.IMAGE_FORMATS, "Of stored images.")
 BATCHES = flags.DEFINE_integer("batches", 12, "Calls of the generator on each side of a pair.")
 ROUNDS = flags.DEFINE_integer("rounds", 8, "Pairs.")
 
@@ -50,15 +51,13 @@ def main(argv):
     )
     number = BATCHES.value * SETS_AT_ONCE.value * generator.num_devices
     shard, captions = mis.Shard("train", 0, 1, range(number)), {"train": [(i, f"caption {i}") for i in range(number)]}
-    batching = set_building.Batching(IMAGES_PER_SET.value, SETS_AT_ONCE.value, IMAGES_PER_SET.value, seed=0)
-    make_set = set_building.SetMaker(STORE.value, IMAGE_FORMAT.value, 90, "float16", SetRules())
+    batching = building.Batching(IMAGES_PER_SET.value, SETS_AT_ONCE.value, IMAGES_PER_SET.value, seed=0)
+    make_set = building.SetMaker(STORE.value, IMAGE_FORMAT.value, 90, "float16", SetRules())
 
     def build() -> None:
         with tempfile.TemporaryDirectory() as output:
             mis.folder(output).mkdir(parents=True)
-            set_building.build_shards(
-                output, [shard], captions, generator, batching, make_set, report=lambda line: None
-            )
+            building.build_shards(output, [shard], captions, generator, batching, make_set, report=lambda line: None)
 
     def generate() -> None:
         before = None

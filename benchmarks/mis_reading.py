@@ -27,8 +27,9 @@ from PIL import Image
 
 from m2m_jax import runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, validate
-from m2m_jax.data import mis, mis_writer, precomputed, records
+from m2m_jax.data import mis, precomputed, records
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
+from m2m_jax.data.set_building import build_folder
 from m2m_jax.errors import UserError
 from m2m_jax.images import SUFFIXES, read_image
 from m2m_jax.planning.workload import NOT_READ, frozen_models
@@ -107,17 +108,17 @@ def write_data_set(directory: Path, pictures: list[np.ndarray], size: int, laten
         "autoencoder": {},
     }
     build = mis.Build(mis.VERSION, settings, {"train": NUM_SETS.value}, {}, "python -m benchmarks.mis_reading")
-    mis_writer.start(directory, build)
+    build_folder.start(directory, build)
     rng = np.random.default_rng(0)
     for shard in build.shards:
-        writer = mis_writer.ShardWriter(directory, shard, "")
+        writer = build_folder.ShardWriter(directory, shard, "")
         for number in shard.captions:
             images = tuple(itertools.islice(encoded, IMAGES_PER_SET))
             latents_nhwc = rng.standard_normal((IMAGES_PER_SET, *latent_shape)).astype(np.float16)
             record = records.ImageSetRecord(f"mis-{number:08d}", mis.KIND, "", images, latents=latents_nhwc)
             writer.add(precomputed.serialize(record), IMAGES_PER_SET)
         writer.finish()
-    mis_writer.finish(directory, build)
+    build_folder.finish(directory, build)
 
 
 def load_pictures(config: ConfigDict, size: int) -> list[np.ndarray]:

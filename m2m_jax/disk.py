@@ -31,6 +31,7 @@ _CODES = (
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ENOENT,
+    errno.EEXIST,
 )
 
 

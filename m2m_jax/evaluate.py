@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from m2m_jax import runtime
+from m2m_jax import disk, runtime
 from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, to_json, validate
 from m2m_jax.data.pipeline import batches, make_dataset, open_examples
 from m2m_jax.errors import UserError
@@ -54,10 +54,8 @@ def main(argv):
     print(as_text(table, config))
     if OUTPUT.value:
         about = {"config": to_json(config), "split": SPLIT.value, "batches": BATCHES.value, "runs": table}
-        try:
-            Path(OUTPUT.value).write_text(json.dumps(about, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--output={OUTPUT.value} cannot be written: {error.strerror}") from error
+        with disk.errors(f"--output={OUTPUT.value}"):
+            disk.write(Path(OUTPUT.value), f"{json.dumps(about, indent=2)}\n".encode())
 
 
 def require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:

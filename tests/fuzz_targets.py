@@ -27,8 +27,8 @@ from safetensors.numpy import load_file
 from m2m_jax import configuration, program
 from m2m_jax.configuration import default_config, from_json, to_json, validate
 from m2m_jax.data import mis, pipeline, precomputed, records
-from m2m_jax.data.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.data.mis_source import MisRecords
+from m2m_jax.data.set_building.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
 from m2m_jax.images import check_header, read_image, write_png

@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from m2m_jax.data import mis, mis_writer, precomputed, records
+from m2m_jax.data import mis, precomputed, records
+from m2m_jax.data.set_building import build_folder
 
 IMAGE_SIZE, LATENT_SHAPE = 32, (8, 8, 4)
 
@@ -42,16 +43,16 @@ def write_mis(
         dropped_captions={},
         command="COMMAND",
     )
-    mis_writer.start(directory, build)
+    build_folder.start(directory, build)
     for shard in build.shards:
-        writer = mis_writer.ShardWriter(directory, shard, "nothing")
+        writer = build_folder.ShardWriter(directory, shard, "nothing")
         for number in shard.captions:
             record = make_record(
                 shard.split, number, images_per_set, store, image_size, latent_shape, image_options or {"format": "PNG"}
             )
             writer.add(precomputed.serialize(record), record.num_images)
         writer.finish()
-    assert mis_writer.finish(directory, build) is not None
+    assert build_folder.finish(directory, build) is not None
     return directory
 
 

@@ -15,10 +15,11 @@ from build_fixtures import IMAGES_PER_SET, build, differences, write_captions
 from text_fixtures import make_stable_diffusion
 
 from m2m_jax import disk
-from m2m_jax.data import mis, mis_writer, records
-from m2m_jax.data.captions import CaptionRules
-from m2m_jax.data.set_building import IMAGE_FORMATS, SetMaker, Slot
-from m2m_jax.data.set_cleaning import SetRules
+from m2m_jax.data import mis, records
+from m2m_jax.data.set_building import build_folder
+from m2m_jax.data.set_building.building import IMAGE_FORMATS, SetMaker, Slot
+from m2m_jax.data.set_building.captions import CaptionRules
+from m2m_jax.data.set_building.cleaning import SetRules
 from m2m_jax.data.shards import ShardRecords
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, on_white
@@ -374,7 +375,7 @@ def test_folders_that_cannot_be_built_in_are_refused(tmp_path, captions, generat
 
 def test_a_full_disk_is_said_in_a_line_and_leaves_nothing(tmp_path):
     mis.folder(tmp_path).mkdir(parents=True)
-    writer = mis_writer.ShardWriter(tmp_path, mis.Shard("train", 0, 1, range(9)), "")
+    writer = build_folder.ShardWriter(tmp_path, mis.Shard("train", 0, 1, range(9)), "")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:

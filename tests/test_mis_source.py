@@ -12,10 +12,11 @@ from mis_fixtures import IMAGE_SIZE, LATENT_SHAPE, set_name, write_mis
 from run_fixtures import config_argument, make_autoencoder, run
 from text_fixtures import make_stable_diffusion
 
-from m2m_jax.data import mis, mis_writer, precomputed, records, shards
+from m2m_jax.data import mis, precomputed, records, shards
 from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.pipeline import make_dataset, open_examples
 from m2m_jax.data.records import BadRecord
+from m2m_jax.data.set_building import build_folder
 from m2m_jax.errors import UserError
 from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
 
@@ -129,7 +130,7 @@ def test_another_folder_and_an_unfinished_one(tmp_path):
     with pytest.raises(UserError, match=r"build_mis"):
         open_examples(_config(tmp_path), split="train", seed=0)
     build = mis.Build(mis.VERSION, {"sets_per_shard": 2}, {"train": 3}, {}, "python -m COMMAND")
-    mis_writer.start(tmp_path, build)
+    build_folder.start(tmp_path, build)
     with pytest.raises(UserError, match="is not finished: go on with python -m COMMAND"):
         open_examples(_config(tmp_path), split="train", seed=0)
 

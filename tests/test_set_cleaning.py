@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2m_jax.data.set_cleaning import SetRules, clean_set, difference_hash
+from m2m_jax.data.set_building.cleaning import SetRules, clean_set, difference_hash
 from m2m_jax.errors import UserError
 
 

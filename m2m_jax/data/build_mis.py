@@ -18,7 +18,7 @@ hosts with one file system, share the shards where each is told its --process_in
 M2M_PROCESSES joins (`runtime.py`) know theirs. Whichever ends last writes the manifest. A folder that holds another
 build is refused. Layout of the folder: `mis.py`.
 
-Cleaning: the flags that are named like rules of `captions.CaptionRules` and `set_cleaning.SetRules`, which say what
+Cleaning: the flags that are named like rules of `captions.CaptionRules` and `cleaning.SetRules`, which say what
 they mean. How many each rule dropped stands in the manifest.
 """
 
@@ -31,9 +31,10 @@ import jax
 from absl import flags
 
 from m2m_jax import disk, runtime
-from m2m_jax.data import mis, mis_writer, precomputed, records, set_building
-from m2m_jax.data.captions import CaptionRules, clean_captions, read_captions
-from m2m_jax.data.set_cleaning import SetRules
+from m2m_jax.data import mis, precomputed, records
+from m2m_jax.data.set_building import build_folder, building
+from m2m_jax.data.set_building.captions import CaptionRules, clean_captions, read_captions
+from m2m_jax.data.set_building.cleaning import SetRules
 from m2m_jax.data.work_sharing import check_process_flags, command, process
 from m2m_jax.errors import UserError
 from m2m_jax.program import run_program
@@ -52,7 +53,7 @@ DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of the U-Net'
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Of the caption; likewise.")
 
 STORE = flags.DEFINE_enum("store", "images", mis.STORES, "What records hold.")
-IMAGE_FORMAT = flags.DEFINE_enum("image_format", "webp_lossless", set_building.IMAGE_FORMATS, "Of stored images.")
+IMAGE_FORMAT = flags.DEFINE_enum("image_format", "webp_lossless", building.IMAGE_FORMATS, "Of stored images.")
 QUALITY = flags.DEFINE_integer("quality", 90, "Of --image_format=webp.", lower_bound=1, upper_bound=100)
 LATENTS_DTYPE = flags.DEFINE_enum("latents_dtype", "float16", records.LATENT_DTYPES, "What latents are stored as.")
 SETS_PER_SHARD = flags.DEFINE_integer(
@@ -92,7 +93,7 @@ set_rules = _define_rules(SetRules, _FLAGS_OF_SETS)
 def main(argv):
     output = Path(OUTPUT.value)
     check_flags(output)
-    make_set = set_building.SetMaker(
+    make_set = building.SetMaker(
         STORE.value, IMAGE_FORMAT.value, QUALITY.value, LATENTS_DTYPE.value, set_rules(), set_rules().load_filter()
     )
     runtime.fix_cpu_threads()
@@ -108,13 +109,13 @@ def main(argv):
             dropped_captions=dropped,
             command=command("m2m_jax.data.build_mis"),
         )
-        mis_writer.start(output, build)
+        build_folder.start(output, build)
         mine = build.shards[index::count]
         missing = [shard for shard in mine if not mis.is_done(output, shard)]
         if len(missing) < len(mine):
             say(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
         done = make(output, missing, captions, generator, make_set, lambda: interruption.requested(0))
-        while done and (manifest := mis_writer.finish(output, build)) is None:
+        while done and (manifest := build_folder.finish(output, build)) is None:
             # Where JAX joined the processes, the end of one would be the end of all.
             if not jax.distributed.is_initialized():
                 say("done; other processes have shards to make: whichever ends last writes the manifest")
@@ -169,14 +170,14 @@ def make(
     shards: Sequence[mis.Shard],
     captions: dict[str, list[tuple[int, str]]],
     generator: TextToImage,
-    make_set: set_building.SetMaker,
+    make_set: building.SetMaker,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """`set_building.build_shards` with the flags' batches."""
+    """`building.build_shards` with the flags' batches."""
     at_once = IMAGES_AT_ONCE.value or IMAGES_PER_SET.value
-    batching = set_building.Batching(IMAGES_PER_SET.value, SETS_AT_ONCE.value, at_once, SEED.value)
+    batching = building.Batching(IMAGES_PER_SET.value, SETS_AT_ONCE.value, at_once, SEED.value)
     try:
-        return set_building.build_shards(output, shards, captions, generator, batching, make_set, should_stop, say)
+        return building.build_shards(output, shards, captions, generator, batching, make_set, should_stop, say)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

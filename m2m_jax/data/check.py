@@ -87,7 +87,7 @@ def configured_sources(data: ConfigDict) -> list[RecordSource]:
 
 
 def _emoji(directory: str, image_size: int) -> list[RecordSource]:
-    from m2m_jax.data.emoji_subjects import SPLITS
+    from m2m_jax.data.emoji.subjects import SPLITS
 
     return [open_emoji(directory, image_size, split, strict=False) for split in SPLITS]
 

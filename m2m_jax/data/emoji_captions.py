@@ -1,4 +1,4 @@
-"""Writes captions to make image sets from: recombined annotations of emoji, see `emoji_recombination.py`.
+"""Writes captions to make image sets from: recombined annotations of emoji, see `emoji/recombination.py`.
 
     python -m m2m_jax.data.emoji_captions --output=data/emoji_captions.txt --num_captions=2400
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from absl import flags
 
 from m2m_jax import disk
-from m2m_jax.data.emoji_recombination import SHARES, recombine
-from m2m_jax.data.emoji_subjects import load_subjects
+from m2m_jax.data.emoji.recombination import SHARES, recombine
+from m2m_jax.data.emoji.subjects import load_subjects
 from m2m_jax.errors import UserError
 from m2m_jax.program import run_program
 

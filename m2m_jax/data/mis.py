@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from m2m_jax.data import records
-from m2m_jax.data.captions import digest
+from m2m_jax.data.set_building.captions import digest
 from m2m_jax.data.shards import count_records
 from m2m_jax.errors import UserError
 

@@ -60,11 +60,11 @@ class RecordSource(Protocol):
 def open_emoji(directory: str, image_size: int, split: str, *, strict: bool) -> ShardRecords:
     """A split of the prepared emoji data set; strict: as for `ShardRecords`. UserError if it has not been prepared."""
     # Imported here: reading folders needs neither TFDS's builders nor the packages with artwork.
-    from m2m_jax.data import emoji
+    from m2m_jax.data.emoji.builder import make_builder
 
     remedy = f"python -m m2m_jax.data.prepare --size={image_size} --directory={directory}"
     try:
-        builder = emoji.make_builder(image_size, directory)
+        builder = make_builder(image_size, directory)
         if not builder.is_prepared():
             raise UserError(f"no emoji data set of {image_size} px in {directory!r}: make it with {remedy}")
         if split not in builder.info.splits:

@@ -15,7 +15,7 @@ import time
 import tensorflow_datasets as tfds
 from absl import flags
 
-from m2m_jax.data import emoji
+from m2m_jax.data.emoji.builder import KINDS, Emoji, make_builder
 from m2m_jax.errors import UserError
 from m2m_jax.program import run_program
 
@@ -23,7 +23,7 @@ _SIZE = flags.DEFINE_integer("size", 32, "Side of the images, pixels.")
 _DIRECTORY = flags.DEFINE_string("directory", "data", "Where prepared data sets live: data.directory.")
 
 
-def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> emoji.Emoji:
+def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> Emoji:
     """Builds the data set unless it is there, and returns its builder, ready to be read.
 
     Raises UserError if the directory cannot be written or a package with artwork is missing.
@@ -32,7 +32,7 @@ def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> e
         pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--directory={directory}: cannot be made ({error.strerror})") from error
-    builder = emoji.make_builder(image_size, directory)
+    builder = make_builder(image_size, directory)
     if builder.is_prepared():
         if verbose:
             print(f"{builder.data_path}: there already")
@@ -52,14 +52,14 @@ def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> e
     return builder
 
 
-def summary(builder: emoji.Emoji) -> str:
+def summary(builder: Emoji) -> str:
     """Sets and images of each split and kind, one line each."""
     lines = []
     for split, kinds in builder.info.metadata["kinds"].items():
         sets, images = collections.Counter(kinds), collections.Counter()
         for kind, num_images in zip(kinds, builder.info.metadata["num_images"][split], strict=True):
             images[kind] += num_images
-        parts = [f"{sets[kind]:5d} {kind} sets ({images[kind]:6d} images)" for kind in emoji.KINDS]
+        parts = [f"{sets[kind]:5d} {kind} sets ({images[kind]:6d} images)" for kind in KINDS]
         lines.append(f"  {split:10s} " + "  ".join(parts))
     return "\n".join(lines)
 

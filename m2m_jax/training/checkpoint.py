@@ -91,14 +91,12 @@ class Checkpointer:
         self._folder, self._fallback = (Path(workdir) / FOLDER).resolve(), fallback
         self._scores: dict[int, float] = {}
         self._saving = 0  # the step that is being written
-        try:
+        with disk.errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 for leftover in sorted(self._folder.glob(f"*{_UNFINISHED}*")):
                     shutil.rmtree(leftover)
                     print(f"{leftover} was not saved to its end; it is removed", flush=True)
-        except OSError as error:
-            raise UserError(f"{self._folder} cannot be written: {error.strerror}") from error
         stays = [LatestN(keep), _Best(keep_best, self._scores)]
         if keep_every:
             stays.append(EveryNSteps(keep_every))
@@ -254,17 +252,12 @@ class Checkpointer:
     def _plain_errors(self) -> Iterator[None]:
         """A disk that is full or cannot be written becomes a UserError; what was written of the save is removed."""
         try:
-            yield
-        except Exception as error:
-            reason = disk.reason(error)
-            if not reason:
-                raise
+            with save_errors.run_errors(f"the checkpoint {self._folder / str(self._saving)}"):
+                yield
+        except UserError:
             if jax.process_index() == 0:
                 shutil.rmtree(self._folder / f"{self._saving}{_UNFINISHED}", ignore_errors=True)
-            raise UserError(
-                f"the checkpoint {self._folder / str(self._saving)} cannot be written: {reason}; what was saved before "
-                "is whole, and the run goes on from there when it is started again"
-            ) from error
+            raise
 
 
 @dataclasses.dataclass

@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from m2m_jax.training.metrics import forget_after, plain_errors
+from m2m_jax.training.metrics import forget_after
+from m2m_jax.training.save_errors import run_errors
 
 FOLDER = "examples"
 
@@ -33,7 +34,7 @@ class ExampleLog:
     def write(self, step: int, example_index_b: np.ndarray, record_index_b: np.ndarray) -> None:
         """The rows of this process in the batch of `step`; on disk before the step is computed."""
         line = {"step": step, "examples": example_index_b.tolist(), "sets": self._set_ids(record_index_b)}
-        with plain_errors(self._workdir):
+        with run_errors(self._workdir):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
@@ -48,7 +49,7 @@ class ExampleLog:
 
     def _open(self, resumed_step: int) -> None:
         folder, process = self._workdir / FOLDER, jax.process_index()
-        with plain_errors(self._workdir):
+        with run_errors(self._workdir):
             folder.mkdir(parents=True, exist_ok=True)
             # The run may have had more processes: those of today share their files, too.
             for path in folder.glob("*.jsonl"):

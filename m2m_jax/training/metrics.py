@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from m2m_jax import disk
-from m2m_jax.errors import UserError
 from m2m_jax.program import duration
+from m2m_jax.training.save_errors import run_errors
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -52,7 +51,7 @@ class MetricWriter:
         values = {name: float(value) for name, value in values.items()}
         # JSON knows neither NaN nor infinity.
         writable = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with plain_errors(self._workdir):
+        with run_errors(self._workdir):
             self._file.write(json.dumps({"step": step} | writable) + "\n")
             self._file.flush()
             for name, value in values.items():
@@ -65,7 +64,7 @@ class MetricWriter:
         """`image_hwc`: uint8 [height, width, 3], to TensorBoard."""
         if not self._active:
             return
-        with plain_errors(self._workdir):
+        with run_errors(self._workdir):
             self._add(step, summary=summary.image(name, image_hwc, dataformats="HWC"))
             self._flush()
 
@@ -118,7 +117,7 @@ class MetricWriter:
         self._close()
 
     def _open(self, resumed_step: int) -> None:
-        with plain_errors(self._workdir):
+        with run_errors(self._workdir):
             (self._workdir / TENSORBOARD).mkdir(parents=True, exist_ok=True)
             forget_after(self._workdir / FILE, resumed_step)
             self._file = open(self._workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by _close)
@@ -135,7 +134,7 @@ class MetricWriter:
         self._flushed = time.monotonic()
 
     def _close(self) -> None:
-        with plain_errors(self._workdir):
+        with run_errors(self._workdir):
             self._file.close()
             self._events.close()
 
@@ -143,18 +142,6 @@ class MetricWriter:
         if self._line_open:
             print(flush=True)
             self._line_open = False
-
-
-@contextlib.contextmanager
-def plain_errors(workdir: Path) -> Iterator[None]:
-    """Makes a disk that is full or cannot be written a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{workdir} cannot be written: {error.strerror}; what was saved before is whole, and the run goes on from "
-            "there when it is started again"
-        ) from error
 
 
 def forget_after(path: Path, step: int) -> None:

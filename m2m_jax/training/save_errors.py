@@ -1,11 +1,20 @@
-"""What Orbax and TensorStore say once too often of a full or read-only disk."""
+"""What a run says of a full or read-only disk, and what Orbax and TensorStore say of it once too often."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
 
-from m2m_jax.disk import reason
+from m2m_jax import disk
+
+
+def run_errors(what: str | Path) -> AbstractContextManager[None]:
+    """`disk.errors`, for what a run writes."""
+    return disk.errors(
+        what, "; what was saved before is whole, and the run goes on from there when it is started again"
+    )
 
 
 def say_once() -> None:
@@ -23,7 +32,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _is_awaited(record: logging.LogRecord) -> bool:
     # One array could not be written, which is raised; nobody waits for what became of the others.
-    return not (record.exc_info and "never retrieved" in record.getMessage() and reason(record.exc_info[1]))
+    return not (record.exc_info and "never retrieved" in record.getMessage() and disk.reason(record.exc_info[1]))
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from m2m_jax.data import mis, mis_writer, precomputed, records
+from m2m_jax.data import mis, precomputed, records
 from m2m_jax.data.mis import Shard
-from m2m_jax.data.set_cleaning import SafetyFilter, SetRules, clean_set
+from m2m_jax.data.set_building import build_folder
+from m2m_jax.data.set_building.cleaning import SafetyFilter, SetRules, clean_set
 from m2m_jax.errors import UserError
 from m2m_jax.program import duration
 
@@ -227,12 +228,12 @@ class _Written:
 
     def __init__(self, directory: str | Path, made_on: str):
         self._directory, self._made_on = directory, made_on
-        self._writer: mis_writer.ShardWriter | None = None
+        self._writer: build_folder.ShardWriter | None = None
 
     def add(self, slot: Slot, made: Future[MadeSet]) -> None:
         done = made.result()
         if self._writer is None:
-            self._writer = mis_writer.ShardWriter(self._directory, slot.shard, self._made_on)
+            self._writer = build_folder.ShardWriter(self._directory, slot.shard, self._made_on)
         if done.serialized is not None:
             self._writer.add(done.serialized, done.num_images)
         self._writer.count_dropped(done.dropped_images, done.dropped_by)

@@ -6,7 +6,7 @@ Two kinds of sets (records as in `records.py`, images are RGBA PNG with a transp
 - "content": one subject in its styles, skin tones and genders.
 
 A set has 4 to 25 images, all different. Longer rows are dealt out evenly into several sets. Splits are by
-subject (`emoji_subjects.py`). The metadata of the prepared data set lists, in record order, every record's
+subject (`subjects.py`). The metadata of the prepared data set lists, in record order, every record's
 kind and number of images, so that a reader can choose records without opening them.
 """
 
@@ -24,8 +24,9 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from m2m_jax.data import emoji_artwork, emoji_subjects, records
-from m2m_jax.data.emoji_subjects import Subject, Variant
+from m2m_jax.data import records
+from m2m_jax.data.emoji import artwork
+from m2m_jax.data.emoji.subjects import SPLITS, Subject, Variant, load_subjects
 from m2m_jax.errors import UserError
 
 KINDS = ("style", "content")
@@ -88,15 +89,14 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager  # nothing is downloaded: the artwork comes with installed packages
-        subjects = _limit(emoji_subjects.load_subjects(), self.builder_config.max_subjects)
-        artwork = draw_artwork(subjects, self.builder_config.image_size, self.report_progress)
+        subjects = _limit(load_subjects(), self.builder_config.max_subjects)
+        drawn = draw_artwork(subjects, self.builder_config.image_size, self.report_progress)
         sets = {
-            split: build_sets([subject for subject in subjects if subject.split == split], artwork)
-            for split in emoji_subjects.SPLITS
+            split: build_sets([subject for subject in subjects if subject.split == split], drawn) for split in SPLITS
         }
         self.info.metadata["kinds"] = {split: [one.kind for one in made] for split, made in sets.items()}
         self.info.metadata["num_images"] = {split: [one.num_images for one in made] for split, made in sets.items()}
-        licenses = importlib.resources.files("m2m_jax.data") / "emoji_licenses.md"
+        licenses = importlib.resources.files("m2m_jax.data.emoji") / "licenses.md"
         # self.data_path is TFDS's unfinished directory here: the licences appear together with the data.
         (self.data_path / "LICENSES.md").write_text(licenses.read_text(encoding="utf-8"))
         return {split: self._generate_examples(made) for split, made in sets.items()}
@@ -109,27 +109,24 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 def draw_artwork(subjects: list[Subject], image_size: int, report: Callable[[int, int], None] | None = None) -> Artwork:
     """Draws every variant of the subjects in every style that has it, each once, in threads."""
     jobs = [
-        (variant.codepoints, style)
-        for subject in subjects
-        for variant in subject.variants
-        for style in emoji_artwork.STYLES
+        (variant.codepoints, style) for subject in subjects for variant in subject.variants for style in artwork.STYLES
     ]
 
     def draw(job: tuple[tuple[int, ...], str]) -> bytes | None:
-        pixels = emoji_artwork.draw(*job, image_size)
+        pixels = artwork.draw(*job, image_size)
         return None if pixels is None or not pixels[..., 3].any() else _png(pixels)
 
-    artwork = {}
+    drawn = {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, (job, png) in enumerate(zip(jobs, pool.map(draw, jobs), strict=True), start=1):
             if png is not None:
-                artwork[job] = png
+                drawn[job] = png
             if report is not None and (done % 500 == 0 or done == len(jobs)):
                 report(done, len(jobs))
-    return artwork
+    return drawn
 
 
-def build_sets(subjects: list[Subject], artwork: Artwork) -> list[records.ImageSetRecord]:
+def build_sets(subjects: list[Subject], drawn: Artwork) -> list[records.ImageSetRecord]:
     """All sets of some subjects (of one split): style rows, then content rows."""
     subgroups = collections.defaultdict(list)
     for subject in subjects:
@@ -137,27 +134,27 @@ def build_sets(subjects: list[Subject], artwork: Artwork) -> list[records.ImageS
 
     sets = []
     for subgroup, members in subgroups.items():
-        for style in emoji_artwork.STYLES:
+        for style in artwork.STYLES:
             row = [(subject.variants[0], style) for subject in members]
-            for number, part in enumerate(_parts(row, artwork)):
+            for number, part in enumerate(_parts(row, drawn)):
                 names = [variant.name for variant, _ in part]
                 caption = f"{subgroup} in the style of {style}: {', '.join(names[:_NAMES_IN_CAPTION])}"
                 caption += ", ..." if len(names) > _NAMES_IN_CAPTION else ""
                 set_id = f"style/{members[0].split}/{subgroup}/{style}/{number}"
-                sets.append(_record(set_id, "style", caption, subgroup, part, artwork))
+                sets.append(_record(set_id, "style", caption, subgroup, part, drawn))
     for subject in subjects:
-        row = [(variant, style) for variant in subject.variants for style in emoji_artwork.STYLES]
-        for number, part in enumerate(_parts(row, artwork)):
+        row = [(variant, style) for variant in subject.variants for style in artwork.STYLES]
+        for number, part in enumerate(_parts(row, drawn)):
             set_id = f"content/{subject.subject_id}/{number}"
-            sets.append(_record(set_id, "content", subject.name, subject.subgroup, part, artwork))
+            sets.append(_record(set_id, "content", subject.name, subject.subgroup, part, drawn))
     return sets
 
 
-def _parts(row: list[tuple[Variant, str]], artwork: Artwork) -> list[list[tuple[Variant, str]]]:
+def _parts(row: list[tuple[Variant, str]], drawn: Artwork) -> list[list[tuple[Variant, str]]]:
     """What of a row can be drawn and differs, dealt out evenly to the fewest sets; [] if too little."""
     distinct = {}
     for variant, style in row:
-        png = artwork.get((variant.codepoints, style))
+        png = drawn.get((variant.codepoints, style))
         if png is not None:
             distinct.setdefault(png, (variant, style))
     entries = list(distinct.values())
@@ -169,7 +166,7 @@ def _parts(row: list[tuple[Variant, str]], artwork: Artwork) -> list[list[tuple[
 
 
 def _record(
-    set_id: str, kind: str, caption: str, subgroup: str, entries: list[tuple[Variant, str]], artwork: Artwork
+    set_id: str, kind: str, caption: str, subgroup: str, entries: list[tuple[Variant, str]], drawn: Artwork
 ) -> records.ImageSetRecord:
     """An image's caption is a list of tags: what it depicts, with the skin tone where there is one, the subgroup, the
     style."""
@@ -177,7 +174,7 @@ def _record(
         set_id=set_id.replace(" ", "-"),
         kind=kind,
         caption=caption,
-        images=tuple(artwork[variant.codepoints, style] for variant, style in entries),
+        images=tuple(drawn[variant.codepoints, style] for variant, style in entries),
         image_captions=tuple(f"{variant.name}, {subgroup}, {style}" for variant, style in entries),
     )
 
