@@ -18,6 +18,13 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+    """A process that keeps every program it compiled grows to 6 GB over the suite."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def diffusers():
     """The reference of the parity tests, which skip where it is missing."""
