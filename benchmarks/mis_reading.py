@@ -26,7 +26,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax import runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_rules import validate
 from m2m_jax.data import mis, precomputed, records
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.data.set_building import build_folder

@@ -26,7 +26,8 @@ import optax
 from absl import flags
 
 from m2m_jax import runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_rules import validate
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.program import run_program
 from m2m_jax.training import sharding

@@ -17,7 +17,9 @@ import numpy as np
 from absl import flags
 
 from m2m_jax import disk, runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, to_json, validate
+from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_rules import validate
+from m2m_jax.configuration import reads_latents, to_json
 from m2m_jax.data.pipeline import batches, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER

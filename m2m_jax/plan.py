@@ -25,7 +25,8 @@ import sys
 
 from absl import flags
 
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_rules import validate
 from m2m_jax.errors import UserError
 from m2m_jax.planning.chips import gpus_of
 from m2m_jax.planning.compile import Plan, get_machine, make_plan, prepare

@@ -31,7 +31,9 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from m2m_jax import runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, to_json, validate
+from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_rules import validate
+from m2m_jax.configuration import to_json
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png

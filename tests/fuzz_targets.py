@@ -24,8 +24,9 @@ from mis_fixtures import set_name, write_mis
 from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
 
-from m2m_jax import configuration, program
-from m2m_jax.configuration import default_config, from_json, to_json, validate
+from m2m_jax import config_flag, program
+from m2m_jax.config_rules import CHOICES, validate
+from m2m_jax.configuration import default_config, flatten, from_json, to_json
 from m2m_jax.data import mis, pipeline, precomputed, records
 from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.set_building.captions import CaptionRules, clean_captions, read_captions
@@ -416,11 +417,11 @@ _STRANGE = (
     *("__import__('os')", "1_000", "-", "--", "=", "1+1j"),
 )
 _WORDS = st.sampled_from([*_STRANGE, "", "1" * 5000, "9" * 30, "1 if True else 2", "a\nb", "\0"])
-_CHOICES = sorted({word for words in configuration.CHOICES.values() for word in words})
+_CHOICES = sorted({word for words in CHOICES.values() for word in words})
 _PLAUSIBLE = st.integers(0, 64).map(str) | st.floats(0, 1).map(str) | st.sampled_from(_CHOICES)
 _TUPLES = st.lists(_WORDS | st.integers(0, 64).map(str), max_size=3).map(lambda items: f"({','.join(items)})")
 _TEXT = _PLAUSIBLE | _WORDS | _TUPLES | st.text(max_size=30) | st.integers().map(str) | st.floats().map(str)
-_NAMES = list(configuration._flatten(default_config()))
+_NAMES = list(flatten(default_config()))
 _ARGUMENTS = st.lists(
     st.tuples(
         st.sampled_from(["--", "--", "--", "-", "--no"]),
@@ -436,9 +437,9 @@ def _parse(config_file, folder: pathlib.Path, arguments):
     argv = ["train", f"--config={config_file}"]
     argv += [f"{dashes}config.{name}" + ("" if text is None else f"={text}") for dashes, name, text in arguments]
     values = flags.FlagValues()
-    holder = configuration.define_config_flag(values)
+    holder = config_flag.define_config_flag(values)
     with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
-        program.read_flags(argv, configuration.check_arguments, values)
+        program.read_flags(argv, config_flag.check_arguments, values)
     validate(holder.value)
     validate(from_json(json.loads(json.dumps(to_json(holder.value)))))
 

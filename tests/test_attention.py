@@ -8,7 +8,7 @@ from model_fixtures import RUN_HERE
 
 from m2m_jax.attention.backends import BACKENDS, prefix, prefix_cudnn, resolve
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout, allowed
-from m2m_jax.configuration import CHOICES
+from m2m_jax.config_rules import CHOICES
 from m2m_jax.errors import UserError
 
 # A row for each image of the stack [clean; noised], a column for each clean image.

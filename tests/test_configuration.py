@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from m2m_jax.configuration import CHOICES, LIMITS, check_arguments, default_config, from_json, to_json, validate
+from m2m_jax.config_flag import check_arguments
+from m2m_jax.config_rules import CHOICES, LIMITS, validate
+from m2m_jax.configuration import default_config, from_json, to_json
 from m2m_jax.errors import UserError
 from m2m_jax.training.sharding import AXES
 
@@ -17,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 EMOJI = str(ROOT / "configs" / "emoji.py")
 
 PROGRAM = """
-from m2m_jax import configuration, program
-CONFIG = configuration.define_config_flag()
+from m2m_jax import config_flag, config_rules, program
+CONFIG = config_flag.define_config_flag()
 def main(argv):
-    configuration.validate(CONFIG.value)
+    config_rules.validate(CONFIG.value)
     print(CONFIG.value.train.steps)
-program.run_program(main, configuration.check_arguments)
+program.run_program(main, config_flag.check_arguments)
 """
 
 

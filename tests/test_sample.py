@@ -305,7 +305,7 @@ def test_the_sampler_needs_no_training_libraries(checkpoint, tmp_path):
     modules = set(result.stderr.splitlines()[-1].split())
     assert "m2m_jax.sampling.sampler" in modules
     unwanted = {"grain", "ml_collections", "tensorboardX", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
-    unwanted |= {f"m2m_jax.{name}" for name in ("configuration", "data", "train", "training.optimizer")}
+    unwanted |= {f"m2m_jax.{name}" for name in ("configuration", "config_rules", "data", "train", "training.optimizer")}
     assert modules & unwanted == set()
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2m_jax.configuration import CHOICES
+from m2m_jax.config_rules import CHOICES
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.step_tables import TERMS
 from m2m_jax.diffusion.steppers import STEPPERS, advance, begin

@@ -20,7 +20,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_rules import validate
 from m2m_jax.data import folder, mis, precomputed
 from m2m_jax.data.inspection import SetReport, Summary, inspect_set
 from m2m_jax.data.mis_source import MisRecords

@@ -13,7 +13,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from m2m_jax.configuration import check_arguments, define_config_flag, validate
+from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_rules import validate
 from m2m_jax.data.pipeline import SOURCES
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white, read_image, write_png

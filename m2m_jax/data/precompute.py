@@ -29,7 +29,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from m2m_jax import runtime
-from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, validate
+from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_rules import validate
+from m2m_jax.configuration import reads_latents
 from m2m_jax.data import precomputed, records
 from m2m_jax.data.pipeline import SOURCES, RecordSource
 from m2m_jax.data.shards import count_records

@@ -8,7 +8,9 @@ images a set with --config.data.images_per_set.
 
 from absl import flags
 
-from m2m_jax.configuration import check_arguments, define_config_flag, reads_latents, validate
+from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_rules import validate
+from m2m_jax.configuration import reads_latents
 from m2m_jax.data.pipeline import make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
