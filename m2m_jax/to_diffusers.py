@@ -24,7 +24,7 @@ from m2m_jax.models.folder import config_from
 from m2m_jax.models.parameters import Params, abstract, count, merge
 from m2m_jax.models.unet import UNetConfig
 from m2m_jax.program import run_program
-from m2m_jax.training.checkpoint import load_for_sampling
+from m2m_jax.training.saved_checkpoint import load_for_sampling
 
 SCALING_BATCHES = 50
 

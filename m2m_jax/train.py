@@ -41,11 +41,12 @@ from m2m_jax.models.parameters import count
 from m2m_jax.program import run_program
 from m2m_jax.training import sharding
 from m2m_jax.training.autoencoding import Autoencoding
-from m2m_jax.training.checkpoint import FOLDER, Checkpointer
+from m2m_jax.training.checkpoint import Checkpointer
 from m2m_jax.training.divergence import Divergence
 from m2m_jax.training.example_log import ExampleLog
 from m2m_jax.training.interruption import Interruption
 from m2m_jax.training.metrics import MetricWriter
+from m2m_jax.training.saved_checkpoint import FOLDER
 from m2m_jax.training.set_diffusion import SetDiffusion
 from m2m_jax.training.setup import set_up
 from m2m_jax.training.text_to_image import TextToImageTask

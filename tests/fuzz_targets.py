@@ -43,7 +43,7 @@ from m2m_jax.sampling.bundle import MANIFEST, Bundle, write_manifest
 from m2m_jax.sampling.bundle_writer import write_bundle
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
-from m2m_jax.training.checkpoint import SavedModel
+from m2m_jax.training.saved_checkpoint import SavedModel
 
 
 @dataclasses.dataclass(frozen=True)

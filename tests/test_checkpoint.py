@@ -19,8 +19,9 @@ from checkpoint_fixtures import (
 import m2m_jax
 from m2m_jax.configuration import default_config, to_json
 from m2m_jax.errors import UserError
-from m2m_jax.training.checkpoint import Checkpointer, load_for_sampling
+from m2m_jax.training.checkpoint import Checkpointer
 from m2m_jax.training.config_changes import code_version, config_changes
+from m2m_jax.training.saved_checkpoint import load_for_sampling
 
 
 @pytest.fixture(scope="module")

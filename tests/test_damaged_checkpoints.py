@@ -14,8 +14,9 @@ from checkpoint_fixtures import assert_bit_equal, create, save, save_three, step
 from run_fixtures import ROOT, run, train_tiny
 
 from m2m_jax.errors import UserError
-from m2m_jax.training.checkpoint import Checkpointer, load_for_sampling
+from m2m_jax.training.checkpoint import Checkpointer
 from m2m_jax.training.metrics import MetricWriter
+from m2m_jax.training.saved_checkpoint import load_for_sampling
 
 # Dies with no chance to say goodbye while checkpoint 2 is being written.
 KILLED = """

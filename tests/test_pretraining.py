@@ -17,7 +17,7 @@ from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
 from m2m_jax.models.initialization import from_pretrained, is_set_attention
 from m2m_jax.models.parameters import merge
 from m2m_jax.models.unet import denoise_sets
-from m2m_jax.training.checkpoint import load_for_sampling
+from m2m_jax.training.saved_checkpoint import load_for_sampling
 from m2m_jax.training.set_diffusion import SetDiffusion
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the only module that imports Orbax.
+"""Writes checkpoints and resumes from them. It and `saved_checkpoint.py`, which reads them, alone import Orbax.
 
 WORKDIR/checkpoints/STEP/ holds
     train_state   what resuming needs: the state but for the average
@@ -21,12 +21,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,15 +35,22 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from m2m_jax import disk
 from m2m_jax.errors import UserError
-from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
-from m2m_jax.models.parameters import Params
+from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.training import checksums, save_errors
 from m2m_jax.training.config_changes import code_version, config_changes
+from m2m_jax.training.saved_checkpoint import (
+    ABOUT,
+    ARRAYS,
+    EMA,
+    FOLDER,
+    STATE,
+    choose,
+    read_about,
+    restore,
+    saved_leaves,
+)
 from m2m_jax.training.state import TrainState
 
-FOLDER = "checkpoints"
-_STATE, _EMA, _ABOUT = "train_state", "ema", "about"
-_ARRAYS = (_STATE, _EMA, AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER)
 _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
 
 # Small arrays are written by one device: to cut one for two takes longer than to write it. Where an array lay is not
@@ -55,15 +61,6 @@ _WRITERS = ocp.type_handlers.create_type_handler_registry(
         ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20, enable_write_sharding_file=False),
     )
 )
-
-
-class SavedModel(NamedTuple):
-    """What sampling needs of a checkpoint."""
-
-    metadata: dict[str, Any]
-    ema_params: Params
-    frozen: FrozenParams
-    step: int
 
 
 class Checkpointer:
@@ -110,12 +107,12 @@ class Checkpointer:
             lightweight_initialize=True,  # the rest may be damaged
         )
         save_errors.say_once()
-        handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_WRITERS) for name in _ARRAYS}
-        handlers |= {_ABOUT: ocp.JsonCheckpointHandler()}
+        handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_WRITERS) for name in ARRAYS}
+        handlers |= {ABOUT: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         for step in self._manager.all_steps():
-            if not checksums.damage(self._folder / str(step), [_ABOUT]):
-                score = _about(self._folder, step).get("score")
+            if not checksums.damage(self._folder / str(step), [ABOUT]):
+                score = read_about(self._folder, step).get("score")
                 self._scores |= {step: score} if score is not None else {}
 
     def latest_step(self) -> int | None:
@@ -148,14 +145,14 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         score = score if score is not None and math.isfinite(score) else None
-        arrays = {_STATE: _flatten(_resumed(state)), _EMA: state.ema_params, **frozen}
+        arrays = {STATE: _flatten(_resumed(state)), EMA: state.ema_params, **frozen}
         about = {"metadata": dict(metadata), "items": list(arrays), "code": code_version(), "score": score}
         items = {name: ocp.args.PyTreeSave(dict(tree)) for name, tree in arrays.items()}
         self._saving = step
         self._scores.pop(step, None)  # of one that was set aside
         self._scores |= {step: score} if score is not None else {}
         with self._plain_errors():
-            self._manager.save(step, args=ocp.args.Composite(**items, **{_ABOUT: ocp.args.JsonSave(about)}))
+            self._manager.save(step, args=ocp.args.Composite(**items, **{ABOUT: ocp.args.JsonSave(about)}))
 
     def restore_train_state(
         self, target: TrainState, step: int | None = None, config: Mapping[str, Any] | None = None
@@ -171,23 +168,23 @@ class Checkpointer:
             UserError: no such checkpoint, it is damaged, or its leaves are not those of `target` (names, shapes and
                 dtypes).
         """
-        step = self._whole(step, (_STATE, _EMA, _ABOUT))
-        folder, about = self._folder / str(step), _about(self._folder, step)
+        step = self._whole(step, (STATE, EMA, ABOUT))
+        folder, about = self._folder / str(step), read_about(self._folder, step)
         changes = config_changes(about["metadata"].get("config", {}), config) if config else []
         wanted = _flatten(_resumed(target))
-        _require_same_leaves(folder, {_STATE: wanted, _EMA: target.ema_params}, changes)
+        _require_same_leaves(folder, {STATE: wanted, EMA: target.ema_params}, changes)
         if changes:
             _say("\n  ".join([f"the config is not that of {folder}:", *changes]))
         if config and (code := about.get("code", "of an older version")) != code_version():
             _say(f"{folder} was saved by m2m_jax {code}; this is {code_version()}")
-        restored = _restore(folder, _STATE, wanted)
+        restored = restore(folder, STATE, wanted)
         leaves = [restored[name] for name in wanted]
         resumed = jax.tree.unflatten(jax.tree.structure(_resumed(target)), leaves)
-        return dataclasses.replace(target, **resumed, ema_params=_restore(folder, _EMA, target.ema_params))
+        return dataclasses.replace(target, **resumed, ema_params=restore(folder, EMA, target.ema_params))
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What `save` was given under that name. Raises UserError where there is no such checkpoint."""
-        return _about(self._folder, self._whole(step, (_ABOUT,)))["metadata"]
+        return read_about(self._folder, self._whole(step, (ABOUT,)))["metadata"]
 
     def wait(self) -> None:
         """Returns when everything is on disk. A failure to save is raised here, or by the next save."""
@@ -213,7 +210,7 @@ class Checkpointer:
     def _whole(self, step: int | None, items: Sequence[str]) -> int:
         """`step`, or the newest, whose items were found to be whole; with `fallback`, the newest where they are."""
         steps = sorted(self._manager.all_steps(), reverse=True)
-        chosen = _choose(self._folder, steps, step)
+        chosen = choose(self._folder, steps, step)
         damaged: dict[int, str] = {}
         for candidate in steps if step is None and self._fallback else [chosen]:
             # Every process reads its share of the files, and all hear of what one of them found.
@@ -273,47 +270,6 @@ class _Best:
         return [step in best for step in steps]
 
 
-def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
-    """The averaged parameters and the frozen models, on the first local device; nothing else is read.
-
-    Args:
-        path: WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP.
-        step: which checkpoint; the latest if None.
-
-    Raises:
-        UserError: the folder is missing, or has no checkpoint (of that step), or it is damaged. An older one is not
-            used in its place.
-    """
-    folder = Path(path).resolve()
-    if not folder.is_dir():
-        raise UserError(f"there is no checkpoint folder {path}; give the --workdir of a training run")
-    if (folder / FOLDER).is_dir():
-        folder /= FOLDER
-    elif folder.name.isdecimal() and folder.parent.name == FOLDER:
-        folder, step = folder.parent, int(folder.name)
-    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
-    step = _choose(folder, steps, step)
-
-    def require(items: Sequence[str]) -> None:
-        if found := checksums.damage(folder / str(step), items):
-            others = (folder / str(other) for other in sorted(steps, reverse=True) if other != step)
-            other = next((other for other in others if (other / checksums.FILE).exists()), None)
-            remedy = f"another is {other}: name it as the checkpoint" if other else "there is no other"
-            raise UserError(f"the checkpoint {folder / str(step)} is damaged: {found}; {remedy}")
-
-    require((_ABOUT,))
-    about = _about(folder, step)
-    items = [name for name in _ARRAYS if name in about["items"] and name != _STATE]
-    require(items)
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    restored: dict[str, Params] = {}
-    for name in items:
-        saved = _saved_leaves(folder / str(step), name)
-        target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in saved.items()}
-        restored[name] = _restore(folder / str(step), name, target)
-    return SavedModel(about["metadata"], restored.pop(_EMA), restored, step)
-
-
 def _resumed(state: TrainState) -> dict[str, Any]:
     """All but the average, which is an item of its own."""
     fields = (field.name for field in dataclasses.fields(state))
@@ -326,48 +282,10 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _choose(folder: Path, steps: Sequence[int], step: int | None) -> int:
-    if not steps:
-        raise UserError(f"{folder} holds no checkpoint; train until one is saved, or give another folder")
-    if step is None:
-        return max(steps)
-    if step not in steps:
-        raise UserError(f"{folder} holds no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}")
-    return step
-
-
-def _about(folder: Path, step: int) -> dict[str, Any]:
-    return json.loads((folder / str(step) / _ABOUT / "metadata").read_text(encoding="utf-8"))
-
-
-def _saved_leaves(folder: Path, item: str) -> dict[str, Any]:
-    """{name: metadata with shape and dtype} of one item."""
-    with _unreadable(folder, item):
-        return dict(ocp.StandardCheckpointHandler().metadata(folder / item).items())
-
-
-def _restore(folder: Path, item: str, target: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """One item, placed as `target` says."""
-    with _unreadable(folder, item), ocp.StandardCheckpointer() as reader:
-        return dict(reader.restore(folder / item, dict(target)))
-
-
-@contextlib.contextmanager
-def _unreadable(folder: Path, item: str) -> Iterator[None]:
-    """The files are what was saved: the disk fails, or another run removes them now."""
-    try:
-        yield
-    except (ValueError, KeyError, OSError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the checkpoint {folder} cannot be read ({item}: {line}); try again, or an older one"
-        ) from error
-
-
 def _require_same_leaves(folder: Path, targets: Mapping[str, Mapping[str, Any]], changes: Sequence[str]) -> None:
     """Raises UserError where an item's leaves are not those of `targets`: {item: {name: with shape and dtype}}."""
     for item, target in targets.items():
-        saved = _saved_leaves(folder, item)
+        saved = saved_leaves(folder, item)
         differences = [f"{name} (not in the checkpoint)" for name in target if name not in saved]
         differences += [f"{name} (only in the checkpoint)" for name in saved if name not in target]
         for name in target:

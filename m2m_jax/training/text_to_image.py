@@ -25,8 +25,8 @@ from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
 from m2m_jax.sampling.text_to_image import TextToImage
-from m2m_jax.training.checkpoint import SavedModel
 from m2m_jax.training.evaluation import stratified_timesteps
+from m2m_jax.training.saved_checkpoint import SavedModel
 
 
 class TextToImageTask:

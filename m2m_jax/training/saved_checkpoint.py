@@ -1,0 +1,112 @@
+"""Reads checkpoints: what is in one, and all of it that sampling needs. `checkpoint.py` writes them, and says how.
+
+Nothing here waits for other processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from m2m_jax.errors import UserError
+from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
+from m2m_jax.models.parameters import Params
+from m2m_jax.training import checksums
+
+FOLDER = "checkpoints"
+STATE, EMA, ABOUT = "train_state", "ema", "about"
+ARRAYS = (STATE, EMA, AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER)
+
+
+class SavedModel(NamedTuple):
+    """What sampling needs of a checkpoint."""
+
+    metadata: dict[str, Any]
+    ema_params: Params
+    frozen: FrozenParams
+    step: int
+
+
+def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
+    """The averaged parameters and the frozen models, on the first local device; nothing else is read.
+
+    Args:
+        path: WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP.
+        step: which checkpoint; the latest if None.
+
+    Raises:
+        UserError: the folder is missing, or has no checkpoint (of that step), or it is damaged. An older one is not
+            used in its place.
+    """
+    folder = Path(path).resolve()
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint folder {path}; give the --workdir of a training run")
+    if (folder / FOLDER).is_dir():
+        folder /= FOLDER
+    elif folder.name.isdecimal() and folder.parent.name == FOLDER:
+        folder, step = folder.parent, int(folder.name)
+    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
+    step = choose(folder, steps, step)
+
+    def require(items: Sequence[str]) -> None:
+        if found := checksums.damage(folder / str(step), items):
+            others = (folder / str(other) for other in sorted(steps, reverse=True) if other != step)
+            other = next((other for other in others if (other / checksums.FILE).exists()), None)
+            remedy = f"another is {other}: name it as the checkpoint" if other else "there is no other"
+            raise UserError(f"the checkpoint {folder / str(step)} is damaged: {found}; {remedy}")
+
+    require((ABOUT,))
+    about = read_about(folder, step)
+    items = [name for name in ARRAYS if name in about["items"] and name != STATE]
+    require(items)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    restored: dict[str, Params] = {}
+    for name in items:
+        saved = saved_leaves(folder / str(step), name)
+        target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in saved.items()}
+        restored[name] = restore(folder / str(step), name, target)
+    return SavedModel(about["metadata"], restored.pop(EMA), restored, step)
+
+
+def choose(folder: Path, steps: Sequence[int], step: int | None) -> int:
+    if not steps:
+        raise UserError(f"{folder} holds no checkpoint; train until one is saved, or give another folder")
+    if step is None:
+        return max(steps)
+    if step not in steps:
+        raise UserError(f"{folder} holds no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}")
+    return step
+
+
+def read_about(folder: Path, step: int) -> dict[str, Any]:
+    return json.loads((folder / str(step) / ABOUT / "metadata").read_text(encoding="utf-8"))
+
+
+def saved_leaves(folder: Path, item: str) -> dict[str, Any]:
+    """{name: metadata with shape and dtype} of one item."""
+    with _unreadable(folder, item):
+        return dict(ocp.StandardCheckpointHandler().metadata(folder / item).items())
+
+
+def restore(folder: Path, item: str, target: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """One item, placed as `target` says."""
+    with _unreadable(folder, item), ocp.StandardCheckpointer() as reader:
+        return dict(reader.restore(folder / item, dict(target)))
+
+
+@contextlib.contextmanager
+def _unreadable(folder: Path, item: str) -> Iterator[None]:
+    """The files are what was saved: the disk fails, or another run removes them now."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the checkpoint {folder} cannot be read ({item}: {line}); try again, or an older one"
+        ) from error
