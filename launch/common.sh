@@ -6,10 +6,10 @@ fail() {
   exit 2
 }
 
-# parse_options "$@": --name=value for the variables that the launcher has set to their defaults, --dry_run, and
-# after -- the arguments of m2m_jax.train, in the array `program`.
+# parse_options "$@": --name=value for the variables that the launcher has set to their defaults, --module, --dry_run, and
+# after -- the arguments of the module, in the array `program`. `workdir` is the folder that it writes.
 parse_options() {
-  dry_run=0 program=()
+  dry_run=0 module=m2m_jax.train program=()
   while (($#)); do
     case $1 in
       --dry_run) dry_run=1 ;;
@@ -18,10 +18,10 @@ parse_options() {
       --*=*)
         local option=${1%%=*}
         option=${option#--}
-        [[ " $options " == *" $option "* ]] || fail "unknown option --$option; there are: $options"
+        [[ " $options module " == *" $option "* ]] || fail "unknown option --$option; there are: $options module"
         printf -v "$option" '%s' "${1#*=}"
         ;;
-      *) fail "unexpected argument $1: options are --name=value, and those of m2m_jax.train follow --" ;;
+      *) fail "unexpected argument $1: options are --name=value, and those of $module follow --" ;;
     esac
     shift
   done
@@ -29,11 +29,11 @@ parse_options() {
   local i
   for ((i = 0; i < ${#program[@]}; i++)); do
     case ${program[i]} in
-      --workdir=*) workdir=${program[i]#*=} ;;
-      --workdir) workdir=${program[i + 1]-} ;;
+      --workdir=* | --output=*) workdir=${program[i]#*=} ;;
+      --workdir | --output) workdir=${program[i + 1]-} ;;
     esac
   done
-  [[ $workdir ]] || fail "no --workdir among the arguments of m2m_jax.train: $0 [options] -- --config ... --workdir ..."
+  [[ $workdir ]] || fail "no --workdir or --output among the arguments of $module: $0 [options] -- ... --workdir=DIR"
 }
 
 # whole NAME...: each is a whole number of at least 1 (restarts: at least 0).

@@ -8,7 +8,8 @@ source launch/common.sh
 usage() {
   cat <<'HELP'
 launch/gke.sh --image=IMAGE --accelerator=tpu-v5p-slice --topology=4x4x4 --hosts=16 [--slices=1] [--chips=4]
-              [--claim=m2m-data] [--name=m2m-jax] [--restarts=100] [--dry_run] -- ARGUMENTS OF m2m_jax.train
+              [--claim=m2m-data] [--name=m2m-jax] [--restarts=100] [--module=m2m_jax.train] [--dry_run]
+              -- ARGUMENTS OF THE MODULE
 
   --image      with this repository in its working directory and requirements-tpu.txt installed
   --hosts      of a slice: its chips divided by --chips, those of a host
@@ -22,7 +23,7 @@ image='' accelerator='' topology='' hosts='' slices=1 chips=4 claim=m2m-data nam
 parse_options "$@"
 [[ $image && $accelerator && $topology && $hosts ]] || fail "--image, --accelerator, --topology and --hosts are needed"
 whole hosts slices chips restarts
-((slices == 1)) || [[ " ${program[*]} " == *"--config.mesh.slice=$slices "* ]] ||
+((slices == 1)) || [[ $module != m2m_jax.train || " ${program[*]} " == *"--config.mesh.slice=$slices "* ]] ||
   fail "--slices=$slices needs --config.mesh.slice=$slices among the arguments of m2m_jax.train"
 
 # A string that YAML and JSON read alike.
@@ -60,7 +61,7 @@ spec:
             rules:
               # The exit codes are told in m2m_jax/train.py.
               - action: FailJob
-                onExitCodes: {containerName: train, operator: In, values: [2, 130]}
+                onExitCodes: {containerName: m2m, operator: In, values: [2, 130]}
           template:
             spec:
               restartPolicy: Never
@@ -72,9 +73,9 @@ spec:
                 cloud.google.com/gke-tpu-accelerator: $accelerator
                 cloud.google.com/gke-tpu-topology: $topology
               containers:
-                - name: train
+                - name: m2m
                   image: $(string "$image")
-                  command: ["python", "-m", "m2m_jax.train"]
+                  command: ["python", "-m", $(string "$module")]
                   args:
 YAML
   local argument

@@ -7,7 +7,8 @@ source launch/common.sh
 
 usage() {
   cat <<'HELP'
-launch/local.sh [--processes=2] [--devices=2] [--restarts=3] [--python=python3] [--dry_run] -- ARGUMENTS OF m2m_jax.train
+launch/local.sh [--processes=2] [--devices=2] [--restarts=3] [--python=python3] [--module=m2m_jax.train] [--dry_run]
+                -- ARGUMENTS OF THE MODULE
 
   --processes  on this machine
   --devices    CPU devices of each process
@@ -31,7 +32,7 @@ together() {
   port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
   for ((i = 0; i < processes; i++)); do
     env "${variables[@]}" "JAX_COORDINATOR_ADDRESS=localhost:$port" "M2M_PROCESSES=$i/$processes" \
-      "$python" -m m2m_jax.train "${program[@]}" &
+      "$python" -m "$module" "${program[@]}" &
     running[$!]=$i
   done
   while ((${#running[@]})); do
@@ -48,7 +49,7 @@ together() {
 if ((dry_run)); then
   for ((i = 0; i < processes; i++)); do
     quoted env "${variables[@]}" JAX_COORDINATOR_ADDRESS=localhost:PORT "M2M_PROCESSES=$i/$processes" \
-      "$python" -m m2m_jax.train "${program[@]}"
+      "$python" -m "$module" "${program[@]}"
   done
   exit
 fi

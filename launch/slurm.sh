@@ -7,8 +7,8 @@ source launch/common.sh
 
 usage() {
   cat <<'HELP'
-launch/slurm.sh [--nodes=2] [--gpus=8] [--time=24:00:00] [--partition=] [--python=.venv/bin/python] [--restarts=3] [--dry_run]
-                -- ARGUMENTS OF m2m_jax.train
+launch/slurm.sh [--nodes=2] [--gpus=8] [--time=24:00:00] [--partition=] [--python=.venv/bin/python] [--restarts=3]
+                [--module=m2m_jax.train] [--dry_run] -- ARGUMENTS OF THE MODULE
 
 Submits with sbatch; --dry_run prints the job instead. The checkout and the workdir must be on storage that all nodes see.
 HELP
@@ -43,7 +43,7 @@ JOB
   environment cuda | sed 's/^/export /'
   cat <<JOB
 code=0
-srun --kill-on-bad-exit=1 $(quoted "$python" -m m2m_jax.train "${program[@]}") || code=\$?
+srun --kill-on-bad-exit=1 $(quoted "$python" -m "$module" "${program[@]}") || code=\$?
 # The exit codes are told in m2m_jax/train.py; 143 is a process that SIGTERM found before it could listen.
 case \$code in
   0 | 2 | 130) ;;

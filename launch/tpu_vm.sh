@@ -7,8 +7,8 @@ source launch/common.sh
 
 usage() {
   cat <<'HELP'
-launch/tpu_vm.sh --name=TPU --zone=ZONE [--project=P] [--source=m2m_jax] [--restarts=100] [--dry_run]
-                 -- ARGUMENTS OF m2m_jax.train
+launch/tpu_vm.sh --name=TPU --zone=ZONE [--project=P] [--source=m2m_jax] [--restarts=100]
+                 [--module=m2m_jax.train] [--dry_run] -- ARGUMENTS OF THE MODULE
 
   --source     folder of this repository on every host, with an environment in .venv: see docs/scaling.md
 The workdir must be a folder that all hosts see. The run goes on when this shell ends; its output is in /tmp/m2m_jax.log.
@@ -23,9 +23,9 @@ whole restarts
 
 # What every host does: restarting itself, for a host that was maintained comes back without its processes.
 mapfile -t variables < <(environment tpu)
-train=$(quoted env "${variables[@]}" M2M_PROCESSES=auto .venv/bin/python -m m2m_jax.train "${program[@]}")
+run=$(quoted env "${variables[@]}" M2M_PROCESSES=auto .venv/bin/python -m "$module" "${program[@]}")
 # shellcheck disable=SC2016 # expanded on the host
-host='cd '$(quoted "$source")' && source launch/common.sh && restarting '$restarts' '$train
+host='cd '$(quoted "$source")' && source launch/common.sh && restarting '$restarts' '$run
 command=(gcloud compute tpus tpu-vm ssh "$name" --zone="$zone")
 [[ $project ]] && command+=(--project="$project")
 command+=(--worker=all --command="nohup bash -c $(quoted "$host") > /tmp/m2m_jax.log 2>&1 &")

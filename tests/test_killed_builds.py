@@ -1,11 +1,15 @@
 """A build that is killed, as in tests/killed_builds.py, and one by processes with different numbers of devices."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
-from build_fixtures import differences, write_captions
+from build_fixtures import arguments, differences, write_captions
 from killed_builds import Builds, Moment, table, unfinished
+from run_fixtures import ROOT
 from text_fixtures import make_stable_diffusion
 
 from m2m_jax.data import mis
@@ -15,11 +19,16 @@ START_UP = 3.0  # seconds: less than any takes, compiled before or not
 
 
 @pytest.fixture(scope="module")
-def builds(tmp_path_factory):
+def inputs(tmp_path_factory):
+    """Captions and a generator."""
     folder = tmp_path_factory.mktemp("inputs")
-    captions = write_captions(folder / "captions.txt", 150)
+    return write_captions(folder / "captions.txt", 150), make_stable_diffusion(folder / "generator")
+
+
+@pytest.fixture(scope="module")
+def builds(inputs):
     cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
-    return Builds(captions, make_stable_diffusion(folder / "generator"), cache)
+    return Builds(*inputs, cache)
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +53,11 @@ def test_killed_while_it_starts_and_writes_a_build_ends_byte_for_byte_as_if_it_w
 def test_one_device_and_four_in_two_processes_at_once_make_the_same(builds, unbroken, tmp_path):
     builds.finish(tmp_path / "shared", devices=(1, 4))
     assert not differences(unbroken[0], tmp_path / "shared")
+
+
+def test_processes_that_a_launch_joins_make_the_same(inputs, unbroken, tmp_path):
+    launch = [ROOT / "launch" / "local.sh", f"--python={sys.executable}", "--module=m2m_jax.data.build_mis", "--"]
+    command = [*launch, *arguments(*inputs, tmp_path / "joined")]
+    result = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert not differences(unbroken[0], tmp_path / "joined")

@@ -91,6 +91,16 @@ def test_gke():
     assert two.returncode == 2 and "--config.mesh.slice=2" in two.stderr
 
 
+@pytest.mark.parametrize("name", NEEDED)
+def test_other_programs(name):
+    """A build of image sets, say; --output is then what --workdir is to a run."""
+    program = ("--", "--output=/shared/mis/data", "--captions=c.tsv")
+    result = launch(name, *NEEDED[name], "--module=m2m_jax.data.build_mis", "--dry_run", *program)
+    assert result.returncode == 0, result.stderr
+    assert "m2m_jax.data.build_mis" in result.stdout and "m2m_jax.train " not in result.stdout
+    assert "/shared/mis/compilation_cache" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
