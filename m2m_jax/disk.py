@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -81,13 +82,16 @@ def sha256(path: Path, flush: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Of processes that were killed while they wrote what has that name."""
-    for leftover in folder.glob(f".{name}.*{UNFINISHED}"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Of processes that were killed while they wrote what has that name; None: whatever they wrote."""
+    leftovers = re.compile(rf"\.{'.*' if name is None else re.escape(name)}\.[^.]+{re.escape(UNFINISHED)}")
+    for path in folder.iterdir():
+        if not leftovers.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            leftover.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
