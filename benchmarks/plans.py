@@ -18,6 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
+from m2m_jax import disk
 from m2m_jax.errors import UserError
 from m2m_jax.planning.memory import gib
 from m2m_jax.program import run_program
@@ -70,9 +71,7 @@ def make(name: str, arguments: list[str]) -> None:
     if result.returncode not in (0, 1):
         raise UserError(f"{name} ended with exit code {result.returncode}; what it printed stands above")
     plan = {"command": shown, **json.loads(result.stdout)}
-    aside = FOLDER / f".{name}.partial"
-    aside.write_text(json.dumps(plan, indent=1) + "\n")
-    aside.replace(FOLDER / f"{name}.json")
+    disk.write(FOLDER / f"{name}.json", f"{json.dumps(plan, indent=1)}\n".encode())
     print(f"{name}: {'fits' if plan['fits'] else 'does not fit'}; {time.monotonic() - started:.0f} s", flush=True)
 
 

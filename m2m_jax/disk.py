@@ -57,7 +57,9 @@ def errors(what: str | Path, more: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if why := reason(error):
+        # Whatever an OSError says, also what is not in the table: a name that is too long, for one.
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else reason(error)
+        if why:
             raise UserError(f"{what} cannot be written: {why}{more}") from error
         raise
 
@@ -118,10 +120,10 @@ def write(path: Path, data: bytes) -> None:
                 raise
 
 
-def require_new(path: Path, flag: str = "--output") -> None:
+def require_new(path: Path) -> None:
     """Raises UserError where there is something already: before work is done that could not be written."""
     if path.exists() or path.is_symlink():
-        raise UserError(f"{flag}={path} exists already; remove it or name another folder")
+        raise UserError(f"--output={path} exists already; remove it or name another folder")
 
 
 @contextlib.contextmanager
@@ -138,9 +140,9 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, flag: str = "--output") -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` in the end, or is removed if anything goes wrong. Raises UserError."""
-    require_new(path, flag)
-    with errors(f"{flag}={path}"), folder_aside(path) as aside:
+    require_new(path)
+    with errors(f"--output={path}"), folder_aside(path) as aside:
         yield aside
         aside.rename(path)

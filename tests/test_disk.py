@@ -63,6 +63,11 @@ def test_what_the_disk_says_is_a_line(error):
         raise error
 
 
+def test_a_name_that_is_too_long_is_a_line(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be written: File name too long$"), disk.errors("out"):
+        disk.write(tmp_path / ("a" * 300), b"")
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), UserError("out is a file")])
 def test_what_the_disk_did_not_say_stays(error):
     with pytest.raises(type(error), match=str(error)), disk.errors("out"):
