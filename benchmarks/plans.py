@@ -26,6 +26,8 @@ from m2m_jax.program import run_program
 ONLY = flags.DEFINE_list("only", None, "Names of plans; all if not given.")
 TABLE = flags.DEFINE_bool("table", False, "Make no plan, only the table of those that are there.")
 
+HLO = flags.DEFINE_string("hlo", None, "Folder for the compiled programs, NAME.hlo; none are kept if not given.")
+
 FOLDER = Path("docs/plans")
 MODELS = {"self": "configs/mis_sd21_self.py", "dino": "configs/mis_sd21_dino.py"}
 IMAGES = (5, 10, 25)
@@ -66,7 +68,11 @@ def make(name: str, arguments: list[str]) -> None:
     print(f"{name}: {shown}", flush=True)
     started = time.monotonic()
     result = subprocess.run(
-        [sys.executable, "-m", "m2m_jax.plan", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "m2m_jax.plan", *arguments, "--json"]
+        + [f"--hlo={HLO.value}/{name}.hlo"] * bool(HLO.value),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     if result.returncode not in (0, 1):
         raise UserError(f"{name} ended with exit code {result.returncode}; what it printed stands above")

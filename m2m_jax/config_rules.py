@@ -164,8 +164,6 @@ def validate(config: ConfigDict) -> None:
             f"config.task is {config.task} and config.text_encoder.path {config.text_encoder.path!r}: "
             "task='text_to_image' needs a text encoder, and no other task has one"
         )
-    if config.image_encoder.path and reads_latents(config.data):
-        raise UserError(f"config.image_encoder.path is set; it encodes images, and {latents}")
     if config.task == "autoencoder":
         _validate_channels("autoencoder", config.autoencoder, config.data.image_size)
     else:

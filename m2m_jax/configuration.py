@@ -177,7 +177,7 @@ def apply_preset(config: ConfigDict, preset: str, presets: Mapping[str, Mapping[
 
 
 def reads_latents(data: ConfigDict) -> bool:
-    """Whether batches hold latents in the place of images. data: the `data` part of a config."""
+    """Whether batches hold latents, for which no step runs the autoencoder. data: the `data` part of a config."""
     return data.name == "precomputed" or data.latents
 
 

@@ -14,6 +14,7 @@ Exit code 0: it fits; 1: it does not, and what to change is said; 2: bad input.
                              a100, h100, h200, l4 and how many a node has: h100:8, planned by formula
     --slices 2               as many such slices or nodes, connected by the data-centre network
     --search                 tries meshes and batch sizes, and says which promises most images a second
+    --hlo FILE               where to write the compiled step, as XLA prints it
     --json                   for machines
 """
 
@@ -22,9 +23,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 from absl import flags
 
+from m2m_jax import disk
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.errors import UserError
@@ -47,6 +50,7 @@ JOB = flags.DEFINE_enum("job", "train", ["train", "sample", "build_mis"], "What 
 SETS = flags.DEFINE_integer("sets_per_device", 1, "Of --job=sample: sets that a device samples at once.", lower_bound=1)
 CAPTIONS = flags.DEFINE_integer("captions", 12_000_000, "Of --job=build_mis.", lower_bound=1)
 MFU = flags.DEFINE_float("mfu", 0.3, "Of --job=build_mis: the share of the chips' peak that is assumed.")
+HLO = flags.DEFINE_string("hlo", None, "File to write: the text of the compiled step.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 
@@ -69,6 +73,8 @@ def main(argv) -> int:
         chip, per_node = gpus
         workload = count_flops(config, "gpu")
         return _report(plan_by_formula(config, chip, per_node * SLICES.value, SLICES.value, workload), workload, [])
+    if HLO.value and (gpus or samples or SEARCH.value):
+        raise UserError("--hlo is of one training step that is compiled: for TPUs, without --search")
     machine = get_machine(TOPOLOGY.value, SLICES.value)
     print(f"compiling for {len(machine.devices)} devices; Stable Diffusion takes many minutes", file=sys.stderr)
     if samples:
@@ -86,7 +92,10 @@ def main(argv) -> int:
             return 1
         plan, overrides = found
     else:
-        plan = make_plan(config, machine, workload)
+        plan, text = make_plan(config, machine, workload)
+        if HLO.value:
+            with disk.errors(f"--hlo={HLO.value}"):
+                disk.write(Path(HLO.value), text.encode())
     return _report(plan, workload, overrides)
 
 

@@ -81,7 +81,7 @@ def train(config, workdir, interruption, watchdog, stack):
     def batched(examples, batch_size):
         return make_dataset(examples, batch_size=batch_size, rows=sharding.local_rows(mesh, batch_size))
 
-    options = {"seed": config.seed, "tokenizer": task.tokenizer}
+    options = {"seed": config.seed, "tokenizer": task.tokenizer, "with_images": task.needs_images}
     train_examples = open_examples(config.data, split=config.data.train_split, **options)
     eval_examples = open_examples(config.data, split=config.data.eval_split, **options)
     train_data = batched(train_examples, config.data.batch_size)

@@ -91,6 +91,18 @@ def test_batches_of_latents(stores, images_per_set):
         np.testing.assert_array_equal(latents_nhwc, source[record].latents[chosen].astype(np.float32))
 
 
+def test_latents_beside_images(stores):
+    options = {"split": "train", "seed": 3, "with_images": True}
+    both = make_dataset(open_examples(_config(stores["both"], latents=True), **options), batch_size=4)[2]
+    for name, latents in (("images_bnhwc", False), ("latents_bnhwc", True)):
+        config = _config(stores["both"], latents=latents)
+        config.augment.enabled = False
+        alone = make_dataset(open_examples(config, split="train", seed=3), batch_size=4)[2]
+        np.testing.assert_array_equal(both[name], alone[name])
+    with pytest.raises(UserError, match=r"holds latents alone, and images are wanted: .* --store=both"):
+        open_examples(_config(stores["latents"], latents=True), **options)
+
+
 def test_images_of_another_size_are_resized(stores):
     batch = make_dataset(open_examples(_config(stores["images"], image_size=16), split="train", seed=0), batch_size=2)[
         0
@@ -271,10 +283,6 @@ def test_latents_of_another_autoencoder_are_refused(both, tmp_path):
         (
             [*LATENTS, "--config.task=autoencoder"],
             "config.data.latents=True reads latents; task=autoencoder needs a data set of images",
-        ),
-        (
-            [*LATENTS, "--config.image_encoder.path=dino"],
-            "image_encoder.path is set; it encodes images, and data.latents=True reads latents",
         ),
         (["--config.data.latents=True", "--config.data.name=folder"], "data.name=folder has no choice of them"),
         (["--config.data.path="], "data.name=mis needs --config.data.path=DIR"),

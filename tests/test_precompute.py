@@ -9,13 +9,17 @@ import jax
 import numpy as np
 import pytest
 from data_fixtures import data_config, write_image_folder
+from parity_fixtures import random_model
 from run_fixtures import ROOT, config_argument, run
 
 from m2m_jax.data import precomputed, records
-from m2m_jax.data.pipeline import SetExamples, make_dataset, open_examples
+from m2m_jax.data.pipeline import SetExamples, inputs, make_dataset, open_examples
+from m2m_jax.data.records import BadRecord
 from m2m_jax.errors import UserError
 from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
+from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels
+from m2m_jax.models.transformers_folder import save_dinov2
 from m2m_jax.training.set_diffusion import SetDiffusion
 
 TINY = config_argument("emoji:tiny")
@@ -112,6 +116,23 @@ def test_float16_and_images(tmp_path, pictures, latents):
         files = sorted((pictures / half[index].set_id).iterdir())
         assert half[index].images == tuple(file.read_bytes() for file in files)
     assert _batch("precomputed", tmp_path / "half")["latents_bnhwc"].dtype == np.float32
+    both = make_dataset(
+        open_examples(_config("precomputed", tmp_path / "half"), split="train", seed=3, with_images=True), batch_size=8
+    )[1]
+    pixels = _batch("folder", pictures, 1)
+    assert both.keys() == pixels.keys() | {"latents_bnhwc"}
+    for name, expected in pixels.items():
+        np.testing.assert_array_equal(both[name], expected)
+
+
+def test_images_that_are_not_there(copy):
+    config = _config("precomputed", copy)
+    with pytest.raises(UserError, match=r"holds latents alone, and images are wanted: .*precompute --keep_images"):
+        open_examples(config, split="train", seed=0, with_images=True)
+    manifest = precomputed.manifest_path(copy, "train")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"has_images": True}))
+    with pytest.raises(BadRecord, match="holds no images"):
+        open_examples(config, split="train", seed=0, with_images=True)[0]
 
 
 def test_the_emoji_kinds_can_be_chosen(copy):
@@ -203,17 +224,27 @@ def _train(tmp_path, name, path):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_losses_on_latents_are_those_on_their_images(pictures, latents):
+@pytest.mark.parametrize("model", ["self", "dino"])
+def test_losses_on_latents_are_those_on_their_images(tmp_path, pictures, latents, model):
     config = runpy.run_path(ROOT / "configs" / "emoji.py")["get_config"]("tiny")
     config.autoencoder.path = str(VAE)
     config.model.block_out_channels, config.model.num_attention_heads = (16,), (2,)
     config.model.down_block_types = ("CrossAttnDownBlock2D",)
+    if model == "dino":
+        encoder = DINOv2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+        save_dinov2(tmp_path / "dino", encoder, random_model(DINOv2, encoder)[1])
+        config.image_encoder.update(path=str(tmp_path / "dino"), image_size=28)
+        latents = tmp_path / "both"
+        assert _precompute(pictures, latents, "--keep_images").code == 0
+        assert _precompute(pictures, latents, "--keep_images", split="validation").code == 0
     config.data.update(name="precomputed", path=str(latents))
     task = SetDiffusion(config)
+    assert task.needs_images == (model == "dino")
     params, loss = task.init(), jax.jit(lambda p, f, b, step: task.loss(p, f, b, task.draw(b, step)))
     for step in range(3):
-        batches = (_batch("folder", pictures, step), _batch("precomputed", latents, step))
-        pixels, encoded = (loss(params, task.frozen, batch, np.uint32(step))[1] for batch in batches)
+        examples = open_examples(_config("precomputed", latents), split="train", seed=3, with_images=task.needs_images)
+        batches = (_batch("folder", pictures, step), make_dataset(examples, batch_size=8)[step])
+        pixels, encoded = (loss(params, task.frozen, inputs(batch), np.uint32(step))[1] for batch in batches)
         assert pixels.keys() == encoded.keys()
         for name, value in pixels.items():
             np.testing.assert_allclose(encoded[name], value, atol=1e-5, err_msg=name)
@@ -360,7 +391,6 @@ def test_a_damaged_folder(tmp_path, copy):
         (["--config.data.image_size=16"], "set --config.data.image_size=32, not 16"),
         (["--config.data.images_per_set=6"], "has 5 images"),
         (["--config.task=autoencoder"], "task=autoencoder needs a data set of images"),
-        (["--config.image_encoder.path=dino"], "it encodes images, and data.name=precomputed holds latents"),
     ],
 )
 def test_what_cannot_be_trained(tmp_path, latents, arguments, words):

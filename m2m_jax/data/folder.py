@@ -60,7 +60,7 @@ class FolderRecords:
 
     def __init__(self, name: str, sets: list[SetFiles]):
         self.name = name
-        self.kinds = [KIND] * len(sets)
+        self.kinds, self.has_images = [KIND] * len(sets), True
         self.num_images = [len(one.files) for one in sets]
         self._sets = sets
 

@@ -37,6 +37,7 @@ class MisRecords(ShardRecords):
                 f"data.path={directory!r} holds latents of images of {made_at} px: "
                 f"set --config.data.image_size={made_at}, not {image_size}"
             )
+        self.has_images = store != "latents"
         self._latent_shape = None if store == "images" else tuple(manifest.settings["latent_shape"])
         shards, num_images = manifest.splits[split], manifest.num_images(split)
         super().__init__(

@@ -52,6 +52,7 @@ class RecordSource(Protocol):
     name: str  # for messages
     kinds: Sequence[str]  # of each record
     num_images: Sequence[int]  # of each record
+    has_images: bool  # whether records hold images; else they hold latents alone
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:
         """Raises BadRecord for what is damaged."""
@@ -120,8 +121,9 @@ SOURCES: dict[str, Callable[[ConfigDict, str], RecordSource]] = {
 class SetExamples:
     """Example i, for any i: {"images_nhwc": uint8 [N, S, S, 3], "example_index", "record_index", "substituted"}.
 
-    Of precomputed latents, {"latents_nhwc": float32 [N, h, w, c]} in the place of the images. With a tokenizer there
-    are captions, too: {"token_ids_ns": int32 [N, s]}, each image's own or, where there is none, its set's.
+    Of precomputed latents, {"latents_nhwc": float32 [N, h, w, c]} in the place of the images or, `with_images`, beside
+    them. With a tokenizer there are captions, too: {"token_ids_ns": int32 [N, s]}, each image's own or, where there is
+    none, its set's.
     With one image a set (N = 1) an epoch goes through all images, otherwise through all sets.
 
     A damaged record raises BadRecord. With data.on_error=skip another one takes its place, which is drawn from
@@ -136,10 +138,18 @@ class SetExamples:
         seed: int,
         augment: bool,
         tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
+        with_images: bool = False,
     ):
         wanted = config.images_per_set
         if wanted < 1:
             raise UserError(f"data.images_per_set={wanted}: must be at least 1")
+        self._latents = reads_latents(config)
+        self._images = with_images or not self._latents
+        if self._images and not source.has_images:
+            raise UserError(
+                f"{source.name} holds latents alone, and images are wanted: make it with both, by "
+                "m2m_jax.data.precompute --keep_images or m2m_jax.data.build_mis --store=both"
+            )
         kinds, counts = np.asarray(source.kinds), np.asarray(source.num_images)
         # Kinds to choose from are the emoji data set's, as images or as latents: the others have but their own.
         of_kind = np.isin(kinds, [*config.kinds, folder.KIND, mis.KIND])
@@ -160,7 +170,6 @@ class SetExamples:
         if self._skip and left_out:
             _warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
         self._images_per_set, self._image_size = wanted, config.image_size
-        self._latents = reads_latents(config)
         self._tokenizer, self._tag_dropout = tokenizer, config.caption_tag_dropout if augment else 0.0
         self._augment = None
         if augment and config.augment.enabled:
@@ -202,12 +211,16 @@ class SetExamples:
 
     def _content(self, index: int, record: int, chosen: np.ndarray) -> dict:
         """Raises BadRecord."""
+        content = {}
         if self._latents:
-            return {"latents_nhwc": self._source[record].latents[chosen].astype(np.float32)}
-        images = np.stack([self._load_image(record, image) for image in chosen])
-        if self._augment is None:
-            return {"images_nhwc": on_white(images)}
-        return {"images_nhwc": self._augment(images, self._rng(_AUGMENTATION_STREAM, index))}
+            content["latents_nhwc"] = self._read(record).latents[chosen].astype(np.float32)
+        if self._images:
+            images = np.stack([self._load_image(record, image) for image in chosen])
+            if self._augment is None:
+                content["images_nhwc"] = on_white(images)
+            else:
+                content["images_nhwc"] = self._augment(images, self._rng(_AUGMENTATION_STREAM, index))
+        return content
 
     def _captions(self, index: int, record: int, chosen: np.ndarray) -> dict:
         """Raises BadRecord."""
@@ -263,10 +276,6 @@ class SetExamples:
     def _load_image(self, record_index: int, image_index: int) -> np.ndarray:
         """uint8 RGBA [S, S, 4], read-only because it is shared."""
         record = self._read(record_index)
-        if not record.images:
-            raise UserError(
-                f"{self._source.name}, set {record.set_id!r}: holds latents; training on pixels needs images"
-            )
         data = record.images[image_index]
         try:
             pixels = fit_square(decode_image(data, record.image_name(image_index)), self._image_size)
@@ -296,18 +305,20 @@ def open_examples(
     seed: int,
     augment: bool = True,
     tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
+    with_images: bool = False,
 ) -> SetExamples:
     """The examples of a split: "train", "validation" or "test".
 
     data_config: the `data` part of the configuration.
     augment: False composites on white, leaves captions whole, and does nothing else.
     tokenizer: captions to ids, int32 [captions, s], where they are wanted.
+    with_images: images are wanted also where `data_config` names latents.
     Raises UserError if the data cannot be used as the configuration asks.
     """
     if data_config.name not in SOURCES:
         raise UserError(f"data.name={data_config.name!r}: known are {', '.join(SOURCES)}")
     source = SOURCES[data_config.name](data_config, split)
-    return SetExamples(source, data_config, seed=seed, augment=augment, tokenizer=tokenizer)
+    return SetExamples(source, data_config, seed=seed, augment=augment, tokenizer=tokenizer, with_images=with_images)
 
 
 def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] | None = None) -> grain.MapDataset:
@@ -318,7 +329,7 @@ def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] 
     Elements, with b = len(rows): {"images_bnhwc": uint8 [b, N, S, S, 3], "example_index_b": int64 [b],
     "record_index_b": int64 [b], the records of the source that they were made from, "substituted_b": bool [b], which of
     them stand in the place of damaged ones}; of precomputed latents "latents_bnhwc": float32 [b, N, h, w, c] in the
-    place of the images; of captions "token_ids_bns": int32 [b, N, s].
+    place of the images or beside them; of captions "token_ids_bns": int32 [b, N, s].
     """
     rows = tuple(range(batch_size) if rows is None else rows)
     share = len(rows)

@@ -1,4 +1,4 @@
-"""Latents on disk in the place of images: what `m2m_jax.data.precompute` writes and `data.name=precomputed` reads.
+"""Latents on disk, also with their images: `m2m_jax.data.precompute` writes and `data.name=precomputed` reads them.
 
     DIR/precomputed-train.json                     how the split was made, and each record's kind and number of images
     DIR/train-00000-of-00012.array_record  ...     its records, as in `records.py`, in the order of the split
@@ -70,6 +70,8 @@ class Manifest:
             raise ValueError("latent_shape")
         if not _whole(self.image_size, 1, _MAX_SIDE) or not _whole(self.records_per_shard, 1, 2**48):
             raise ValueError("image_size, records_per_shard")
+        if type(self.has_images) is not bool:
+            raise ValueError("has_images")
         if self.latent_dtype not in records.LATENT_DTYPES or not isinstance(self.autoencoder, dict):
             raise ValueError("latent_dtype, autoencoder")
 
@@ -93,7 +95,7 @@ class PrecomputedRecords(ShardRecords):
                 f"data.path={directory!r} holds latents of images of {manifest.image_size} px: "
                 f"set --config.data.image_size={manifest.image_size}, not {image_size}"
             )
-        self._latent_shape = tuple(manifest.latent_shape)
+        self._latent_shape, self.has_images = tuple(manifest.latent_shape), manifest.has_images
         super().__init__(
             f"{directory} ({split})",
             [shard_path(directory, split, i, manifest.num_shards) for i in range(manifest.num_shards)],

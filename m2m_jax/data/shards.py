@@ -32,8 +32,11 @@ class ShardRecords:
     Attributes:
       name: for messages.
       kinds, num_images: of each record.
+      has_images: whether records hold images; else they hold latents alone.
       faults: {shard: what is wrong with the whole file}; records in it raise BadRecord.
     """
+
+    has_images = True
 
     def __init__(
         self,
@@ -90,6 +93,8 @@ class ShardRecords:
                 f"{origin}, set {record.set_id!r}: holds {record.num_images} images, and {self.num_images[index]} are "
                 f"listed; {self._remedy}"
             )
+        if self.has_images and not record.images:
+            raise BadRecord(f"{origin}, set {record.set_id!r}: holds no images; {self._remedy}")
         return record
 
     def _reader(self, shard: int) -> ArrayRecordReader:

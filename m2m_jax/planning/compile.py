@@ -16,7 +16,7 @@ from m2m_jax.planning import hlo, memory
 from m2m_jax.planning.chips import Chip, chip_of
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import Roofline, mfu, roofline
-from m2m_jax.planning.workload import Workload, batch_shapes, make_task
+from m2m_jax.planning.workload import Workload, batch_shapes, make_task, not_read
 from m2m_jax.training import sharding
 from m2m_jax.training.setup import set_up
 
@@ -120,10 +120,10 @@ def get_machine(topology: str, slices: int = 1) -> Machine:
     return Machine(topology, tuple(devices), chip.share(len(devices) // len(chips)), slices)
 
 
-def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> Plan:
+def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> tuple[Plan, str]:
     """Compiles the step of `config`, which takes minutes where the model is large.
 
-    Raises UserError for a mesh or a batch size that does not go with the machine.
+    Returns the plan, and the compiled program's text: nothing where it is too large to be compiled. Raises UserError for a mesh or a batch size that does not go with the machine.
     """
     config = ConfigDict(config.to_dict())
     config.mesh.slice = machine.slices if config.mesh.slice == 1 else config.mesh.slice
@@ -144,23 +144,22 @@ def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> Plan:
     }
     started = time.monotonic()
     try:
-        compiled, message = setup.step.lower(setup.state, frozen, batch).compile(), ""
+        compiled = setup.step.lower(setup.state, frozen, batch).compile()
+        text, message = compiled.as_text(), ""
     except jax.errors.JaxRuntimeError as error:
-        compiled, message = None, str(error)
+        compiled, text, message = None, "", str(error)
     sizes = memory.parse_out_of_memory(message)
     if compiled is None and sizes is None:
         raise UserError(f"XLA does not compile this step for {machine.topology}: {message[:2000]}")
     seconds = time.monotonic() - started
 
-    frozen_bytes = memory.bytes_per_device(frozen)
     peak, limit = sizes or (compiled.memory_analysis().peak_memory_in_bytes, machine.chip.hbm)
     needs = Memory(
         **memory.state_bytes(setup.state),
-        frozen=frozen_bytes,
+        frozen=memory.bytes_per_device(frozen),
         batch=memory.bytes_per_device(batch),
         peak=peak,
-        # Of latents, a step encodes nothing; the encoder is there for the evaluation all the same.
-        beside=frozen_bytes if "latents_bnhwc" in batch else 0,
+        beside=memory.bytes_per_device(not_read(config, frozen)),
         limit=limit,
     )
     shares = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
@@ -168,24 +167,26 @@ def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> Plan:
     if compiled is None or not needs.fits:
         at_fsdp = state_at_fsdp(config, task, len(machine.devices), machine.slices)
         advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, batch_size // shares, config.model.remat)
-    return Plan(
+    plan = Plan(
         mesh=dict(mesh.shape),
         batch_size=batch_size,
         sets_per_device=batch_size // shares,
         memory=needs,
-        work=_work(compiled, config, machine, workload, mesh) if compiled else None,
+        work=_work(text, compiled.cost_analysis(), config, machine, workload, mesh) if compiled else None,
         advice=tuple(advice),
         notes=tuple(notes),
         compile_seconds=seconds,
     )
+    return plan, text
 
 
 def _placed(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def _work(compiled, config: ConfigDict, machine: Machine, workload: Workload, mesh: jax.sharding.Mesh) -> Work:
-    text, cost = compiled.as_text(), compiled.cost_analysis()
+def _work(
+    text: str, cost: dict, config: ConfigDict, machine: Machine, workload: Workload, mesh: jax.sharding.Mesh
+) -> Work:
     collectives = hlo.collectives(text, [getattr(d, "slice_index", 0) for d in mesh.devices.flat])
     kernels, num_devices = hlo.kernel_calls(text), len(machine.devices)
     # XLA counts what a loop does once, and accumulation is a loop around nearly all there is.

@@ -17,14 +17,13 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
-from m2m_jax.configuration import reads_latents
 from m2m_jax.errors import UserError
 from m2m_jax.planning import hlo, memory
 from m2m_jax.planning.chips import Chip
 from m2m_jax.planning.compile import Plan, Work, state_at_fsdp
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import mfu, roofline
-from m2m_jax.planning.workload import Workload, batch_shapes, make_task
+from m2m_jax.planning.workload import Workload, batch_shapes, make_task, not_read
 from m2m_jax.training import sharding
 from m2m_jax.training.setup import set_up
 
@@ -63,13 +62,13 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, wo
     kept_of_a_set = kept_of_two - kept_of_one
     kept = kept_of_one + (sets // parts - 1) * kept_of_a_set
     frozen_bytes, batch = _bytes(task.frozen), _bytes(batch_shapes(config, task, sets))
-    reads_frozen = not reads_latents(config.data)
+    beside = _bytes(not_read(config, task.frozen))
     needs = Memory(
         **state_bytes,
         frozen=frozen_bytes,
         batch=batch,
-        peak=sum(state_bytes.values()) + trained_bytes + kept + batch + reads_frozen * frozen_bytes,
-        beside=0 if reads_frozen else frozen_bytes,
+        peak=sum(state_bytes.values()) + trained_bytes + kept + batch + frozen_bytes - beside,
+        beside=beside,
         limit=chip.hbm,
     )
 

@@ -34,7 +34,7 @@ def search(
             tried = ConfigDict(config.to_dict())
             tried.mesh.update({"fsdp": fsdp, "data": -1})
             tried.data.batch_size = sets * len(machine.devices)
-            plan = make_plan(tried, machine, workload)
+            plan, _ = make_plan(tried, machine, workload)
             overrides = [f"--config.mesh.fsdp={fsdp}", f"--config.data.batch_size={tried.data.batch_size}"]
             progress(" ".join(overrides), plan)
             if not plan.fits:

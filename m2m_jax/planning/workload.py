@@ -15,7 +15,7 @@ from m2m_jax.configuration import reads_latents
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
-from m2m_jax.models.frozen import FrozenModels
+from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import TRAINED
 from m2m_jax.planning.attention import AttentionFlops, attention_flops
 from m2m_jax.training.autoencoding import Autoencoding
@@ -72,9 +72,17 @@ def frozen_models(config: ConfigDict) -> tuple[FrozenModels, list[str]]:
 def batch_shapes(config: ConfigDict, task: SetDiffusion | Autoencoding, batch_size: int) -> dict:
     """A batch as it reaches the devices; see `data.pipeline.make_dataset` and `inputs`."""
     sets, size = (batch_size, config.data.images_per_set), config.data.image_size
+    shapes = {}
     if reads_latents(config.data):
-        return {"latents_bnhwc": jax.ShapeDtypeStruct((*sets, *task.models.latent_shape(size)), jnp.float32)}
-    return {"images_bnhwc": jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)}
+        shapes["latents_bnhwc"] = jax.ShapeDtypeStruct((*sets, *task.models.latent_shape(size)), jnp.float32)
+    if task.needs_images or not shapes:
+        shapes["images_bnhwc"] = jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)
+    return shapes
+
+
+def not_read(config: ConfigDict, frozen: FrozenParams) -> FrozenParams:
+    """The frozen models that a step does not run and an evaluation's preview does: of latents, the autoencoder."""
+    return {AUTOENCODER: frozen[AUTOENCODER]} if reads_latents(config.data) else {}
 
 
 def count_model_flops(config: ConfigDict) -> float:

@@ -40,6 +40,7 @@ class Autoencoding:
 
     summary = "autoencoder"  # what is trained, for the log
     tokenizer = None  # captions are not read
+    needs_images = True
 
     def _build(self, key: jax.Array | int = 0) -> AutoencoderKL:
         return AutoencoderKL(self.autoencoder_config, rngs=nnx.Rngs(key))

@@ -76,10 +76,15 @@ class SetDiffusion:
     is_new_parameter = staticmethod(is_set_attention)
     tokenizer = None  # captions are not read
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether images are wanted also where the data set holds latents: those that the image encoder sees."""
+        return self.models.image_encoder is not None
+
     def draw(self, batch: dict, step: jax.Array) -> SetDraws:
         """What is random in the loss of a batch."""
-        config, (images,) = self.config, (batch[name] for name in ("images_bnhwc", "latents_bnhwc") if name in batch)
-        shape = (*images.shape[:2], *self.models.latent_shape(config.data.image_size))
+        config, sets_bnhwc = self.config, batch.get("latents_bnhwc", batch.get("images_bnhwc"))
+        shape = (*sets_bnhwc.shape[:2], *self.models.latent_shape(config.data.image_size))
         return draw(self.schedule, shape, seed=config.seed, step=step, config=config.diffusion)
 
     def loss(self, params: Params, frozen: FrozenParams, batch: dict, draws: SetDraws) -> tuple[jax.Array, dict]:
@@ -109,11 +114,11 @@ class SetDiffusion:
 
     def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
         """Held-out sets: their context, and as many images again generated from it (for single images: a grid)."""
-        if "latents_bnhwc" in batch:
+        if "images_bnhwc" in batch:
+            images_bnhwc = np.asarray(batch["images_bnhwc"])
+        else:
             # The sampler will encode them again: near enough to look at.
             images_bnhwc = np.asarray(jax.jit(self.models.decode)(self.frozen, batch["latents_bnhwc"]))
-        else:
-            images_bnhwc = np.asarray(batch["images_bnhwc"])
         b, n = images_bnhwc.shape[:2]
         sampler = self.sampler(params, step)
         num_context, num_new = n - 1, max(n - 1, 1)
@@ -148,10 +153,9 @@ class SetDiffusion:
 
     def _latents_and_context(self, frozen: FrozenParams, batch: dict) -> tuple[jax.Array, jax.Array]:
         """Latents of all images of each set, and what the U-Net is given of all but the last."""
-        if "latents_bnhwc" in batch:  # precomputed, which M2M-DINO refuses
-            return batch["latents_bnhwc"], batch["latents_bnhwc"][:, :-1]
-        images_bnhwc = batch["images_bnhwc"]
-        latents_bnhwc = self.models.encode(frozen, images_bnhwc)
+        latents_bnhwc = batch.get("latents_bnhwc")
+        if latents_bnhwc is None:
+            latents_bnhwc = self.models.encode(frozen, batch["images_bnhwc"])
         if self.unet_config.attends_to_encoded:
-            return latents_bnhwc, self.models.context(frozen, images_bnhwc[:, :-1])
+            return latents_bnhwc, self.models.context(frozen, batch["images_bnhwc"][:, :-1])
         return latents_bnhwc, latents_bnhwc[:, :-1]

@@ -49,6 +49,7 @@ class TextToImageTask:
         self.unet, self.shapes = abstract(self._build)
 
     summary = "text_to_image"  # what is trained, for the log
+    needs_images = False  # where the data set holds latents
 
     def _build(self, key: jax.Array | int = 0) -> UNet:
         return UNet(self.unet_config, rngs=nnx.Rngs(key))
