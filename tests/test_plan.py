@@ -7,17 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from run_fixtures import config_argument, run
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
 from m2m_jax.errors import UserError
 from m2m_jax.models.unet import UNetConfig
-from m2m_jax.planning import compile, hlo
+from m2m_jax.planning import compile
 from m2m_jax.planning.attention import AttentionFlops, attention_flops
 from m2m_jax.planning.chips import CHIPS, GIB, chip_of, gpus_of, peak_flops
+from m2m_jax.planning.collectives import Collective
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
 from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.roofline import mfu, roofline
@@ -28,128 +27,6 @@ from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.setup import set_up
 
 TINY = config_argument("emoji:tiny")
-
-# Collectives
-
-PROGRAM = """\
-HloModule jit_train_step, is_scheduled=true
-
-%add.1 (x.1: f32[], y.1: f32[]) -> f32[] {
-  %x.1 = f32[]{:T(128)} parameter(0)
-  ROOT %add.2 = f32[]{:T(128)} add(%x.1, %y.1)
-}
-
-%body (p.1: (s32[], f32[64,32])) -> (s32[], f32[64,32]) {
-  %gather.1 = f32[64,32]{1,0:T(8,128)} all-gather(%p.2), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
-  ROOT %t = (s32[], f32[64,32]{1,0}) tuple(%i, %gather.1)
-}
-
-%condition (p.3: (s32[], f32[64,32])) -> pred[] {
-  %n = s32[]{:T(128)} constant(3)
-  %p.3 = (s32[]{:T(128)}, f32[64,32]{1,0}) parameter(0)
-  %i.1 = s32[]{:T(128)} get-tuple-element(%p.3), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i.1, %n), direction=LT
-}
-
-%all-reduce-scatter.1 (p.4: f32[40]) -> f32[10] {
-  %whole = f32[40]{0} all-reduce(%p.4), channel_id=5, replica_groups=[2,4]<=[8], to_apply=%add.1
-  ROOT %part = f32[10]{0} dynamic-slice(%whole, %k), dynamic_slice_sizes={10}
-}
-
-%fused.1 (p: f32[16]) -> f32[4] {
-  ROOT %scatter = f32[4]{0:T(128)S(1)} reduce-scatter(%p), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add.1
-}
-
-%fused.2 (p: f32[16]) -> f32[4] {
-  ROOT %scatter.2 = f32[4]{0:T(128)S(1)} reduce-scatter(%p), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add.1
-}
-
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %loop = (s32[], f32[64,32]{1,0}) while(%init), condition=%condition, body=%body
-  %f.1 = f32[4]{0} fusion(%a), kind=kCustom, calls=%fused.1
-  %f.2 = f32[4]{0} fusion(%a), kind=kCustom, calls=%fused.2, metadata={op_name="all-reduce(x)"}
-  %reduce = (f32[100]{0}, bf16[50]{0}) all-reduce(%b, %c), channel_id=3, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add.1
-  %start = (f32[4,4]{1,0}, f32[4,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%d), channel_id=4, source_target_pairs={{0,1},{1,0}}
-  %done = f32[4,4]{1,0} collective-permute-done(%start)
-  %rs = f32[10]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
-  %k = bf16[8,128]{1,0} custom-call(%e), custom_call_target="tpu_custom_call", metadata={op_name="x"}
-  ROOT %r = f32[8]{0} copy(%a)
-}
-"""  # noqa: E501
-
-
-def test_collectives_of_a_program():
-    """Two slices of four devices. Loops count, fusions that share a channel count once."""
-    found = {c.kind: c for c in hlo.collectives(PROGRAM, [0] * 4 + [1] * 4)}
-    gather = found["all-gather"]
-    assert (gather.count, gather.group_size, gather.slices) == (3, 4, 1)
-    assert (gather.ici_bytes, gather.dcn_bytes) == (3 * 64 * 32 * 4 * 3 / 4, 0)
-    assert (found["reduce-scatter"].count, found["reduce-scatter"].ici_bytes) == (2, 4 * 4 * 3 + 10 * 4 * 3)
-    reduce = found["all-reduce"]  # of devices i and i + 4, one of each slice
-    assert (reduce.group_size, reduce.slices) == (2, 2)
-    assert (reduce.ici_bytes, reduce.dcn_bytes) == (0, 500)
-    assert found["collective-permute"].ici_bytes == pytest.approx(64, abs=4)
-    assert hlo.kernel_calls(PROGRAM) == 1
-
-
-@pytest.mark.parametrize(("kind", "sent"), [("ALL_REDUCE", 1024), ("ALL_GATHER", 1024), ("REDUCE_SCATTER", 512)])
-def test_transfers_between_slices_are_sent_to_the_host(kind, sent):
-    send = (
-        "  %send.1 = (bf16[1,4,128]{2,1,0:T(4,128)(2,1)}, u32[], token[]) send(%b, %after), channel_id=9, "
-        f'is_host_transfer=true, frontend_attributes={{_xla_megascale_transfer_type="{kind}"}}'
-    )
-    (row,) = hlo.collectives(f"ENTRY %m (a: f32[]) -> f32[] {{\n{send}\n}}", [0] * 4 + [1] * 4)
-    assert (row.kind, row.slices, row.ici_bytes, row.dcn_bytes) == (kind.lower().replace("_", "-"), 2, 0, sent)
-
-
-def test_a_collective_over_slices_crosses_each_link_once():
-    line = "ENTRY %m (a: f32[]) -> f32[] {\n  %r = f32[80]{0} all-reduce(%a), replica_groups={}\n}"
-    (row,) = hlo.collectives(line, [0] * 4 + [1] * 4)
-    # Scattered within the slice, reduced between slices in quarters, gathered within the slice.
-    assert (row.group_size, row.slices, row.ici_bytes, row.dcn_bytes) == (8, 2, 2 * 320 * 3 / 4, 80)
-
-
-@pytest.mark.parametrize(
-    ("notation", "groups"),
-    [
-        ("replica_groups={{0,1},{2,3}}", ((0, 1), (2, 3))),
-        ("replica_groups={}", ((0, 1, 2, 3),)),
-        ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
-        ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
-        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
-        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
-        ("replica_groups=mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
-        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]<=[2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
-        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
-        ("replica_groups=mesh['a'=2,'b'=2,'c'=1], device_ids=([2,2]T(1,0)) {'b'}", ((0, 2), (1, 3))),
-        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,2,1) {'a'}", ((0, 2), (3, 1))),
-    ],
-)
-def test_groups_of_a_collective(notation, groups):
-    assert hlo._groups(f"%r = f32[8]{{0}} all-reduce(%a), channel_id=1, {notation}, to_apply=%add", 4) == groups
-
-
-def test_collectives_in_an_unknown_notation_are_an_error():
-    with pytest.raises(ValueError, match="does not know the groups"):
-        hlo.collectives("%m (a: f32[]) -> f32[] {\n  %r = f32[8]{0} all-reduce(%a), groups=?\n}", [0])
-
-
-@pytest.mark.parametrize(
-    ("kind", "sent"), [("all-gather", 75), ("reduce-scatter", 300), ("all-reduce", 150), ("collective-permute", 100)]
-)
-def test_bytes_on_the_wire(kind, sent):
-    assert hlo.wire_bytes(kind, 100, 4) == sent
-    assert hlo.wire_bytes(kind, 100, 1) == 0
-
-
-def test_collectives_of_a_program_that_xla_compiled():
-    """All that is assumed of HLO's text, against the XLA that is installed."""
-    mesh = sharding.make_mesh(_mesh_config(fsdp=8))
-    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
-    text = jax.jit(lambda x: x * 2, out_shardings=sharding.replicated(mesh)).lower(x).compile().as_text()
-    (row,) = hlo.collectives(text, [0] * 8)
-    assert (row.kind, row.group_size, row.count, row.ici_bytes) == ("all-gather", 8, 1, 16 * 64 * 4 * 7 / 8)
-
 
 # Memory
 
@@ -264,7 +141,7 @@ def test_peak_of_a_device(devices, flops):
 
 def _plan(gibibytes: float, images_per_second: float) -> compile.Plan:
     times = roofline(CHIPS["v5e"], 1e12, 1e9, 1e6, 0)
-    gather = hlo.Collective("all-gather", 4, 1, 7, 2e9, 0.0)
+    gather = Collective("all-gather", 4, 1, 7, 2e9, 0.0)
     work = compile.Work(1e12, 1e9, (gather,), 3, times, images_per_second, 0.5)
     needs = Memory(GIB, 2 * GIB, GIB, 0, 0, peak=gibibytes * GIB, beside=0, limit=16 * GIB)
     return compile.Plan(
@@ -279,7 +156,7 @@ def test_search_takes_the_fastest_of_what_fits(monkeypatch):
         """Sets a device cost memory, copies of the state, too; shares cost speed."""
         sets, fsdp = config.data.batch_size // 16, config.mesh.fsdp
         tried.append((fsdp, sets))
-        return _plan(gibibytes=12 / fsdp + 2 * sets, images_per_second=sets * 100 / (1 + fsdp / 100))
+        return _plan(gibibytes=12 / fsdp + 2 * sets, images_per_second=sets * 100 / (1 + fsdp / 100)), ""
 
     monkeypatch.setattr("m2m_jax.planning.search.make_plan", make_plan)
     machine = compile.Machine("v5e:4x4", (None,) * 16, CHIPS["v5e"], 1)
@@ -290,7 +167,7 @@ def test_search_takes_the_fastest_of_what_fits(monkeypatch):
 
 
 def test_search_finds_nothing(monkeypatch):
-    monkeypatch.setattr("m2m_jax.planning.search.make_plan", lambda *args: _plan(17, 1))
+    monkeypatch.setattr("m2m_jax.planning.search.make_plan", lambda *args: (_plan(17, 1), ""))
     machine = compile.Machine("v5e:4x4", (None,) * 16, CHIPS["v5e"], 1)
     assert search(default_config(), machine, None, lambda overrides, plan: None) is None
 

@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from m2m_jax.errors import UserError
 from m2m_jax.planning import hlo, memory
 from m2m_jax.planning.chips import Chip, chip_of
+from m2m_jax.planning.collectives import Collective, collectives
+from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import Roofline, mfu, roofline
 from m2m_jax.planning.workload import Workload, batch_shapes, make_task, not_read
@@ -46,8 +48,9 @@ class Work:
     """What a step does.
 
     Attributes:
-      flops, hbm_bytes: of one device, by XLA; the products of attention in kernels are added.
-      collectives: see `hlo.Collective`.
+      flops: of one device, by XLA; the products of attention in kernels are added.
+      hbm_bytes: of one device, read and written.
+      collectives: see `Collective`.
       kernels: calls of kernels in the program.
       times: see `Roofline`.
       images_per_second: of all devices, were the step as fast as `times` says.
@@ -56,7 +59,7 @@ class Work:
 
     flops: float
     hbm_bytes: float
-    collectives: tuple[hlo.Collective, ...]
+    collectives: tuple[Collective, ...]
     kernels: int
     times: Roofline
     images_per_second: float
@@ -123,7 +126,8 @@ def get_machine(topology: str, slices: int = 1) -> Machine:
 def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> tuple[Plan, str]:
     """Compiles the step of `config`, which takes minutes where the model is large.
 
-    Returns the plan, and the compiled program's text: nothing where it is too large to be compiled. Raises UserError for a mesh or a batch size that does not go with the machine.
+    Returns the plan, and the compiled program's text: nothing where it is too large to be compiled. Raises UserError
+    for a mesh or a batch size that does not go with the machine.
     """
     config = ConfigDict(config.to_dict())
     config.mesh.slice = machine.slices if config.mesh.slice == 1 else config.mesh.slice
@@ -187,21 +191,20 @@ def _placed(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeD
 def _work(
     text: str, cost: dict, config: ConfigDict, machine: Machine, workload: Workload, mesh: jax.sharding.Mesh
 ) -> Work:
-    collectives = hlo.collectives(text, [getattr(d, "slice_index", 0) for d in mesh.devices.flat])
+    program = hlo.parse(text)
+    sent = collectives(program, [getattr(d, "slice_index", 0) for d in mesh.devices.flat])
     kernels, num_devices = hlo.kernel_calls(text), len(machine.devices)
     # XLA counts what a loop does once, and accumulation is a loop around nearly all there is.
-    flops, hbm_bytes = (cost[name] * config.train.accumulation for name in ("flops", "bytes accessed"))
+    flops, moved = cost["flops"] * config.train.accumulation, hbm_bytes(program)
     if kernels:
         in_kernels = workload.attention.executed + workload.attention.within_images
         flops += in_kernels * (1 + KERNEL_BACKWARD) * config.data.batch_size / num_devices
-    times = roofline(
-        machine.chip, flops, hbm_bytes, sum(c.ici_bytes for c in collectives), sum(c.dcn_bytes for c in collectives)
-    )
+    times = roofline(machine.chip, flops, moved, sum(c.ici_bytes for c in sent), sum(c.dcn_bytes for c in sent))
     batch_size = config.data.batch_size
     return Work(
         flops=flops,
-        hbm_bytes=hbm_bytes,
-        collectives=tuple(collectives),
+        hbm_bytes=moved,
+        collectives=tuple(sent),
         kernels=kernels,
         times=times,
         images_per_second=batch_size * config.data.images_per_set / times.step_seconds,

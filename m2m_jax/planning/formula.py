@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.errors import UserError
-from m2m_jax.planning import hlo, memory
+from m2m_jax.planning import memory
 from m2m_jax.planning.chips import Chip
+from m2m_jax.planning.collectives import Collective, wire_bytes
 from m2m_jax.planning.compile import Plan, Work, state_at_fsdp
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import mfu, roofline
@@ -116,7 +117,7 @@ def _kept_bytes(config: ConfigDict, task: Any, trains: Callable[[str], bool], se
     return _bytes([x.aval for x in arrays])
 
 
-def _collectives(mesh: AbstractMesh, parameter_bytes: int, parts: int) -> list[hlo.Collective]:
+def _collectives(mesh: AbstractMesh, parameter_bytes: int, parts: int) -> list[Collective]:
     """Gradients summed over all devices; parameters gathered forward and backward where fsdp shares them."""
     slices, data, fsdp = tuple(mesh.shape.values())[:3]
     share = parameter_bytes / fsdp
@@ -124,10 +125,10 @@ def _collectives(mesh: AbstractMesh, parameter_bytes: int, parts: int) -> list[h
 
     def add(kind: str, between: int, count: int, ici_bytes: float, dcn_bytes: float = 0.0, slices: int = 1) -> None:
         if ici_bytes or dcn_bytes:
-            found.append(hlo.Collective(kind, between, slices, count, ici_bytes, dcn_bytes))
+            found.append(Collective(kind, between, slices, count, ici_bytes, dcn_bytes))
 
-    add("all-gather", fsdp, 2 * parts, 2 * parts * hlo.wire_bytes("all-gather", parameter_bytes, fsdp))
-    add("reduce-scatter", fsdp, parts, parts * hlo.wire_bytes("reduce-scatter", share, fsdp))
-    add("all-reduce", data, 1, hlo.wire_bytes("all-reduce", share, data))
-    add("all-reduce", slices, 1, 0.0, hlo.wire_bytes("all-reduce", share / data, slices), slices)
+    add("all-gather", fsdp, 2 * parts, 2 * parts * wire_bytes("all-gather", parameter_bytes, fsdp))
+    add("reduce-scatter", fsdp, parts, parts * wire_bytes("reduce-scatter", share, fsdp))
+    add("all-reduce", data, 1, wire_bytes("all-reduce", share, data))
+    add("all-reduce", slices, 1, 0.0, wire_bytes("all-reduce", share / data, slices), slices)
     return found

@@ -1,4 +1,4 @@
-"""What the text of a compiled program says about it: collectives and kernels. No JAX.
+"""Reads the text of a compiled program: its computations, what calls what, and how often loops run. No JAX.
 
 HLO's text is printed one instruction a line, computations from a line that ends in "{" to a line that begins with "}".
 """
@@ -6,251 +6,111 @@ HLO's text is printed one instruction a line, computations from a line that ends
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
 KERNEL = 'custom_call_target="tpu_custom_call"'
 
-_BYTES = {"pred": 1, "bf16": 2} | {f"{kind}{bits}": bits / 8 for kind in "sufc" for bits in (2, 4, 8, 16, 32, 64, 128)}
-_SHAPE = re.compile(r"([a-z]\w*?)\[([\d,]*)\]")
+_SIZES = {"pred": 1, "bf16": 2} | {f"{kind}{bits}": bits / 8 for kind in "sufc" for bits in (2, 4, 8, 16, 32, 64, 128)}
+_ARRAY = re.compile(r"([a-z]\w*?)\[([\d,]*)\](?:\{([^}]*)\})?")
+# Of an array that lies elsewhere than in HBM: S(1) is the memory of a TPU's core, S(2) its flags.
+_ELSEWHERE = re.compile(r"S\([1-9]\d*\)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-# What stands before the name of the operation is its shape, in which neither names (%) nor strings occur.
-_COLLECTIVE = re.compile(rf' = ([^%"]*?) (?:ragged-)?({"|".join(KINDS)})(-start)?\(')
-# Between slices, devices send to their host, whose runtime does the rest.
-_BETWEEN_SLICES = re.compile(r' = \(([^%"]*?), u32\[\].*? send\(.*_xla_megascale_transfer_type="(\w+)"')
+# In the shape, which stands before the name of the operation, neither names (%) nor strings occur.
+_INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = ([^%"]*?) ([a-z][\w\-]*)\((.*)')
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
 _CALLED_SEVERAL = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-_CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}")
-_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-# The devices of a mesh: [dims]T(order), and what they are arranged in, which no group asks for, may stand before it.
-_TRANSPOSED = re.compile(r"(?:\[[\d,]+\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?)\))? \{([^}]*)\}")
-_MESH_AXIS = re.compile(r"['\"]?([\w.\-]+)['\"]?(?::\((\d+)\)(\d+))?")
+_CONSTANT = re.compile(r"(\d+)\)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One kind of collective between the same devices, of a step.
+class Array(NamedTuple):
+    """bytes: without the padding of layouts. in_hbm: whether it lies there."""
 
-    Attributes:
-      count: how often it runs in a step.
-      ici_bytes, dcn_bytes: that one device sends in a step, over links within a slice and between slices.
-    """
-
-    kind: str
-    group_size: int
-    slices: int
-    count: int
-    ici_bytes: float
-    dcn_bytes: float
+    bytes: float
+    in_hbm: bool
 
 
-class _Instruction(NamedTuple):
-    kind: str
-    bytes: float  # of the result
-    groups: tuple[tuple[int, ...], ...]  # of a transfer between slices: none
-    channel: int | None
+class Instruction(NamedTuple):
+    """One line. shape: an array's, or a tuple's, as text; rest: of the line, from the operands on."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+    is_root: bool
+
+    @property
+    def arrays(self) -> list[Array]:
+        """Of the result."""
+        return [
+            Array(_SIZES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n), not _ELSEWHERE.search(layout))
+            for dtype, dims, layout in _ARRAY.findall(self.shape)
+        ]
+
+    @property
+    def operands(self) -> list[str]:
+        """Their names."""
+        return _OPERAND.findall(self.rest.partition(")")[0])
+
+    @property
+    def called(self) -> dict[str, str]:
+        """{"calls" | "to_apply" | "body" | "condition": a computation}."""
+        return dict(_CALLED.findall(self.rest))
+
+    @property
+    def branches(self) -> list[str]:
+        """Computations of which it runs one, or that it runs side by side."""
+        lists = _CALLED_SEVERAL.findall(self.rest)
+        return [name.strip().lstrip("%") for names in lists for name in names.split(",")]
 
 
 @dataclasses.dataclass
-class _Computation:
-    """called: with the condition of the loop whose body it is; compares: whether a "less than" stands in it."""
+class Computation:
+    """Instructions in their order."""
 
-    collectives: list[_Instruction] = dataclasses.field(default_factory=list)
-    called: list[tuple[str, str | None]] = dataclasses.field(default_factory=list)
-    constants: list[int] = dataclasses.field(default_factory=list)
-    compares: bool = False
+    instructions: list[Instruction] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {one.name: one for one in self.instructions}
 
     @property
     def trips(self) -> int:
         """Of a loop with this condition: jax.lax.scan counts from 0 while it is less than a constant. Else 1."""
-        return self.constants[0] if self.compares and len(self.constants) == 1 else 1
+        found = [one for one in self.instructions if one.opcode == "constant" and one.shape.startswith("s32[]")]
+        compares = any(one.opcode == "compare" and "direction=LT" in one.rest for one in self.instructions)
+        value = _CONSTANT.match(found[0].rest) if compares and len(found) == 1 else None
+        return int(value[1]) if value else 1
 
 
-def collectives(text: str, slice_of_device: Sequence[int]) -> list[Collective]:
-    """All collectives of a compiled program, the same ones added up, those of most bytes first.
+class Program(NamedTuple):
+    """entry: the name of the computation that runs first."""
 
-    An asynchronous collective that stands in several fusions, which all bear its channel, counts once. What is in a
-    loop counts as often as the loop runs, where its condition says how often, and else once.
+    entry: str
+    computations: dict[str, Computation]
 
-    Args:
-      slice_of_device: the slice of each device, in the order of the mesh.
-    """
-    found: dict[tuple[str, int, int], list[float]] = {}
-    seen: set[tuple] = set()
-    num_slices = len(set(slice_of_device))
-    for instruction, times in _walk(*_parse(text, len(slice_of_device), num_slices)):
-        # Numbers of channels are not unique among kinds, and transfers between slices have numbers of their own.
-        key = instruction.kind, bool(instruction.groups), instruction.channel
-        if instruction.channel is not None and key in seen:
-            continue
-        seen.add(key)
-        groups = instruction.groups
-        size = max(map(len, groups)) if groups else num_slices
-        spanned = max(len({slice_of_device[i] for i in group}) for group in groups) if groups else num_slices
-        ici, dcn = _sent(instruction.kind, instruction.bytes, size, spanned)
-        total = found.setdefault((instruction.kind, size, spanned), [0, 0.0, 0.0])
-        for i, value in enumerate((1, ici, dcn)):
-            total[i] += times * value
-    rows = [Collective(kind, size, spanned, int(n), ici, dcn) for (kind, size, spanned), (n, ici, dcn) in found.items()]
-    return sorted(rows, key=lambda row: -(row.ici_bytes + row.dcn_bytes))
+    def trips(self, loop: Instruction) -> int:
+        """How often the body of a `while` runs."""
+        condition = self.computations.get(loop.called.get("condition", ""))
+        return condition.trips if condition else 1
+
+
+def parse(text: str) -> Program:
+    """The computations of a program."""
+    entry, computations, current = "", {}, Computation()
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = computations[header[2]] = Computation()
+            entry = header[2] if header[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            root, name, shape, opcode, rest = match.groups()
+            current.instructions.append(Instruction(name, shape, opcode, rest, bool(root)))
+    return Program(entry, computations)
 
 
 def kernel_calls(text: str) -> int:
     """How many calls of Pallas kernels stand in the program. XLA counts none of their FLOPs."""
     return text.count(KERNEL)
-
-
-def wire_bytes(kind: str, result: float, size: int) -> float:
-    """Bytes that each of `size` devices sends, at least, for a collective with a result of so many bytes a device.
-
-    Of ring algorithms, which send no byte more than must be sent.
-    """
-    if size == 1:
-        return 0.0
-    return result * {
-        "all-gather": (size - 1) / size,
-        "reduce-scatter": size - 1,
-        "all-reduce": 2 * (size - 1) / size,
-        "all-to-all": (size - 1) / size,
-    }.get(kind, 1.0)
-
-
-def _sent(kind: str, result: float, size: int, slices: int) -> tuple[float, float]:
-    """(bytes within a slice, bytes between slices) that one device sends.
-
-    Between slices: each device of a slice carries its share, as XLA's hierarchical collectives do.
-    """
-    if slices == 1:
-        return wire_bytes(kind, result, size), 0.0
-    if slices == size:
-        return 0.0, wire_bytes(kind, result, size)
-    if kind in ("collective-permute", "collective-broadcast"):
-        return 0.0, result
-    within = size // slices
-    share = result if kind == "reduce-scatter" else result / within
-    return wire_bytes(kind, result, within), wire_bytes(kind, share, slices)
-
-
-def _parse(text: str, num_devices: int, num_slices: int) -> tuple[str, dict[str, _Computation]]:
-    """(name of the entry, computations by name)."""
-    entry, computations, current = "", {}, _Computation()
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            name = header[2]
-            current = computations[name] = _Computation()
-            entry = name if header[1] else entry
-            # A TPU's reduce-scatter is a fusion of this name, of an all-reduce and a slice of it.
-            scatters = name.startswith("all-reduce-scatter")
-        elif line.startswith("  "):
-            if match := _COLLECTIVE.search(line):
-                found = _instruction(line, match, num_devices)
-                if scatters and found.kind == "all-reduce":
-                    found = found._replace(kind="reduce-scatter", bytes=found.bytes / max(map(len, found.groups)))
-                current.collectives.append(found)
-            elif match := _BETWEEN_SLICES.search(line):
-                current.collectives.append(_between_slices(line, match, num_slices))
-            called = dict(_CALLED.findall(line))
-            condition = called.pop("condition", None)
-            current.called += [(name, condition) for name in called.values()]
-            for names in _CALLED_SEVERAL.findall(line):
-                current.called += [(name.strip().lstrip("%"), None) for name in names.split(",")]
-            if constant := _CONSTANT.search(line):
-                current.constants.append(int(constant[1]))
-            current.compares |= " compare(" in line and "direction=LT" in line
-    return entry, computations
-
-
-def _walk(entry: str, computations: dict[str, _Computation]) -> Iterator[tuple[_Instruction, int]]:
-    """The collectives that run, and how often each does."""
-    stack = [(entry, 1)]
-    while stack:
-        name, times = stack.pop()
-        computation = computations.get(name, _Computation())
-        yield from ((instruction, times) for instruction in computation.collectives)
-        for callee, condition in computation.called:
-            stack.append((callee, times * computations[condition].trips if condition in computations else times))
-
-
-def _instruction(line: str, match: re.Match, num_devices: int) -> _Instruction:
-    shape, kind, started = match.groups()
-    groups = _groups(line, num_devices)
-    size = _bytes(shape)
-    if started and kind == "all-gather":  # the shape is (operands, results)
-        members = max(map(len, groups), default=1)
-        size *= members / (members + 1)
-    elif started and kind == "collective-permute":  # and two numbers of synchronisation, which are next to nothing
-        size /= 2
-    return _Instruction(kind, size, groups, _channel(line))
-
-
-def _between_slices(line: str, match: re.Match, slices: int) -> _Instruction:
-    shape, kind = match.groups()
-    kind = kind.lower().replace("_", "-")
-    # What is sent is the operand; `wire_bytes` is of the result.
-    result = _bytes(shape) * {"all-gather": slices, "reduce-scatter": 1 / slices}.get(kind, 1)
-    return _Instruction(kind, result, (), _channel(line))
-
-
-def _bytes(shape: str) -> float:
-    """Of an array, or a tuple of arrays."""
-    sizes = ((dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in _SHAPE.findall(shape))
-    return sum(_BYTES.get(dtype, 0) * math.prod(dims) for dtype, dims in sizes)
-
-
-def _channel(line: str) -> int | None:
-    match = _CHANNEL.search(line)
-    return int(match[1]) if match else None
-
-
-def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    """The devices that take part together, by their number in the mesh. Raises ValueError for a new notation."""
-    if match := _MESH.search(line):  # before the others: its devices may be in the notation of one of them
-        return _mesh_groups(*match.groups())
-    if match := re.search(rf"replica_groups={_IOTA.pattern}", line):
-        numbers, members = _iota(match[2], match[3]), int(match[1].rpartition(",")[2])
-        return tuple(tuple(numbers[i : i + members]) for i in range(0, len(numbers), members))
-    if match := _GROUPS.search(line):
-        listed = re.findall(r"\{([\d,]+)\}", match[1] or "")
-        return tuple(map(_numbers, listed)) or (tuple(range(num_devices)),)
-    raise ValueError(f"m2m_jax/planning/hlo.py does not know the groups of this collective: {line.strip()[:300]}")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(",") if n)
-
-
-def _iota(dims: str, order: str | None) -> list[int]:
-    """[dims]T(order): the numbers from 0, in an array of `dims`, transposed, flat."""
-    sizes = _numbers(dims)
-    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    numbers = [0]
-    for axis in _numbers(order) if order else range(len(sizes)):
-        numbers = [n + i * strides[axis] for n in numbers for i in range(sizes[axis])]
-    return numbers
-
-
-def _mesh_groups(axes: str, devices: str | None, grouped: str) -> tuple[tuple[int, ...], ...]:
-    """mesh['a'=2,'b'=8] {'b':(2)4}: the axes of a mesh that vary in a group, or parts of axes: (size before it)size."""
-    names, sizes = zip(*(axis.split("=") for axis in axes.split(",")), strict=True)
-    names, sizes = [name.strip(" '\"") for name in names], [int(size) for size in sizes]
-    numbers = list(range(math.prod(sizes)))
-    if devices and (iota := _TRANSPOSED.match(devices + ")")):
-        numbers = _iota(*iota.groups())
-    elif devices:
-        numbers = list(_numbers(devices))
-    groups: dict[int, list[int]] = {}
-    for position, number in enumerate(numbers):
-        key = position
-        for name, before, size in _MESH_AXIS.findall(grouped):
-            axis = names.index(name)
-            size = int(size or sizes[axis])
-            stride = math.prod(sizes[axis:]) // (int(before or 1) * size)
-            key -= position // stride % size * stride
-        groups.setdefault(key, []).append(number)
-    return tuple(map(tuple, groups.values()))

@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 
 from m2m_jax.attention.cached import attend_to_kept
 from m2m_jax.errors import UserError
+from m2m_jax.planning import hlo
 from m2m_jax.planning.attention import attentions
 from m2m_jax.planning.compile import Machine
+from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import bytes_per_device, gib, parse_out_of_memory
 from m2m_jax.planning.roofline import Roofline, roofline
 from m2m_jax.planning.workload import make_task
@@ -181,8 +183,8 @@ def _slower(program: Program, seconds: float) -> Program:
 
 
 def _times(compiled: Any, machine: Machine) -> Roofline:
-    cost = compiled.cost_analysis()
-    return roofline(machine.chip, cost.get("flops", 0.0), cost.get("bytes accessed", 0.0), 0.0, 0.0)
+    flops = compiled.cost_analysis().get("flops", 0.0)
+    return roofline(machine.chip, flops, hbm_bytes(hlo.parse(compiled.as_text())), 0.0, 0.0)
 
 
 def _kept_image(static: Programs, machine: Machine, tokens: int | None, num_sets: int) -> float:
