@@ -38,7 +38,7 @@ def main(argv):
     training_nhwc = training_images(config.data)
     training_shapes = shapes(training_nhwc)
 
-    rows, similarities = [], []
+    rows, similarities = [], {"nearest in training": [], "nearest in the context": []}
     for record in records:
         given = [read_image(file, size) for file in context_files(record)]
         new = [read_image(file, size) for file in sorted(record.parent.glob("[0-9]*.png"))]
@@ -46,17 +46,21 @@ def main(argv):
         mirrored = shapes(np.stack(new)[:, :, ::-1])
         similarity_gn = np.maximum(new_shapes @ training_shapes.T, mirrored @ training_shapes.T)
         found = similarity_gn.argmax(1)
-        best = similarity_gn[np.arange(len(new)), found]
+        similarities["nearest in training"].extend(similarity_gn.max(1))
         if given:
-            to_context = np.maximum(new_shapes @ shapes(np.stack(given)).T, mirrored @ shapes(np.stack(given)).T).max(1)
-            similarities.append((best, to_context))
+            given_shapes = shapes(np.stack(given))
+            similarity_gm = np.maximum(new_shapes @ given_shapes.T, mirrored @ given_shapes.T)
+            similarities["nearest in the context"].extend(similarity_gm.max(1))
         rows.append(Row(record.parent.name, [context(given), generated(new), nearest(list(training_nhwc[found]))]))
     write_png(OUTPUT.value, contact_sheet(rows))
-    to_training, to_context = (np.concatenate(x) for x in zip(*similarities, strict=True))
-    print(f"shape similarity of {len(to_training)} generated images (1: the same up to colour)")
-    for name, values in (("nearest in training", to_training), ("nearest in the context", to_context)):
-        copies = np.mean(values > 0.95)
-        print(f"  {name}: median {np.median(values):.3f}, largest {values.max():.3f}, {copies:.0%} above 0.95")
+    print("shape similarity of generated images (1: the same up to colour)")
+    for name, values in similarities.items():
+        if values:
+            copies = np.mean(np.array(values) > 0.95)
+            print(
+                f"  {name}, {len(values)} images: median {np.median(values):.3f}, largest {max(values):.3f}, "
+                f"{copies:.0%} above 0.95"
+            )
     print(OUTPUT.value)
 
 
@@ -74,6 +78,8 @@ def context_files(record: Path) -> list[str]:
 def training_images(data_config) -> np.ndarray:
     """Every training image, as stored, on white: uint8 [n, size, size, 3]."""
     source = SOURCES[data_config.name](data_config, data_config.train_split)
+    if not source.has_images:
+        raise UserError(f"{source.name} holds latents alone; name the data set of images that they were made from")
     pixels = []
     for i in range(len(source.kinds)):
         record = source[i]
