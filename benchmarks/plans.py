@@ -2,7 +2,7 @@
 
     python -m benchmarks.plans                         all that are not there yet: 15 to 40 minutes of a core each
     python -m benchmarks.plans --only=v5p_self5        one of them
-    python -m benchmarks.plans --table                 only the table, docs/plans/README.md
+    python -m benchmarks.plans --table                 only the table, in docs/planning.md
 
 `make plan` runs the first in an environment of its own. A plan is a file NAME.json as `m2m_jax.plan --json` prints it,
 with its command; remove it to make it again.
@@ -29,6 +29,8 @@ TABLE = flags.DEFINE_bool("table", False, "Make no plan, only the table of those
 HLO = flags.DEFINE_string("hlo", None, "Folder for the compiled programs, NAME.hlo; none are kept if not given.")
 
 FOLDER = Path("docs/plans")
+DOCUMENT = Path("docs/planning.md")
+BEGIN, END = "<!-- by python -m benchmarks.plans -->\n", "<!-- to here -->\n"
 MODELS = {"self": "configs/mis_sd21_self.py", "dino": "configs/mis_sd21_dino.py"}
 IMAGES = (5, 10, 25)
 FSDP, REMAT = "--config.mesh.fsdp=16", "--config.model.remat=blocks"
@@ -82,7 +84,7 @@ def make(name: str, arguments: list[str]) -> None:
 
 
 def table() -> str:
-    """Markdown: a line for each plan that is there, and the commands below."""
+    """Markdown: a line for each plan that is there, and the commands in that order."""
     head = (
         *("plan", "images a set", "needed, of what there is", "state", "FLOPs: executed, model", "set attention"),
         *("kernels", "HBM", "collectives", "a step at least", "images/s at most", "MFU at most"),
@@ -95,13 +97,8 @@ def table() -> str:
             plan = json.loads(path.read_text())
             lines.append("| " + " | ".join(_cells(name, plan)) + " |")
             shown.append(plan["command"] + "".join(f"\n    # does not fit: {line}" for line in plan["advice"]))
-    about = """# Plans
-
-Made by `python -m benchmarks.plans --table` of the files beside it; what the numbers are stands in
-[planning.md](../planning.md). One set a device, 512 px, bfloat16; bytes and FLOPs are a device's, in one step. Nothing
-was run on a TPU."""
     listed = "".join(f"    {command}\n" for command in shown)
-    return about + "\n\n" + "\n".join(lines) + "\n\nCommands, in that order:\n\n" + listed
+    return "\n".join(lines) + "\n\n" + listed
 
 
 def _cells(name: str, plan: dict) -> list[str]:
@@ -150,8 +147,9 @@ def main(argv):
     for name in () if TABLE.value else ONLY.value or plans:
         if not (FOLDER / f"{name}.json").is_file():
             make(name, plans[name])
-    (FOLDER / "README.md").write_text(table())
-    print(FOLDER / "README.md")
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    disk.write(DOCUMENT, (before + BEGIN + table() + END + rest.partition(END)[2]).encode())
+    print(DOCUMENT)
 
 
 if __name__ == "__main__":
