@@ -35,8 +35,8 @@ from m2m_jax.errors import UserError
 from m2m_jax.images import SUFFIXES, read_image
 from m2m_jax.planning.workload import NOT_READ, frozen_models
 from m2m_jax.program import run_program
+from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.training import sharding
-from m2m_jax.training.set_diffusion import SetDiffusion
 from m2m_jax.training.setup import set_up
 
 CONFIG = define_config_flag()

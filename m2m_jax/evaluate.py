@@ -5,7 +5,7 @@
 The config says what the sets are: its data source, images a set, augmentation, seed and the size of a batch; of a run
 all but the parameters and what its checkpoint says of them is ignored. For the last image of each set: the denoising
 loss with the images before it as context, with those of another set in their place, and with fewer of its own
-(`training/evaluation.py`). Losses of runs with different autoencoders or noise schedules are not of one kind, and
+(`tasks/evaluation.py`). Losses of runs with different autoencoders or noise schedules are not of one kind, and
 refused.
 """
 
@@ -27,7 +27,7 @@ from m2m_jax.models.parameters import fingerprint, merge
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.program import run_program
 from m2m_jax.sampling.sampler import Sampler
-from m2m_jax.training.evaluation import context_losses
+from m2m_jax.tasks.evaluation import context_losses
 
 CONFIG = define_config_flag()
 CHECKPOINTS = flags.DEFINE_list("checkpoints", None, "Workdirs of runs, or WORKDIR/checkpoints/STEP.", required=True)

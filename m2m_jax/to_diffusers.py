@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
+from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.configuration import from_json
 from m2m_jax.data.pipeline import batches, make_dataset, open_examples
 from m2m_jax.diffusion.schedule import NoiseSchedule
@@ -24,7 +25,6 @@ from m2m_jax.models.folder import config_from
 from m2m_jax.models.parameters import Params, abstract, count, merge
 from m2m_jax.models.unet import UNetConfig
 from m2m_jax.program import run_program
-from m2m_jax.training.saved_checkpoint import load_for_sampling
 
 SCALING_BATCHES = 50
 

@@ -31,6 +31,8 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from m2m_jax import runtime
+from m2m_jax.checkpoints.checkpointer import Checkpointer
+from m2m_jax.checkpoints.saved_model import FOLDER
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import to_json
@@ -39,17 +41,15 @@ from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
 from m2m_jax.models.parameters import count
 from m2m_jax.program import run_program
+from m2m_jax.tasks.autoencoding import Autoencoding
+from m2m_jax.tasks.set_diffusion import SetDiffusion
+from m2m_jax.tasks.text_to_image import TextToImageTask
 from m2m_jax.training import sharding
-from m2m_jax.training.autoencoding import Autoencoding
-from m2m_jax.training.checkpoint import Checkpointer
 from m2m_jax.training.divergence import Divergence
 from m2m_jax.training.example_log import ExampleLog
 from m2m_jax.training.interruption import Interruption
 from m2m_jax.training.metrics import MetricWriter
-from m2m_jax.training.saved_checkpoint import FOLDER
-from m2m_jax.training.set_diffusion import SetDiffusion
 from m2m_jax.training.setup import set_up
-from m2m_jax.training.text_to_image import TextToImageTask
 from m2m_jax.training.throughput import Throughput
 from m2m_jax.training.watchdog import Watchdog
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.configuration import default_config
 from m2m_jax.training import sharding
-from m2m_jax.training.checkpoint import Checkpointer
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.state import TrainState
 

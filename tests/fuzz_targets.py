@@ -25,6 +25,7 @@ from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
 
 from m2m_jax import config_flag, program
+from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.config_rules import CHOICES, validate
 from m2m_jax.configuration import default_config, flatten, from_json, to_json
 from m2m_jax.data import mis, pipeline, precomputed, records
@@ -43,7 +44,6 @@ from m2m_jax.sampling.bundle import MANIFEST, Bundle, write_manifest
 from m2m_jax.sampling.bundle_writer import write_bundle
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
-from m2m_jax.training.saved_checkpoint import SavedModel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ from checkpoint_fixtures import (
 )
 
 import m2m_jax
+from m2m_jax.checkpoints.checkpointer import Checkpointer
+from m2m_jax.checkpoints.config_changes import code_version, config_changes
+from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.configuration import default_config, to_json
 from m2m_jax.errors import UserError
-from m2m_jax.training.checkpoint import Checkpointer
-from m2m_jax.training.config_changes import code_version, config_changes
-from m2m_jax.training.saved_checkpoint import load_for_sampling
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_config_changes():
 
 def test_the_codes_version(saved, capsys, monkeypatch):
     assert code_version().startswith(m2m_jax.__version__)
-    monkeypatch.setattr("m2m_jax.training.checkpoint.code_version", lambda: "99.0")
+    monkeypatch.setattr("m2m_jax.checkpoints.checkpointer.code_version", lambda: "99.0")
     with Checkpointer(saved[0], keep=2) as checkpoints:
         checkpoints.restore_train_state(target(create()), config=METADATA["config"])
     assert f"was saved by m2m_jax {code_version()}; this is 99.0" in capsys.readouterr().out

@@ -13,17 +13,17 @@ import pytest
 from checkpoint_fixtures import assert_bit_equal, create, save, save_three, steps_in, target
 from run_fixtures import ROOT, run, train_tiny
 
+from m2m_jax.checkpoints.checkpointer import Checkpointer
+from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.errors import UserError
-from m2m_jax.training.checkpoint import Checkpointer
 from m2m_jax.training.metrics import MetricWriter
-from m2m_jax.training.saved_checkpoint import load_for_sampling
 
 # Dies with no chance to say goodbye while checkpoint 2 is being written.
 KILLED = """
 import os, pathlib, signal, sys
 import conftest
 from checkpoint_fixtures import create, save
-from m2m_jax.training.checkpoint import Checkpointer
+from m2m_jax.checkpoints.checkpointer import Checkpointer
 checkpoints = Checkpointer(sys.argv[1], keep=2)
 save(checkpoints, 1, create())
 save(checkpoints, 2, create())
@@ -37,7 +37,7 @@ import jax
 import conftest
 from m2m_jax import runtime
 from m2m_jax.errors import UserError, refuse
-from m2m_jax.training.checkpoint import Checkpointer
+from m2m_jax.checkpoints.checkpointer import Checkpointer
 runtime.start()
 from checkpoint_fixtures import create, target
 checkpoints = Checkpointer(sys.argv[1], keep=2, fallback=sys.argv[2] == "True")

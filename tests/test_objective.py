@@ -14,7 +14,7 @@ from m2m_jax.diffusion.objective import draw, set_loss, squared_error
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.parameters import abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.training.evaluation import context_losses
+from m2m_jax.tasks.evaluation import context_losses
 
 CONFIG = UNetConfig(
     block_out_channels=(16,),  # one level has four transformers: down, middle and two up

@@ -22,8 +22,8 @@ from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.roofline import mfu, roofline
 from m2m_jax.planning.search import search
 from m2m_jax.planning.workload import Workload, count_flops
+from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.training import sharding
-from m2m_jax.training.autoencoding import Autoencoding
 from m2m_jax.training.setup import set_up
 
 TINY = config_argument("emoji:tiny")

@@ -20,7 +20,7 @@ from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels
 from m2m_jax.models.transformers_folder import save_dinov2
-from m2m_jax.training.set_diffusion import SetDiffusion
+from m2m_jax.tasks.set_diffusion import SetDiffusion
 
 TINY = config_argument("emoji:tiny")
 VAE = ROOT / "pretrained" / "vae"

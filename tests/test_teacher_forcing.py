@@ -56,7 +56,7 @@ def test_the_teacher_forced_pass_is_the_sampling_pass_image_by_image(backend, cl
 
 @pytest.mark.parametrize(("backend", "clean_sees"), FORMS)
 def test_one_image_at_every_position_is_that_image_in_every_context(backend, clean_sees):
-    """The layout of `training.evaluation`: one noised image at positions 0 .. n - 1 sees 0 .. n - 1 context images."""
+    """The layout of `tasks.evaluation`: one noised image at positions 0 .. n - 1 sees 0 .. n - 1 context images."""
     noised, timestep = NOISED[:, -1:], TIMESTEP[:, -1:]
     repeated = noised.repeat(NUM_IMAGES, 1), timestep.repeat(NUM_IMAGES, 1)
     together = denoiser(SetLayout.training(NUM_IMAGES, clean_sees), backend)(CLEAN[:, :-1], *repeated)

@@ -7,7 +7,7 @@ from data_fixtures import write_image_folder
 from PIL import Image
 from run_fixtures import run, train_tiny
 
-from m2m_jax.training.saved_checkpoint import load_for_sampling
+from m2m_jax.checkpoints.saved_model import load_for_sampling
 
 MODULES = ("conv_in", "time_embedding", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
 MODULES += ("conv_norm_out", "conv_out")

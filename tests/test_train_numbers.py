@@ -13,8 +13,8 @@ from run_fixtures import ROOT, make_autoencoder
 
 from m2m_jax.configuration import default_config
 from m2m_jax.models.parameters import Params
+from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.training import sharding
-from m2m_jax.training.set_diffusion import SetDiffusion
 from m2m_jax.training.setup import set_up
 from m2m_jax.training.state import TrainState
 from m2m_jax.training.step import Step

@@ -18,8 +18,8 @@ from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import TRAINED
 from m2m_jax.planning.attention import AttentionFlops, attention_flops
-from m2m_jax.training.autoencoding import Autoencoding
-from m2m_jax.training.set_diffusion import SetDiffusion
+from m2m_jax.tasks.autoencoding import Autoencoding
+from m2m_jax.tasks.set_diffusion import SetDiffusion
 
 NOT_READ = "(not read)"
 PLATFORM = "tpu"

@@ -23,7 +23,7 @@ from m2m_jax.sampling.set_sampler import SetSampler
 from m2m_jax.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
-    from m2m_jax.training.saved_checkpoint import SavedModel
+    from m2m_jax.checkpoints.saved_model import SavedModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class Sampler(SetSampler):
         Raises:
           UserError: no whole checkpoint of an M2M model there.
         """
-        from m2m_jax.training.saved_checkpoint import load_for_sampling  # Orbax is slow to import
+        from m2m_jax.checkpoints.saved_model import load_for_sampling  # Orbax is slow to import
 
         return cls.from_saved(load_for_sampling(path, step), path, devices, **settings)
 

@@ -29,7 +29,7 @@ from m2m_jax.models.unet import UNetConfig, unet_structure
 from m2m_jax.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
-    from m2m_jax.training.saved_checkpoint import SavedModel
+    from m2m_jax.checkpoints.saved_model import SavedModel
 
 UNET = "unet"
 MODEL_INDEX = "model_index.json"
@@ -195,7 +195,7 @@ class TextToImage:
             return _open_folder(cls, Path(path), image_size, dtype, devices, settings)
         if Path(path).is_dir() and any((Path(path) / name).is_dir() for name in ("unet", "vae", "text_encoder")):
             raise UserError(f"{path} has no {MODEL_INDEX}: name the folder of a whole Stable Diffusion pipeline")
-        from m2m_jax.training.saved_checkpoint import load_for_sampling  # Orbax is slow to import
+        from m2m_jax.checkpoints.saved_model import load_for_sampling  # Orbax is slow to import
 
         return cls.from_saved(
             load_for_sampling(path), path, image_size=image_size, dtype=dtype, devices=devices, **settings

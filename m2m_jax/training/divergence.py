@@ -13,9 +13,9 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
+from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.data.pipeline import SetExamples, make_dataset
 from m2m_jax.errors import UserError
-from m2m_jax.training.checkpoint import Checkpointer
 
 ROLLBACKS = 3  # from one checkpoint
 SKIPS = 20  # in a row

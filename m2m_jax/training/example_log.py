@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from m2m_jax.checkpoints.save_errors import run_errors
 from m2m_jax.training.metrics import forget_after
-from m2m_jax.training.save_errors import run_errors
 
 FOLDER = "examples"
 

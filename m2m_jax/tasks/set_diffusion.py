@@ -22,7 +22,7 @@ from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
-from m2m_jax.training.evaluation import context_losses
+from m2m_jax.tasks.evaluation import context_losses
 
 
 class SetDiffusion:

@@ -13,6 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
+from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.configuration import to_json
 from m2m_jax.data.latents import require_autoencoder
 from m2m_jax.diffusion.objective import SetDraws, draw
@@ -25,8 +26,7 @@ from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
 from m2m_jax.sampling.text_to_image import TextToImage
-from m2m_jax.training.evaluation import stratified_timesteps
-from m2m_jax.training.saved_checkpoint import SavedModel
+from m2m_jax.tasks.evaluation import stratified_timesteps
 
 
 class TextToImageTask:

@@ -1,4 +1,4 @@
-"""Writes checkpoints and resumes from them. It and `saved_checkpoint.py`, which reads them, alone import Orbax.
+"""Writes checkpoints and resumes from them. It and `saved_model.py`, which reads them, alone import Orbax.
 
 WORKDIR/checkpoints/STEP/ holds
     train_state   what resuming needs: the state but for the average
@@ -7,7 +7,7 @@ WORKDIR/checkpoints/STEP/ holds
     image_encoder what encodes the context in M2M-DINO, likewise
     about         JSON: what the caller wants to be told later (its config), which of the above there are, the code's
                   version and the score of the evaluation
-    SHA256SUMS    what every file of these was: m2m_jax/training/checksums.py
+    SHA256SUMS    what every file of these was: m2m_jax/checkpoints/checksums.py
 
 Every item is one flat dict {dotted name: array}. So a checkpoint knows nothing of Optax's or Flax's classes, the
 EMA is restored without either, and names can be compared.
@@ -34,11 +34,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from m2m_jax import disk
-from m2m_jax.errors import UserError
-from m2m_jax.models.frozen import FrozenParams
-from m2m_jax.training import checksums, save_errors
-from m2m_jax.training.config_changes import code_version, config_changes
-from m2m_jax.training.saved_checkpoint import (
+from m2m_jax.checkpoints import checksums, save_errors
+from m2m_jax.checkpoints.config_changes import code_version, config_changes
+from m2m_jax.checkpoints.saved_model import (
     ABOUT,
     ARRAYS,
     EMA,
@@ -49,6 +47,8 @@ from m2m_jax.training.saved_checkpoint import (
     restore,
     saved_leaves,
 )
+from m2m_jax.errors import UserError
+from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.training.state import TrainState
 
 _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX

@@ -1,4 +1,4 @@
-"""Reads checkpoints: what is in one, and all of it that sampling needs. `checkpoint.py` writes them, and says how.
+"""Reads checkpoints: what is in one, and all of it that sampling needs. `checkpointer.py` writes them, and says how.
 
 Nothing here waits for other processes.
 """
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from m2m_jax.checkpoints import checksums
 from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
 from m2m_jax.models.parameters import Params
-from m2m_jax.training import checksums
 
 FOLDER = "checkpoints"
 STATE, EMA, ABOUT = "train_state", "ema", "about"
