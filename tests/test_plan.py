@@ -13,10 +13,11 @@ from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
 from m2m_jax.errors import UserError
 from m2m_jax.models.unet import UNetConfig
-from m2m_jax.planning import compile
+from m2m_jax.planning import compile, hlo
 from m2m_jax.planning.attention import AttentionFlops, attention_flops
 from m2m_jax.planning.chips import CHIPS, GIB, chip_of, gpus_of, peak_flops
 from m2m_jax.planning.collectives import Collective
+from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
 from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.roofline import mfu, roofline
@@ -311,8 +312,8 @@ def _plan_tiny(*arguments) -> dict:
 
 
 @needs_libtpu
-def test_a_tiny_plan():
-    plan = _plan_tiny()
+def test_a_tiny_plan(tmp_path):
+    plan = _plan_tiny(f"--hlo={tmp_path / 'step.hlo'}")
     assert plan["fits"]
     assert plan["devices"] == 4
     assert plan["memory"]["needed"] > plan["memory"]["parameters"] > 0
@@ -321,6 +322,10 @@ def test_a_tiny_plan():
     assert 0 < plan["work"]["mfu"] < 1
     # Seven transformer blocks, two attentions each, a kernel forward and two backward.
     assert plan["work"]["kernels"] == 7 * 2 * 3
+    # What a step must move at least: it reads parameters, moments and average, and writes them.
+    memory, program = plan["memory"], hlo.parse((tmp_path / "step.hlo").read_text())
+    assert plan["work"]["hbm_bytes"] == hbm_bytes(program)
+    assert plan["work"]["hbm_bytes"] > 2 * (memory["parameters"] + memory["optimizer"] + memory["ema"])
 
 
 @pytest.mark.slow
