@@ -38,7 +38,7 @@ FSDP, REMAT = "--config.mesh.fsdp=16", "--config.model.remat=blocks"
 # for that to fit.
 TOPOLOGIES = {
     "v5p": ("v5p:4x4x4", 1, 64, {5: (), 10: (), 25: ()}),
-    "v6e": ("v6e:16x16", 1, 256, {5: (), 10: (FSDP,), 25: (FSDP, REMAT)}),
+    "v6e": ("v6e:16x16", 1, 256, {5: (), 10: (REMAT,), 25: (REMAT,)}),
     "v5e": ("v5e:16x16", 1, 256, {5: (FSDP, REMAT), 10: (FSDP, REMAT), 25: (FSDP, REMAT)}),
     "v5e_2_slices": ("v5e:16x16", 2, 512, {5: (FSDP, REMAT), 10: (FSDP, REMAT), 25: (FSDP, REMAT)}),
 }
