@@ -116,7 +116,10 @@ def train(config, workdir, interruption, watchdog, stack):
     writer.message(f"{task.summary}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
 
     # Steps
-    eval_step = jax.jit(sharding.traced_on(mesh, task.evaluate))
+    def evaluate_batch(params, *arguments):
+        return task.evaluate(sharding.gathered(params, mesh, task.compute_dtype), *arguments)
+
+    eval_step = jax.jit(sharding.traced_on(mesh, evaluate_batch))
 
     def evaluate(step):
         held_out = [eval_data[i] for i in range(config.eval.batches)]

@@ -2,7 +2,12 @@
 
 import getpass
 import os
+import signal
 import tempfile
+
+# A script's background jobs ignore Ctrl-C, and so would what the tests start and tell to stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read when JAX is first imported. Eight devices on one CPU: every test can shard.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

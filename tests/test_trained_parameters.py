@@ -44,6 +44,8 @@ def test_the_groups_are_nested_and_named_for_what_they_hold():
 class Quadratic:
     """A task whose loss pulls every parameter to zero."""
 
+    compute_dtype = "float32"
+
     @staticmethod
     def draw(batch, step):
         return None

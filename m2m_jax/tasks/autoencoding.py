@@ -41,6 +41,7 @@ class Autoencoding:
     summary = "autoencoder"  # what is trained, for the log
     tokenizer = None  # captions are not read
     needs_images = True
+    compute_dtype = "float32"
 
     def _build(self, key: jax.Array | int = 0) -> AutoencoderKL:
         return AutoencoderKL(self.autoencoder_config, rngs=nnx.Rngs(key))

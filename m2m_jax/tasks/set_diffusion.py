@@ -38,7 +38,7 @@ class SetDiffusion:
           platform: that it will be compiled for, as `attention.backends.resolve` is told; None: this machine's.
           models: what the frozen models are, where no folder is to be read; `frozen` are then mere shapes.
         """
-        self.config = config
+        self.config, self.compute_dtype = config, config.model.dtype
         if models is None:
             self.models, self.frozen = FrozenModels.load(config)
         else:

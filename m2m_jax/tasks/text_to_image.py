@@ -33,7 +33,7 @@ class TextToImageTask:
     """Loss, evaluation and sample grid of a U-Net that attends to captions, in the latent space of an autoencoder."""
 
     def __init__(self, config: ConfigDict):
-        self.config = config
+        self.config, self.compute_dtype = config, config.model.dtype
         self.models, self.frozen = FrozenModels.load(config)
         require_autoencoder(config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER])
         self.tokenizer = load_tokenizer(config.text_encoder.path, config.text_encoder.max_tokens)

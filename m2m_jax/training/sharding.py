@@ -106,6 +106,25 @@ def parameter_shardings(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, parameter_spec(name, value.shape, mesh)) for name, value in params.items()}
 
 
+def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
+    """Parameters as layers use them: whole along `fsdp`, where they are only kept apart. In compiled code.
+
+    XLA, when it is left to decide, gathers now a kernel and now the images of the whole batch.
+
+    Args:
+      dtype: that layers cast their kernels to; they are gathered as that, and their gradients summed.
+    """
+
+    def whole(name: str, value: jax.Array) -> jax.Array:
+        spec = parameter_spec(name, value.shape, mesh)
+        if "fsdp" not in spec:
+            return value
+        at_use = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(value.astype(dtype), NamedSharding(mesh, at_use))
+
+    return {name: whole(name, value) for name, value in params.items()}
+
+
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """A TrainState of shardings: optimizer state and EMA follow their parameters; all else is on every device.
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class Task(Protocol):
     """What a step needs of `SetDiffusion` or `Autoencoding`. Metrics have a "loss"."""
 
+    compute_dtype: str  # of the layers; parameters are float32
+
     def draw(self, batch: dict, step: jax.Array) -> Any: ...
 
     def loss(self, params: Params, frozen: FrozenParams, batch: dict, draws: Any) -> tuple[jax.Array, dict]: ...
@@ -60,7 +62,8 @@ def make_train_step(
 
         def gradients_of(inputs: tuple) -> tuple[Params, dict]:
             def loss(trained: Params) -> tuple[jax.Array, dict]:
-                return task.loss(state.params | trained, frozen, *inputs)
+                params = sharding.gathered(state.params | trained, mesh, task.compute_dtype)
+                return task.loss(params, frozen, *inputs)
 
             return jax.grad(loss, has_aux=True)(trained)
 
