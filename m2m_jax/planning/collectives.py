@@ -131,7 +131,7 @@ def _transfers(program: Program, num_devices: int, num_slices: int) -> Iterator[
 
 
 def _transfer(one: Instruction, kind: str, started: bool, num_devices: int) -> _Transfer:
-    groups, size = _groups(one.rest, num_devices), sum(array.bytes for array in one.arrays)
+    groups, size = _groups(one.rest, num_devices), one.bytes
     if started and kind == "all-gather":  # the shape is (operands, results)
         members = max(map(len, groups), default=1)
         size *= members / (members + 1)

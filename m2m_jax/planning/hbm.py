@@ -42,17 +42,17 @@ def hbm_bytes(program: Program) -> float:
             return of_computation(called["to_apply"])
         if one.opcode in _FREE or one.opcode.endswith(("-done", "-update")):
             return 0.0
-        operands = [computation.by_name[name].arrays for name in one.operands if name in computation.by_name]
+        operands = [computation.by_name[name] for name in one.operands if name in computation.by_name]
         if one.opcode.endswith("-start"):
             return _of_start(one, operands)
         inner = program.computations.get(called.get("calls", "")) if one.opcode == "fusion" else None
         if inner is not None:
             return _of_fusion(one, operands, inner)
         if one.opcode in _PARTS:
-            return _in_hbm(operands[0][:1], sum(array.bytes for array in one.arrays)) + _in_hbm(one.arrays)
+            return _in_hbm(operands[0].arrays, one.bytes) + _in_hbm(one.arrays)
         if one.opcode == "dynamic-update-slice":
-            return _in_hbm(operands[1]) + _in_hbm(one.arrays, sum(array.bytes for array in operands[1]))
-        return sum(map(_in_hbm, operands)) + _in_hbm(one.arrays)
+            return _in_hbm(operands[1].arrays) + _in_hbm(one.arrays, operands[1].bytes)
+        return _read(operands) + _in_hbm(one.arrays)
 
     return of_computation(program.entry)
 
@@ -62,17 +62,21 @@ def _in_hbm(arrays: Iterable[Array], most: float = float("inf")) -> float:
     return sum(min(array.bytes, most) for array in arrays if array.in_hbm)
 
 
-def _of_start(one: Instruction, operands: list[list[Array]]) -> float:
+def _read(operands: list[Instruction]) -> float:
+    return sum(_in_hbm(value.arrays) for value in operands)
+
+
+def _of_start(one: Instruction, operands: list[Instruction]) -> float:
     """An asynchronous copy or slice: (to, from, and what it is waited for by); or a collective."""
     if one.opcode.startswith(("copy", "slice", "dynamic-slice")):
         ends = sorted(one.arrays, key=lambda array: -array.bytes)[:2]
         return _in_hbm(ends, ends[-1].bytes)
     # The shape has the results, and of most kinds the operands.
-    read = sum(map(_in_hbm, operands)) if one.opcode.startswith("all-reduce") else 0.0
+    read = _read(operands) if one.opcode.startswith("all-reduce") else 0.0
     return read + _in_hbm(one.arrays)
 
 
-def _of_fusion(one: Instruction, operands: list[list[Array]], inner: Computation) -> float:
+def _of_fusion(one: Instruction, operands: list[Instruction], inner: Computation) -> float:
     users: dict[str, list[Instruction]] = {}
     for user in inner.instructions:
         for name in user.operands:
@@ -80,20 +84,19 @@ def _of_fusion(one: Instruction, operands: list[list[Array]], inner: Computation
 
     def reads(value: Instruction) -> float:
         """Bytes that the fusion needs of one of its parameters."""
-        whole = sum(array.bytes for array in value.arrays)
         total = 0.0
         for user in users.get(value.name, ()):
             if user.opcode == "bitcast":
                 total += reads(user)
             elif user.opcode in _PARTS and user.operands[0] == value.name:
-                total += sum(array.bytes for array in user.arrays)
+                total += user.bytes
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
-                return whole
-        return min(total, whole)
+                return value.bytes
+        return min(total, value.bytes)
 
     parameters = [value for value in inner.instructions if value.opcode == "parameter"]
     number = {int(value.rest.partition(")")[0]): value for value in parameters}
-    read = sum(_in_hbm(arrays, reads(number[i])) for i, arrays in enumerate(operands) if i in number)
+    read = sum(_in_hbm(value.arrays, reads(number[i])) for i, value in enumerate(operands) if i in number)
     return read + sum(
         _in_hbm([array], _written(value, inner)) for array, value in zip(one.arrays, _results(inner), strict=False)
     )
@@ -109,5 +112,5 @@ def _written(value: Instruction, inner: Computation) -> float:
     while value.opcode == "bitcast" and value.operands[0] in inner.by_name:
         value = inner.by_name[value.operands[0]]
     if value.opcode == "dynamic-update-slice":
-        return sum(array.bytes for array in inner.by_name[value.operands[1]].arrays)
+        return inner.by_name[value.operands[1]].bytes
     return float("inf")

@@ -51,6 +51,11 @@ class Instruction(NamedTuple):
         ]
 
     @property
+    def bytes(self) -> float:
+        """Of the result, wherever it lies."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
     def operands(self) -> list[str]:
         """Their names."""
         return _OPERAND.findall(self.rest.partition(")")[0])
