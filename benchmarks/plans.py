@@ -147,8 +147,11 @@ def main(argv):
     for name in () if TABLE.value else ONLY.value or plans:
         if not (FOLDER / f"{name}.json").is_file():
             make(name, plans[name])
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    disk.write(DOCUMENT, (before + BEGIN + table() + END + rest.partition(END)[2]).encode())
+    before, begin, rest = DOCUMENT.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"{DOCUMENT} has no place for the table: put {BEGIN.strip()} and {END.strip()} where it goes")
+    disk.write(DOCUMENT, (before + begin + table() + end + after).encode())
     print(DOCUMENT)
 
 
