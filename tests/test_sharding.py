@@ -119,6 +119,26 @@ def test_sharded_steps_equal_those_of_one_device():
     assert [tree["conv_in.kernel"].sharding.spec for tree in followers] == [split] * 4
 
 
+def test_kernels_are_gathered_and_each_device_sums_the_slice_of_a_gradient_that_it_keeps():
+    mesh = _mesh(2, 4)
+    name, spec = "blocks.0.linear.kernel", P("fsdp", None)
+    params = {name: _params()[name]}
+    x = jnp.linspace(-1.0, 1.0, 8 * 16).reshape(8, 16)
+
+    def loss(params, x, gathered):
+        params = sharding.gathered(params, mesh, "float32") if gathered else params
+        return jnp.sum(jnp.tanh(x @ params[name]))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)
+    placed = jax.device_put((params, x), (sharding.parameter_shardings(params, mesh), sharding.batch_sharding(mesh, 2)))
+    found = gradient(*placed, True)[name]
+    assert placed[0][name].sharding.spec == found.sharding.spec == spec
+    np.testing.assert_allclose(found, gradient(params, x, False)[name], atol=1e-6)  # of sums of up to 2
+    # The kernel is gathered, once, and nothing of the batch.
+    text = gradient.lower(*placed, True).compile().as_text()
+    assert [line.split(" = ")[1].split("{")[0] for line in text.splitlines() if " all-gather(" in line] == ["f32[16,8]"]
+
+
 def test_whole_arrays_for_one_process():
     mesh = _mesh(2, 4)
     rows, same = jax.sharding.NamedSharding(mesh, P("fsdp")), sharding.replicated(mesh)

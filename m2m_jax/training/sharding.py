@@ -109,7 +109,8 @@ def parameter_shardings(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
 def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
     """Parameters as layers use them: whole along `fsdp`, where they are only kept apart. In compiled code.
 
-    XLA, when it is left to decide, gathers now a kernel and now the images of the whole batch.
+    XLA, when it is left to decide, gathers now a kernel and now the images of the whole batch, and sums every gradient
+    whole on every device. Here each device sums the slice that it keeps (reduce-scatter).
 
     Args:
       dtype: that layers cast their kernels to; they are gathered as that, and their gradients summed.
@@ -119,8 +120,18 @@ def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
         spec = parameter_spec(name, value.shape, mesh)
         if "fsdp" not in spec:
             return value
-        at_use = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
-        return jax.lax.with_sharding_constraint(value.astype(dtype), NamedSharding(mesh, at_use))
+        kept = NamedSharding(mesh, spec)
+        at_use = NamedSharding(mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
+
+        @jax.custom_gradient
+        def gather(kernel: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+            # Without words of its own the gradient would get the sharding of the result.
+            return (
+                jax.lax.with_sharding_constraint(kernel, at_use),
+                lambda gradient: jax.lax.with_sharding_constraint(gradient, kept),
+            )
+
+        return gather(value.astype(dtype))
 
     return {name: whole(name, value) for name, value in params.items()}
 
