@@ -55,7 +55,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %start = (f32[4,4]{1,0}, f32[4,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%d), channel_id=4, source_target_pairs={{0,1},{1,0}}
   %done = f32[4,4]{1,0} collective-permute-done(%start)
   %rs = f32[10]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
-  %k = bf16[8,128]{1,0} custom-call(%e), custom_call_target="tpu_custom_call", metadata={op_name="x"}
+  %splash_mha_fwd_residuals.1 = bf16[8,128]{1,0} custom-call(%e), custom_call_target="tpu_custom_call", metadata={op_name="x"}
   ROOT %r = f32[8]{0} copy(%a)
 }
 """  # noqa: E501
@@ -72,7 +72,12 @@ def test_collectives_of_a_program():
     assert (reduce.group_size, reduce.slices) == (2, 2)
     assert (reduce.ici_bytes, reduce.dcn_bytes) == (0, 500)
     assert found["collective-permute"].ici_bytes == pytest.approx(64, abs=4)
-    assert hlo.kernel_calls(PROGRAM) == 1
+
+
+def test_kernels_are_counted_by_kind():
+    assert hlo.kernel_calls(PROGRAM) == {"fwd": 1, "dq": 0, "dkv": 0}
+    with pytest.raises(ValueError, match="not known: %my_kernel"):
+        hlo.kernel_calls(PROGRAM.replace("splash_mha_fwd_residuals", "my_kernel"))
 
 
 @pytest.mark.parametrize(("kind", "sent"), [("ALL_REDUCE", 1024), ("ALL_GATHER", 1024), ("REDUCE_SCATTER", 512)])

@@ -200,7 +200,7 @@ def test_image_set_attention_executes_the_allowed_products_or_more():
     found = attention_flops(config, 4, side=8)
     # Three blocks of 64 tokens at the top and one of 16 in the middle, two products of two FLOPs each.
     an_image = 4 * (3 * 64**2 * 16 + 16**2 * 32)
-    assert found == AttentionFlops(pairs * an_image, pairs * an_image, 7 * an_image)
+    assert found == AttentionFlops(pairs * an_image, pairs * an_image, 7 * an_image, calls=8)
     dense = UNetConfig(**{**vars(config), "attention_backend": "dense"})
     assert attention_flops(dense, 4, side=8).executed == found.allowed * layout.mask_qk().size / pairs
 
@@ -217,6 +217,14 @@ def test_the_kernel_computes_little_that_is_forbidden(images, tokens, most):
     config = UNetConfig(attention_backend="splash", cross_attention_dim=tokens and 1024)
     found = attention_flops(config, images, side=64, tokens=tokens)
     assert 1 <= found.executed / found.allowed < most
+
+
+def test_kernels_count_as_often_as_they_are_called():
+    attention, once = AttentionFlops(executed=3.0, within_images=1.0, calls=2), {"fwd": 2, "dq": 2, "dkv": 2}
+    # Two products forward, three and four backward, of which two are computed a second time.
+    assert compile.kernel_flops(once, attention) == 4.0 * (2 + 3 + 4) / 2
+    assert compile.kernel_flops(once | {"fwd": 4}, attention) == 4.0 * (2 + 2 + 3 + 4) / 2  # remat=blocks
+    assert compile.kernel_flops(dict.fromkeys(once, 0), AttentionFlops()) == 0.0
 
 
 def test_model_flops_do_not_depend_on_remat_or_batch():

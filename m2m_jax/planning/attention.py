@@ -24,11 +24,13 @@ class AttentionFlops:
       allowed: of Image-Set Attention, of the pairs of images that the mask allows.
       executed: of those that the backend computes.
       within_images: of attn1.
+      calls: attentions in the network, each of both.
     """
 
     allowed: float = 0.0
     executed: float = 0.0
     within_images: float = 0.0
+    calls: int = 0
 
 
 def attention_flops(config: UNetConfig, num_images: int, side: int, tokens: int | None = None) -> AttentionFlops:
@@ -46,6 +48,7 @@ def attention_flops(config: UNetConfig, num_images: int, side: int, tokens: int 
             total.allowed + has_sets * a_pair * int(layout.mask_qk().sum()) * t * s,
             total.executed + has_sets * a_pair * _computed_pairs(config, layout, t, s),
             total.within_images + a_pair * layout.num_images * t * t,
+            total.calls + count * (1 + has_sets),
         )
     return total
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from m2m_jax.errors import UserError
 from m2m_jax.planning import hlo, memory
+from m2m_jax.planning.attention import AttentionFlops
 from m2m_jax.planning.chips import Chip, chip_of
 from m2m_jax.planning.collectives import Collective, collectives
 from m2m_jax.planning.hbm import hbm_bytes
@@ -29,8 +30,8 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Of a kernel's backward pass: it has five products where the forward pass has two.
-KERNEL_BACKWARD = 2.5
+# Products in a kernel of attention. The backward pass computes two of the five that it needs in both of its kernels.
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,23 +194,32 @@ def _work(
 ) -> Work:
     program = hlo.parse(text)
     sent = collectives(program, [getattr(d, "slice_index", 0) for d in mesh.devices.flat])
-    kernels, num_devices = hlo.kernel_calls(text), len(machine.devices)
+    calls, num_devices = hlo.kernel_calls(text), len(machine.devices)
     # XLA counts what a loop does once, and accumulation is a loop around nearly all there is.
     flops, moved = cost["flops"] * config.train.accumulation, hbm_bytes(program)
-    if kernels:
-        in_kernels = workload.attention.executed + workload.attention.within_images
-        flops += in_kernels * (1 + KERNEL_BACKWARD) * config.data.batch_size / num_devices
+    flops += kernel_flops(calls, workload.attention) * config.data.batch_size / num_devices
     times = roofline(machine.chip, flops, moved, sum(c.ici_bytes for c in sent), sum(c.dcn_bytes for c in sent))
     batch_size = config.data.batch_size
     return Work(
         flops=flops,
         hbm_bytes=moved,
         collectives=tuple(sent),
-        kernels=kernels,
+        kernels=sum(calls.values()),
         times=times,
         images_per_second=batch_size * config.data.images_per_set / times.step_seconds,
         mfu=mfu(workload.model_flops * batch_size, times.step_seconds, num_devices, machine.chip),
     )
+
+
+def kernel_flops(calls: dict[str, int], attention: AttentionFlops) -> float:
+    """Of one set, those of all kernels: recomputation and the backward pass are as often there as they are called.
+
+    calls: as from `hlo.kernel_calls`.
+    """
+    if not any(calls.values()):
+        return 0.0
+    products = sum(PRODUCTS[kind] * count for kind, count in calls.items())
+    return (attention.executed + attention.within_images) * products / (PRODUCTS["fwd"] * attention.calls)
 
 
 def state_at_fsdp(config: ConfigDict, task, devices: int, slices: int) -> dict[int, int]:

@@ -24,6 +24,7 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
 _CALLED_SEVERAL = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _CONSTANT = re.compile(r"(\d+)\)")
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 
 
 class Array(NamedTuple):
@@ -116,6 +117,17 @@ def parse(text: str) -> Program:
     return Program(entry, computations)
 
 
-def kernel_calls(text: str) -> int:
-    """How many calls of Pallas kernels stand in the program. XLA counts none of their FLOPs."""
-    return text.count(KERNEL)
+def kernel_calls(text: str) -> dict[str, int]:
+    """{kind: calls of it in the program} of splash attention's kernels, of whose FLOPs XLA counts none.
+
+    Kinds: "fwd", and of the backward pass "dq" (of queries) and "dkv" (of keys and values).
+    Raises ValueError where there is another kernel.
+    """
+    calls = {"fwd": 0, "dq": 0, "dkv": 0}
+    for line in text.splitlines():
+        if KERNEL in line:
+            kind = _SPLASH.search(line)
+            if not kind:
+                raise ValueError(f"what this kernel computes is not known: {line.strip():.200}")
+            calls[kind[1]] += 1
+    return calls
