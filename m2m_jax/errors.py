@@ -10,8 +10,13 @@ class UserError(ValueError):
     """Bad input: the message is one clear line that names the thing and the remedy."""
 
 
-def refuse(error: Exception) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 2."""
+def tell(error: Exception) -> None:
+    """One line on stderr."""
     line = " ".join(str(error).split())
     print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Ends the program with one line on stderr and exit code 2."""
+    tell(error)
     sys.exit(2)

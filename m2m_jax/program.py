@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
-from m2m_jax.errors import UserError, refuse
+from m2m_jax.errors import UserError, refuse, tell
+
+GOODBYE = 10  # seconds that a process which failed waits for the others of its launch
 
 
 def run_program(
@@ -19,13 +27,19 @@ def run_program(
     `arguments`: so many may stand beside the flags; `argv[1:]` are those.
     `check_arguments(argv)` may refuse the raw command line with a UserError before absl reads it.
     Every other exception keeps its traceback: it is a fault of ours, and the traceback is the report.
+    Of the processes of a launch one that fails ends likewise, by itself.
     """
 
     def guarded(argv: Sequence[str]) -> object:
         try:
             return main(argv)
-        except UserError as error:
-            refuse(error)
+        except Exception as error:
+            jax = sys.modules.get("jax")
+            if jax and jax.distributed.is_initialized():
+                _end_one_of_several(error)
+            if isinstance(error, UserError):
+                refuse(error)
+            raise
 
     def parse_flags(argv: Sequence[str]) -> list[str]:
         rest = _parse_flags(argv, check_arguments)
@@ -34,6 +48,29 @@ def run_program(
         return rest
 
     app.run(guarded, flags_parser=parse_flags)
+
+
+def _end_one_of_several(error: Exception) -> NoReturn:
+    """Reports it and ends this process.
+
+    At exit JAX would wait for all processes, for five minutes, and then abort, whatever the exit code was to be.
+    """
+    if isinstance(error, UserError):
+        tell(error)
+    else:
+        traceback.print_exception(error)
+    # Others that fail alike, at the same moment, end with their own codes, too, where all say goodbye.
+    goodbye = threading.Thread(target=_say_goodbye, daemon=True)
+    goodbye.start()
+    goodbye.join(GOODBYE)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if isinstance(error, UserError) else 1)
+
+
+def _say_goodbye() -> None:
+    with contextlib.suppress(Exception):
+        sys.modules["jax"].distributed.shutdown()
 
 
 def _parse_flags(argv: Sequence[str], check_arguments: Callable[[Sequence[str]], None] | None) -> list[str]:

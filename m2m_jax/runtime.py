@@ -51,7 +51,7 @@ def _join_processes() -> None:
 
     "auto" on TPU pods, under SLURM and on Kubernetes, where JAX finds out who they are; "1/4": the second of four,
     which meet at JAX_COORDINATOR_ADDRESS. The scripts in launch/ set it. Where one does not come, JAX ends the others,
-    with SIGABRT: an exit code that the launchers start again.
+    with SIGABRT, or raises RuntimeError where it does not even find the first: launchers start both again.
 
     Raises:
       UserError: the variables say nothing that can be understood.
@@ -70,7 +70,7 @@ def _join_processes() -> None:
     try:
         with _saying_who_is_missing(processes, int(seconds)):
             jax.distributed.initialize(**who, initialization_timeout=int(seconds))
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"M2M_PROCESSES={processes}: the processes of this launch cannot meet: {error}") from error
 
 
