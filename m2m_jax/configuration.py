@@ -153,7 +153,7 @@ def default_config() -> ConfigDict:
     config.profile.steps = (0, 0)  # first and last step of a profiler trace, WORKDIR/profile; 0: none
 
     config.mesh = ConfigDict()  # devices along each axis; -1: all that are left
-    config.mesh.slice = 1  # TPU slices, which only the data-centre network connects: copies of the parameters
+    config.mesh.slice = 1  # TPU slices, which only the data-centre network connects (or nodes of GPUs): copies of all
     config.mesh.data = -1  # copies of the parameters
     config.mesh.fsdp = 1  # shares of every kernel, gathered when it is used
     config.mesh.tensor = 1  # shares of heads and channels

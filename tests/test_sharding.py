@@ -1,5 +1,7 @@
 """The mesh, the rule table, and that sharding changes no number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,30 @@ def test_mesh_that_does_not_fit_is_refused(asked):
 def test_mesh_error_names_both_numbers():
     with pytest.raises(UserError, match="they make 4 devices, and there are 8"):
         _mesh(2, 2)
+
+
+@pytest.mark.parametrize(("platform", "asked"), [("gpu", 1), ("gpu", 2), ("tpu", 2), ("tpu", 1)])
+def test_slices_are_tpus(platform, asked, monkeypatch):
+    """Both platforms number groups of devices; slices of TPUs must be an axis of the mesh, nodes of GPUs need not."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        id: int
+
+        def __getattr__(self, name):
+            return {"platform": platform, "process_index": self.id // 4, "slice_index": self.id // 4}[name]
+
+    config = default_config().mesh
+    config.slice = asked
+    monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", lambda within, across, devices, **options: 0)
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", lambda sizes, devices, **options: sizes)
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, axes, axis_types: grid)
+    devices = [Device(i) for i in range(8)]
+    if platform == "tpu" and asked == 1:
+        with pytest.raises(UserError, match="these devices are in 2 slices; set it to that"):
+            sharding.make_mesh(config, devices)
+    else:
+        assert sharding.make_mesh(config, devices) == (0 if platform == "tpu" else (asked, 8 // asked, 1, 1, 1))
 
 
 def test_kernels_are_split_along_their_longest_divisible_axis():

@@ -1,7 +1,7 @@
 """Which device holds what: the mesh, one table of rules for parameters, and the batch.
 
 Mesh axes, outermost first:
-  slice    groups of devices that only the data-centre network connects: data parallelism between them
+  slice    TPU slices, which only the data-centre network connects, or nodes of GPUs: data parallelism between them
   data     every device along it has the same parameters
   fsdp     each device along it keeps a slice of every kernel, of its optimizer state and of its average, and gathers
            the whole kernel when it is used
@@ -48,11 +48,12 @@ MESH_AXIS = {"in": "fsdp", "out": "fsdp", "split": "tensor"}
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`, over all devices of all hosts or over `devices`.
 
-    Raises UserError where the axes do not multiply to the number of devices, or `slice` is not how these are connected.
+    Raises UserError where the axes do not multiply to the number of devices, or `slice` is not how TPUs are connected.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    slices = {getattr(device, "slice_index", 0) for device in devices}
+    # GPUs have an index for every node. Between nodes any axis may lie; `slice` keeps FSDP within them.
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     if len(slices) > 1 and sizes[0] != len(slices):
         raise UserError(f"config.mesh.slice={sizes[0]}: these devices are in {len(slices)} slices; set it to that")
     if len(slices) > 1:
