@@ -121,6 +121,22 @@ def train(config, workdir, interruption, watchdog, stack):
 
     eval_step = jax.jit(sharding.traced_on(mesh, evaluate_batch))
 
+    def write_samples(step, ema_params, sets):
+        try:
+            grid = task.preview(ema_params, sets, step)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            # A picture is not worth a run.
+            elsewhere = "; `python -m m2m_jax.sample` makes one from the checkpoint, on another machine"
+            writer.message(
+                f"step {step}: no memory is left for the sample grid, and the run goes on without it"
+                + (elsewhere if config.task == "set_diffusion" else "")
+            )
+            return
+        writer.image(step, "samples", np.asarray(grid))
+        write_png(workdir / "samples" / f"{step:07d}.png", grid)
+
     def evaluate(step):
         held_out = [eval_data[i] for i in range(config.eval.batches)]
         results = [
@@ -135,9 +151,7 @@ def train(config, workdir, interruption, watchdog, stack):
         writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
         ema_params = sharding.on_this_process(state.ema_params, mesh)
         if jax.process_index() == 0:
-            grid = task.preview(ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()}, step)
-            writer.image(step, "samples", np.asarray(grid))
-            write_png(workdir / "samples" / f"{step:07d}.png", grid)
+            write_samples(step, ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()})
         return task.score(means)
 
     # Loop
