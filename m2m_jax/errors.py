@@ -10,6 +10,11 @@ class UserError(ValueError):
     """Bad input: the message is one clear line that names the thing and the remedy."""
 
 
+def warn(text: str) -> None:
+    """One line on stderr: of what a program goes on with."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def refuse(error: Exception) -> NoReturn:
     """Ends the program with one line on stderr and exit code 2."""
     line = " ".join(str(error).split())

@@ -6,7 +6,6 @@ run resumes from its step alone, also on another number of hosts.
 """
 
 import functools
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from m2m_jax.data import augmentation, folder, mis, precomputed, records
 from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
-from m2m_jax.errors import UserError
+from m2m_jax.errors import UserError, warn
 from m2m_jax.images import decode_image, fit_square, on_white
 
 # Independent random streams of one example.
@@ -168,7 +167,7 @@ class SetExamples:
         self._told, self._lock = 0, threading.Lock()
         left_out = int((of_kind & (counts < wanted)).sum())
         if self._skip and left_out:
-            _warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
+            warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
         self._images_per_set, self._image_size = wanted, config.image_size
         self._tokenizer, self._tag_dropout = tokenizer, config.caption_tag_dropout if augment else 0.0
         self._augment = None
@@ -184,6 +183,11 @@ class SetExamples:
     def epoch_length(self) -> int:
         """Examples until every set (with N = 1: every image) has been used once."""
         return self._epoch_length
+
+    @property
+    def num_sets(self) -> int:
+        """How many different sets examples are of."""
+        return len(self._usable)
 
     def __getitem__(self, index: int) -> dict:
         index = int(index)
@@ -236,7 +240,7 @@ class SetExamples:
             self._told += 1
             if self._told <= _MAX_TOLD:
                 more = "; further ones are only counted" if self._told == _MAX_TOLD else ""
-                _warn(f"example {index} gets another set: {error}{more}")
+                warn(f"example {index} gets another set: {error}{more}")
 
     def set_ids(self, record_index_b: Iterable[int]) -> list[str]:
         """What the records of a batch are called, for messages. Reads those records, and decodes no image."""
@@ -346,13 +350,14 @@ def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] 
     )
 
 
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def inputs(batch: dict) -> dict:
     """What of a batch goes to the devices: images or latents, and captions."""
     return {name: value for name, value in batch.items() if name in _INPUTS}
+
+
+def held_out_inputs(batch: dict) -> dict:
+    """`inputs`, and which record each set is of: an evaluation shows a set the context of another."""
+    return inputs(batch) | {"record_index_b": batch["record_index_b"].astype(np.int32)}
 
 
 def batches(dataset: grain.MapDataset, start_step: int, prefetch: int, threads: int) -> Iterator[dict]:

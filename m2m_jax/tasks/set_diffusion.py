@@ -103,6 +103,7 @@ class SetDiffusion:
             unet,
             self.schedule,
             *inputs,
+            record_b=batch["record_index_b"],
             seed=config.seed,
             batch_index=batch_index,
             clean_timestep=config.diffusion.clean_timestep,

@@ -26,7 +26,7 @@ from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
 from m2m_jax.sampling.text_to_image import TextToImage
-from m2m_jax.tasks.evaluation import stratified_timesteps
+from m2m_jax.tasks.evaluation import others, stratified_timesteps
 from m2m_jax.tasks.sample_grid import pieces
 
 
@@ -90,10 +90,13 @@ class TextToImageTask:
             "loss_other_caption": jnp.roll(ids_bns, 1, axis=0),
             "loss_no_caption": jnp.broadcast_to(self.empty_ids_1s[None], ids_bns.shape),
         }
-        return {
-            name: jnp.mean(self._squared_error(params, frozen, batch, ids_bns, noise_bnhwc, timestep_bn))
+        error_bn = {
+            name: self._squared_error(params, frozen, batch, ids_bns, noise_bnhwc, timestep_bn)
             for name, ids_bns in captions.items()
         }
+        # Another's caption is one that reads differently.
+        counts_b = {"loss_other_caption": others(ids_bns)[:, None]}
+        return {name: jnp.mean(x_bn, where=counts_b.get(name)) for name, x_bn in error_bn.items()}
 
     @staticmethod
     def score(means: dict[str, float]) -> float:
