@@ -13,6 +13,7 @@ from model_fixtures import random_params
 from run_fixtures import ROOT, config_argument, make_autoencoder, run
 from text_fixtures import make_bert
 
+from m2m_jax.errors import UserError
 from m2m_jax.sampling.set_sampler import SetSampler
 from m2m_jax.tasks import sample_grid
 from m2m_jax.tasks.sample_grid import pieces
@@ -82,6 +83,14 @@ def test_images_of_captions_in_pieces_are_those_made_at_once(batch, folders):
     batch = batch | {"token_ids_bns": task.tokenizer(["red cat", "dog", "blue"])[:, None]}
     whole, alone = (preview(task, batch, at_once) for at_once in (SETS, 1))
     assert whole.std() > 1 and np.abs(whole - alone).max() <= 1
+
+
+def test_an_image_size_that_comes_back_as_another_is_refused(folders):
+    """34 pixels are 8 latents a side, which are 32 pixels."""
+    with pytest.raises(
+        UserError, match="image_size is 34; the autoencoder and a U-Net of 2 levels need a multiple of 8"
+    ):
+        SetDiffusion(config_of("emoji", folders, **{"data.image_size": 34}))
 
 
 def test_a_sampler_that_nobody_holds_is_gone_with_its_parameters(folders):

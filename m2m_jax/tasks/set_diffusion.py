@@ -56,6 +56,7 @@ class SetDiffusion:
             cross_attention_dim=encoder.hidden_size if encoder else None,
             **{**config.model, "attention_backend": backend},
         )
+        self.models.require_image_size(config.data.image_size, len(self.unet_config.block_out_channels))
         self.unet, self.shapes = abstract(self._build)
         if config.data.images_per_set > 1 and config.model.attn2 == "none":
             raise UserError("model.attn2='none' sees one image at a time: set data.images_per_set=1")

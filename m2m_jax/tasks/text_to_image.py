@@ -25,7 +25,8 @@ from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
-from m2m_jax.sampling.text_to_image import TextToImage
+from m2m_jax.sampling.settings import SamplingSettings
+from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
 from m2m_jax.tasks.evaluation import others, stratified_timesteps
 from m2m_jax.tasks.sample_grid import pieces
 
@@ -48,6 +49,9 @@ class TextToImageTask:
             **{**config.model, "attention_backend": "prefix"},
         )
         self.unet, self.shapes = abstract(self._build)
+        # Settings and a size that make no sample are refused now, and not at the first evaluation.
+        settings, size = SamplingSettings(**config.sample), config.data.image_size
+        TextPrograms(self.unet_config, self.models, self.schedule, settings, size)
 
     summary = "text_to_image"  # what is trained, for the log
     needs_images = False  # where the data set holds latents
