@@ -84,7 +84,7 @@ def train(config, workdir, interruption, watchdog, stack):
 
     options = {"seed": config.seed, "tokenizer": task.tokenizer, "with_images": task.needs_images}
     train_examples = open_examples(config.data, split=config.data.train_split, **options)
-    eval_examples = open_examples(config.data, split=config.data.eval_split, **options)
+    eval_examples = open_examples(config.data, split=config.data.eval_split, whole_captions=True, **options)
     if config.task == "set_diffusion" and config.data.images_per_set > 1:
         warn_of_one_set(eval_examples.num_sets, config.data.eval_split)
     train_data = batched(train_examples, config.data.batch_size)

@@ -136,6 +136,7 @@ class SetExamples:
         *,
         seed: int,
         augment: bool,
+        whole_captions: bool = False,
         tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
         with_images: bool = False,
     ):
@@ -169,7 +170,8 @@ class SetExamples:
         if self._skip and left_out:
             warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
         self._images_per_set, self._image_size = wanted, config.image_size
-        self._tokenizer, self._tag_dropout = tokenizer, config.caption_tag_dropout if augment else 0.0
+        drops_tags = augment and not whole_captions
+        self._tokenizer, self._tag_dropout = tokenizer, config.caption_tag_dropout if drops_tags else 0.0
         self._augment = None
         if augment and config.augment.enabled:
             self._augment = augmentation.SetAugmentation.from_config(config.augment)
@@ -308,6 +310,7 @@ def open_examples(
     split: str,
     seed: int,
     augment: bool = True,
+    whole_captions: bool = False,
     tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
     with_images: bool = False,
 ) -> SetExamples:
@@ -315,6 +318,7 @@ def open_examples(
 
     data_config: the `data` part of the configuration.
     augment: False composites on white, leaves captions whole, and does nothing else.
+    whole_captions: no tag is dropped, also where images are augmented: those of held-out sets.
     tokenizer: captions to ids, int32 [captions, s], where they are wanted.
     with_images: images are wanted also where `data_config` names latents.
     Raises UserError if the data cannot be used as the configuration asks.
@@ -322,7 +326,15 @@ def open_examples(
     if data_config.name not in SOURCES:
         raise UserError(f"data.name={data_config.name!r}: known are {', '.join(SOURCES)}")
     source = SOURCES[data_config.name](data_config, split)
-    return SetExamples(source, data_config, seed=seed, augment=augment, tokenizer=tokenizer, with_images=with_images)
+    return SetExamples(
+        source,
+        data_config,
+        seed=seed,
+        augment=augment,
+        whole_captions=whole_captions,
+        tokenizer=tokenizer,
+        with_images=with_images,
+    )
 
 
 def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] | None = None) -> grain.MapDataset:
