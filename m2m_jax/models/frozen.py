@@ -118,7 +118,9 @@ class FrozenModels:
     def context_tokens(self) -> int | None:
         """Tokens of an image by the image encoder; None: the U-Net attends to its own features."""
         encoder = self.image_encoder
-        return (self.image_encoder_size // encoder.patch_size) ** 2 + 1 if encoder else None
+        if encoder is None:
+            return None
+        return 1 + encoder.num_register_tokens + (self.image_encoder_size // encoder.patch_size) ** 2
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of an image of so many pixels a side."""
