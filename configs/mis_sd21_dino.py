@@ -4,9 +4,9 @@
         --config.init.path=SD21/unet --config.autoencoder.path=SD21/vae \
         --config.image_encoder.path=DINOV2 --workdir runs/mis_sd21_dino
 
-The encoder sees images: LATENTS comes from `m2m_jax.data.precompute --keep_images`. On image sets without latents
-(--config.data.name=folder) every step runs the autoencoder, too. DINOV2 is a local folder in transformers' layout. The
-paper says "DINO"; which, and at what size, is not known.
+The encoder sees images: LATENTS comes from `m2m_jax.data.precompute --keep_images`, once with --split=train and once
+with --split=validation. On image sets without latents (--config.data.name=folder) every step runs the autoencoder, too.
+DINOV2 is a local folder in transformers' layout. The paper says "DINO"; which, and at what size, is not known.
 """
 
 import runpy

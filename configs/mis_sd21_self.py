@@ -3,9 +3,9 @@
     python -m m2m_jax.train --config configs/mis_sd21_self.py --config.data.path=LATENTS \
         --config.init.path=SD21/unet --config.autoencoder.path=SD21/vae --workdir runs/mis_sd21_self
 
-LATENTS comes from `python -m m2m_jax.data.precompute` with the same autoencoder; SD21 is a local folder in diffusers'
-layout. The paper starts from Stable Diffusion and predicts the noise; batch size, rates, images a set and context
-dropout are not known of it and chosen here.
+LATENTS comes from `python -m m2m_jax.data.precompute` with the same autoencoder, once with --split=train and once with
+--split=validation; SD21 is a local folder in diffusers' layout. The paper starts from Stable Diffusion and predicts the
+noise; batch size, rates, images a set and context dropout are not known of it and chosen here.
 """
 
 from ml_collections import ConfigDict

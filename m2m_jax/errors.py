@@ -10,8 +10,13 @@ class UserError(ValueError):
     """Bad input: the message is one clear line that names the thing and the remedy."""
 
 
+def warn(text: str) -> None:
+    """One line on stderr: of what a program goes on with."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def tell(error: Exception) -> None:
-    """One line on stderr."""
+    """One line on stderr: of what a program ends with."""
     line = " ".join(str(error).split())
     print(f"error: {line}", file=sys.stderr, flush=True)
 

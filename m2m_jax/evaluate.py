@@ -20,14 +20,14 @@ from m2m_jax import disk, runtime
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import reads_latents, to_json
-from m2m_jax.data.pipeline import batches, make_dataset, open_examples
+from m2m_jax.data.pipeline import batches, held_out_inputs, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER
 from m2m_jax.models.parameters import fingerprint, merge
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.program import run_program
 from m2m_jax.sampling.sampler import Sampler
-from m2m_jax.tasks.evaluation import context_losses
+from m2m_jax.tasks.evaluation import context_losses, warn_of_one_set
 
 CONFIG = define_config_flag()
 CHECKPOINTS = flags.DEFINE_list("checkpoints", None, "Workdirs of runs, or WORKDIR/checkpoints/STEP.", required=True)
@@ -45,6 +45,7 @@ def main(argv):
         raise UserError("config.data.images_per_set is 1: there is no context to evaluate")
     runtime.start()
     examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
+    warn_of_one_set(examples.num_sets, SPLIT.value)
     dataset = make_dataset(examples, batch_size=config.eval.batch_size)
     samplers = {path: Sampler.from_checkpoint(path) for path in CHECKPOINTS.value}
     require_comparable(samplers, config.data.image_size)
@@ -81,13 +82,15 @@ def losses(sampler: Sampler, dataset, config) -> dict[str, list[float | None]]:
     graphdef = unet_structure(unet_config)[0]
 
     @jax.jit
-    def of_batch(unet_params, frozen, images_bnhwc, batch_index):
+    def of_batch(unet_params, frozen, batch, batch_index):
+        images_bnhwc = batch["images_bnhwc"]
         context = models.context(frozen, images_bnhwc[:, :-1])
         return context_losses(
             merge(graphdef, unet_params),
             schedule,
             models.encode(frozen, images_bnhwc),
             context,
+            record_b=batch["record_index_b"],
             seed=config.seed,
             batch_index=batch_index,
             clean_timestep=sampler.clean_timestep,
@@ -95,7 +98,7 @@ def losses(sampler: Sampler, dataset, config) -> dict[str, list[float | None]]:
 
     stream = batches(dataset, 0, config.data.prefetch, config.data.threads)
     found = [
-        of_batch(sampler.unet_params, sampler.frozen, next(stream)["images_bnhwc"], np.uint32(i))
+        of_batch(sampler.unet_params, sampler.frozen, held_out_inputs(next(stream)), np.uint32(i))
         for i in range(BATCHES.value)
     ]
     values = {name: np.array([float(one[name]) for one in found]) for name in found[0]}

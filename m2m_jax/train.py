@@ -36,12 +36,13 @@ from m2m_jax.checkpoints.saved_model import FOLDER
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import to_json
-from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
+from m2m_jax.data.pipeline import batches, held_out_inputs, inputs, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
 from m2m_jax.models.parameters import count
 from m2m_jax.program import run_program
 from m2m_jax.tasks.autoencoding import Autoencoding
+from m2m_jax.tasks.evaluation import warn_of_one_set
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.tasks.text_to_image import TextToImageTask
 from m2m_jax.training import sharding
@@ -83,7 +84,9 @@ def train(config, workdir, interruption, watchdog, stack):
 
     options = {"seed": config.seed, "tokenizer": task.tokenizer, "with_images": task.needs_images}
     train_examples = open_examples(config.data, split=config.data.train_split, **options)
-    eval_examples = open_examples(config.data, split=config.data.eval_split, **options)
+    eval_examples = open_examples(config.data, split=config.data.eval_split, whole_captions=True, **options)
+    if config.task == "set_diffusion" and config.data.images_per_set > 1:
+        warn_of_one_set(eval_examples.num_sets, config.data.eval_split)
     train_data = batched(train_examples, config.data.batch_size)
     eval_data = batched(eval_examples, config.eval.batch_size)
 
@@ -121,23 +124,35 @@ def train(config, workdir, interruption, watchdog, stack):
 
     eval_step = jax.jit(sharding.traced_on(mesh, evaluate_batch))
 
+    def write_samples(step, ema_params, sets):
+        try:
+            grid = task.preview(ema_params, sets, step)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            # A picture is not worth a run.
+            elsewhere = "; `python -m m2m_jax.sample` makes one from the checkpoint, on another machine"
+            writer.message(
+                f"step {step}: no memory is left for the sample grid, and the run goes on without it"
+                + (elsewhere if config.task == "set_diffusion" else "")
+            )
+            return
+        writer.image(step, "samples", np.asarray(grid))
+        write_png(workdir / "samples" / f"{step:07d}.png", grid)
+
     def evaluate(step):
         held_out = [eval_data[i] for i in range(config.eval.batches)]
-        results = [
-            eval_step(
-                state.ema_params, frozen, sharding.make_global_batch(mesh, inputs(batch), config.eval.batch_size), i
-            )
-            for i, batch in enumerate(held_out)
-        ]
+        placed = (
+            sharding.make_global_batch(mesh, held_out_inputs(batch), config.eval.batch_size) for batch in held_out
+        )
+        results = [eval_step(state.ema_params, frozen, batch, i) for i, batch in enumerate(placed)]
         means = {f"eval/{name}": np.mean([float(r[name]) for r in results]) for name in results[0]}
         writer.scalars(step, means)
         shown = {name: value for name, value in means.items() if "/loss_by" not in name}
         writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
         ema_params = sharding.on_this_process(state.ema_params, mesh)
         if jax.process_index() == 0:
-            grid = task.preview(ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()}, step)
-            writer.image(step, "samples", np.asarray(grid))
-            write_png(workdir / "samples" / f"{step:07d}.png", grid)
+            write_samples(step, ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()})
         return task.score(means)
 
     # Loop

@@ -36,6 +36,24 @@ def test_reads_every_format_and_mode(root):
             assert decode_image(image, "test").mode == "RGBA"
 
 
+def test_held_out_captions_stay_whole_and_their_images_are_augmented(root):
+    tags = ",".join("abcdefgh")
+    for subfolder in root.iterdir():
+        (subfolder / "caption.txt").write_text(tags)
+    config = data_config(name="folder", path=str(root), caption_tag_dropout=0.5)
+
+    def examples(**options):
+        found = open_examples(config, split="validation", seed=0, tokenizer=np.array, **options)
+        return [found[i] for i in range(4)]
+
+    shortened, whole, plain = examples(), examples(whole_captions=True), examples(augment=False)
+    assert all(len(text) < len(tags) for example in shortened for text in example["token_ids_ns"])
+    for a, b, c in zip(shortened, whole, plain, strict=True):
+        assert b["token_ids_ns"].tolist() == c["token_ids_ns"].tolist() == [tags] * 4
+        np.testing.assert_array_equal(a["images_nhwc"], b["images_nhwc"])
+    assert any((b["images_nhwc"] != c["images_nhwc"]).any() for b, c in zip(whole, plain, strict=True))
+
+
 def test_splits_are_disjoint_and_stable(root):
     train, validation = _names(_load(root)), _names(_load(root, "validation"))
     assert len(validation) == 1

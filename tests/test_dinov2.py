@@ -26,9 +26,11 @@ from safetensors.numpy import load_file, save_file
 
 from m2m_jax.errors import UserError
 from m2m_jax.models import dinov2
+from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.clip_text import MLP, Attention
 from m2m_jax.models.dinov2 import SIZES, DINOv2, DINOv2Config, bicubic_weights, preprocess
 from m2m_jax.models.folder import require_same
+from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.parameters import abstract, count, merge
 from m2m_jax.models.transformers_folder import TRANSFORMERS, load_dinov2_config, load_params, save_dinov2
 
@@ -151,6 +153,13 @@ def test_fields_that_a_config_lacks_have_the_values_of_transformers_parity(trans
 def test_the_small_model_has_its_parameters():
     """The larger ones: tests/test_full_size_encoders.py."""
     assert count(abstract(lambda: DINOv2(SIZES["small"], rngs=nnx.Rngs(0)))[1]) == 22_056_576
+
+
+@pytest.mark.parametrize("config", [TINY, REGISTERS])
+def test_the_tokens_that_are_counted_are_those_of_an_image(config):
+    models = FrozenModels(AutoencoderConfig(), config, 28)
+    images_bmhwc = jax.ShapeDtypeStruct((1, 2, 8, 8, 3), np.uint8)
+    assert jax.eval_shape(models.context, models.shapes, images_bmhwc).shape[2] == models.context_tokens
 
 
 def test_half_precision_computes_in_it():

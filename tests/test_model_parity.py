@@ -350,6 +350,19 @@ def test_a_folder_of_another_model_is_refused(unet_folder):
         load_autoencoder_config(unet_folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("act_fn", "gelu"), ("shift_factor", 0.0609), ("latents_mean", [0.1] * 4), ("latents_std", [1.1] * 4)],
+)
+def test_an_autoencoder_of_other_latents_is_refused(field, value, tmp_path):
+    save_autoencoder(tmp_path, AutoencoderConfig(), {})
+    change_config(tmp_path, act_fn="silu", shift_factor=0.0, latents_mean=None, latents_std=None)
+    assert load_autoencoder_config(tmp_path) == AutoencoderConfig()
+    change_config(tmp_path, **{field: value})
+    with pytest.raises(UserError, match=f"config.json has {field}="):
+        load_autoencoder_config(tmp_path)
+
+
 def test_require_same_names_what_does_not_fit():
     a, b = np.zeros((2, 3)), np.zeros((3, 2))
     require_same("somewhere", {"a": a, "b": b}, {"b": b, "a": a})

@@ -14,7 +14,7 @@ from m2m_jax.diffusion.objective import draw, set_loss, squared_error
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.parameters import abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.tasks.evaluation import context_losses
+from m2m_jax.tasks.evaluation import context_losses, others
 
 CONFIG = UNetConfig(
     block_out_channels=(16,),  # one level has four transformers: down, middle and two up
@@ -26,6 +26,7 @@ CONFIG = UNetConfig(
 SCHEDULE = NoiseSchedule(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, prediction_type="v_prediction")
 NUM_IMAGES = 3
 LATENTS = np.random.default_rng(0).standard_normal((3, NUM_IMAGES, 4, 4, 4)).astype(np.float32)
+RECORDS = np.arange(len(LATENTS), dtype=np.int32)
 
 
 @functools.cache
@@ -90,12 +91,19 @@ def evaluate():
     graphdef, params = random_unet()
 
     @quick_jit
-    def run(params, latents, batch_index):
+    def run(params, latents, batch_index, record_b=RECORDS):
         unet = merge(graphdef, params)
         config = default_config().diffusion
         context = latents[:, :-1]
         return context_losses(
-            unet, SCHEDULE, latents, context, seed=1, batch_index=batch_index, clean_timestep=config.clean_timestep
+            unet,
+            SCHEDULE,
+            latents,
+            context,
+            record_b=record_b,
+            seed=1,
+            batch_index=batch_index,
+            clean_timestep=config.clean_timestep,
         )
 
     return functools.partial(run, params)
@@ -126,6 +134,25 @@ def test_other_context_is_that_of_another_set_for_every_set():
     turned = np.concatenate([np.roll(LATENTS[:, :-1], 1, axis=0), LATENTS[:, -1:]], axis=1)
     other, own = evaluate()(LATENTS, 0)["loss_other_context"], evaluate()(turned, 0)["loss_own_context"]
     np.testing.assert_allclose(other, own, rtol=1e-6)
+
+
+def test_a_row_after_one_of_its_own_set_is_under_no_others_context():
+    """Of rows 1 and 2, both of one set, the second does not count: it is under the context of the first."""
+    changed = LATENTS.copy()
+    changed[1, :-1] += 1.0  # the other context of row 2, and of no other row
+    two_of_one, alone = np.array([5, 7, 7], np.int32), np.array([7, 7, 7], np.int32)
+    found = evaluate()(LATENTS, 0, two_of_one)["loss_other_context"]
+    assert found == evaluate()(changed, 0, two_of_one)["loss_other_context"]
+    all_rows = evaluate()(LATENTS, 0)["loss_other_context"]
+    assert all_rows not in (found, evaluate()(changed, 0)["loss_other_context"])
+    # Where no row is under another's, all count.
+    assert evaluate()(LATENTS, 0, alone)["loss_other_context"] == all_rows
+
+
+def test_which_rows_follow_another():
+    np.testing.assert_array_equal(others(jnp.array([5, 5, 7])), [True, False, True])
+    np.testing.assert_array_equal(others(jnp.array([5, 5, 5])), [True, True, True])
+    np.testing.assert_array_equal(others(jnp.array([[[1, 2]], [[1, 2]], [[1, 3]]])), [True, False, True])
 
 
 class Spy:

@@ -292,7 +292,7 @@ def _train_refused(tmp_path, path, *arguments):
         (["--dtype=int8"], "--dtype"),
         (["--split=tset"], "split 'tset'"),
         (["--autoencoder=none"], "none/config.json is missing"),
-        (["--config.data.image_size=30"], "pretrained/vae needs a multiple of 4"),
+        (["--config.data.image_size=30"], "image_size is 30; the autoencoder needs a multiple of 4"),
         (["--process_index=2", "--process_count=2"], "--process_index=2 must be 0 to"),
         (["--process_index=0"], "belong together"),
         (["--config.data.path=none"], "no such folder"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import runpy
 import shutil
 
 import jax
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_fixtures import build_emoji
-from run_fixtures import config_argument, make_autoencoder, run
+from run_fixtures import ROOT, config_argument, make_autoencoder, run
 from text_fixtures import CLIP_LENGTH, SAMPLE_SIZE, SD_AUTOENCODER, make_bert, make_stable_diffusion
 
 from m2m_jax.errors import UserError
 from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
 from m2m_jax.sampling.text_to_image import TextToImage
+from m2m_jax.tasks.text_to_image import TextToImageTask
 
 CAPTIONS = ["a red cat", "dog, blue"]
 SETTINGS = {"stepper": "ddim", "steps": 3, "guidance_scale": 4.0}
@@ -98,7 +100,7 @@ def test_a_missing_part_is_named(part, folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"image_size": 30}, "image size is 30; this model needs a multiple of 4"),
+        ({"image_size": 30}, "image_size is 30; the autoencoder and a U-Net of 2 levels need a multiple of 4"),
         ({"steps": 0}, "at least one step"),
         ({"stepper": "heun"}, "heun"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
@@ -183,6 +185,25 @@ def test_a_run_trains_and_its_checkpoint_generates(run_folder):
 def test_a_run_of_another_task_generates_nothing(run_folder):
     result = run("sample", f"--checkpoint={run_folder}", f"--output={run_folder.parent / 'out'}")
     assert result.code == 2 and "samples no sets" in result.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sample.stepper": "heun"}, "heun"),
+        ({"sample.steps": 1001}, "1001"),
+        ({"data.image_size": 36}, "image_size is 36; the autoencoder and a U-Net of 2 levels need a multiple of 8"),
+    ],
+)
+def test_what_makes_no_sample_is_refused_before_training(changes, words, tmp_path):
+    config = runpy.run_path(str(ROOT / "configs" / "emoji_t2i.py"))["get_config"]("tiny")
+    config.update_from_flattened_dict(changes)
+    config.autoencoder.path, config.text_encoder.path = (
+        str(make(tmp_path / name)) for make, name in ((make_autoencoder, "vae"), (make_bert, "bert"))
+    )
+    config.text_encoder.max_tokens = 9
+    with pytest.raises(UserError, match=words):
+        TextToImageTask(config)
 
 
 def test_task_and_attention_go_together(tmp_path):

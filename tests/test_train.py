@@ -93,6 +93,7 @@ def test_any_folder_is_a_data_set(tiny_run, tmp_path):
     data = ("--config.data.name=folder", f"--config.data.path={folder}")
     result = run("train", *tiny_run.arguments, *data, f"--workdir={tmp_path / 'run'}")
     assert result.code == 0, result.err
+    assert "warning: the validation split has one set" in result.err
     losses = [line["train/loss"] for line in metric_lines(tmp_path / "run") if "train/loss" in line]
     assert len(losses) == 6 and np.all(np.isfinite(losses))
     assert load_for_sampling(tmp_path / "run").metadata["config"]["data"]["path"] == str(folder)

@@ -6,7 +6,8 @@
 
 Captions are read from the files that `captions.py` knows, and cleaned. The generator is a Stable Diffusion folder, or a
 run of this project's text-to-image task; this project's own models run either. A run knows how it samples; for a folder
-that is 25 steps of dpmpp_2m without guidance, where flags do not say otherwise.
+that is 50 steps of ddim with a guidance scale of 7.5 (FOLDER_SETTINGS of `sampling/text_to_image.py`), where flags do
+not say otherwise.
 
 Image j of the caption in row i is made from noise of (--seed, i, j) alone, so any shard can be made again by itself.
 Builds with the same settings agree byte for byte, whatever the number of devices and processes, where they run the same

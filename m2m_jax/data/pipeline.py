@@ -6,7 +6,6 @@ run resumes from its step alone, also on another number of hosts.
 """
 
 import functools
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from m2m_jax.data import augmentation, folder, mis, precomputed, records
 from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
-from m2m_jax.errors import UserError
+from m2m_jax.errors import UserError, warn
 from m2m_jax.images import decode_image, fit_square, on_white
 
 # Independent random streams of one example.
@@ -137,6 +136,7 @@ class SetExamples:
         *,
         seed: int,
         augment: bool,
+        whole_captions: bool = False,
         tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
         with_images: bool = False,
     ):
@@ -168,9 +168,10 @@ class SetExamples:
         self._told, self._lock = 0, threading.Lock()
         left_out = int((of_kind & (counts < wanted)).sum())
         if self._skip and left_out:
-            _warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
+            warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
         self._images_per_set, self._image_size = wanted, config.image_size
-        self._tokenizer, self._tag_dropout = tokenizer, config.caption_tag_dropout if augment else 0.0
+        drops_tags = augment and not whole_captions
+        self._tokenizer, self._tag_dropout = tokenizer, config.caption_tag_dropout if drops_tags else 0.0
         self._augment = None
         if augment and config.augment.enabled:
             self._augment = augmentation.SetAugmentation.from_config(config.augment)
@@ -184,6 +185,11 @@ class SetExamples:
     def epoch_length(self) -> int:
         """Examples until every set (with N = 1: every image) has been used once."""
         return self._epoch_length
+
+    @property
+    def num_sets(self) -> int:
+        """How many different sets examples are of."""
+        return len(self._usable)
 
     def __getitem__(self, index: int) -> dict:
         index = int(index)
@@ -236,7 +242,7 @@ class SetExamples:
             self._told += 1
             if self._told <= _MAX_TOLD:
                 more = "; further ones are only counted" if self._told == _MAX_TOLD else ""
-                _warn(f"example {index} gets another set: {error}{more}")
+                warn(f"example {index} gets another set: {error}{more}")
 
     def set_ids(self, record_index_b: Iterable[int]) -> list[str]:
         """What the records of a batch are called, for messages. Reads those records, and decodes no image."""
@@ -304,6 +310,7 @@ def open_examples(
     split: str,
     seed: int,
     augment: bool = True,
+    whole_captions: bool = False,
     tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
     with_images: bool = False,
 ) -> SetExamples:
@@ -311,6 +318,7 @@ def open_examples(
 
     data_config: the `data` part of the configuration.
     augment: False composites on white, leaves captions whole, and does nothing else.
+    whole_captions: no tag is dropped, also where images are augmented: those of held-out sets.
     tokenizer: captions to ids, int32 [captions, s], where they are wanted.
     with_images: images are wanted also where `data_config` names latents.
     Raises UserError if the data cannot be used as the configuration asks.
@@ -318,7 +326,15 @@ def open_examples(
     if data_config.name not in SOURCES:
         raise UserError(f"data.name={data_config.name!r}: known are {', '.join(SOURCES)}")
     source = SOURCES[data_config.name](data_config, split)
-    return SetExamples(source, data_config, seed=seed, augment=augment, tokenizer=tokenizer, with_images=with_images)
+    return SetExamples(
+        source,
+        data_config,
+        seed=seed,
+        augment=augment,
+        whole_captions=whole_captions,
+        tokenizer=tokenizer,
+        with_images=with_images,
+    )
 
 
 def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] | None = None) -> grain.MapDataset:
@@ -346,13 +362,14 @@ def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] 
     )
 
 
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def inputs(batch: dict) -> dict:
     """What of a batch goes to the devices: images or latents, and captions."""
     return {name: value for name, value in batch.items() if name in _INPUTS}
+
+
+def held_out_inputs(batch: dict) -> dict:
+    """`inputs`, and which record each set is of: an evaluation shows a set the context of another."""
+    return inputs(batch) | {"record_index_b": batch["record_index_b"].astype(np.int32)}
 
 
 def batches(dataset: grain.MapDataset, start_step: int, prefetch: int, threads: int) -> Iterator[dict]:

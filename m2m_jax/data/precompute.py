@@ -66,11 +66,7 @@ def main(argv):
     source = SOURCES[config.data.name](config.data, split)
     check_source(source)
     models, params = FrozenModels.load(config)
-    if config.data.image_size % models.autoencoder.downsampling:
-        raise UserError(
-            f"config.data.image_size is {config.data.image_size}; {config.autoencoder.path} needs a multiple of "
-            f"{models.autoencoder.downsampling}"
-        )
+    models.require_image_size(config.data.image_size)
     encode = make_encode(models, params, BATCH_SIZE.value)
 
     manifest = precomputed.Manifest(

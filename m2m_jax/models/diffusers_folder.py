@@ -54,6 +54,9 @@ UNET_FIXED = {
     "timestep_post_act": None,
 }
 
+# Likewise of its autoencoder: they change what a latent is, and no parameter tells of them.
+AUTOENCODER_FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None}
+
 
 def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
     """The architecture that a U-Net folder describes, of this project or of diffusers; `overrides` replace fields."""
@@ -80,7 +83,10 @@ def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
 
 def load_autoencoder_config(folder: str | Path) -> AutoencoderConfig:
     """The architecture that an autoencoder folder describes."""
-    return folders.load_config(AutoencoderConfig, folder, _read_config(folder, "AutoencoderKL"), {})
+    values = _read_config(folder, "AutoencoderKL")
+    values["shift_factor"] = values.get("shift_factor") or None  # 0 shifts nothing
+    folders.require_fixed(folder, values, AUTOENCODER_FIXED)
+    return folders.load_config(AutoencoderConfig, folder, values, {})
 
 
 def unet_values(config: UNetConfig) -> dict[str, Any]:

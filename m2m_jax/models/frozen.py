@@ -106,11 +106,21 @@ class FrozenModels:
         for name, shapes in self.shapes.items():
             require_same(folders[name], shapes, params[name])
 
+    def require_image_size(self, image_size: int, unet_levels: int = 1) -> None:
+        """Raises UserError for a size that the autoencoder and, after it, a U-Net of so many levels cannot halve as
+        often as they do: the images that come back would have another."""
+        factor = self.autoencoder.downsampling * 2 ** (unet_levels - 1)
+        if image_size < factor or image_size % factor:
+            whom = "autoencoder needs" if unet_levels == 1 else f"autoencoder and a U-Net of {unet_levels} levels need"
+            raise UserError(f"image_size is {image_size}; the {whom} a multiple of {factor}")
+
     @property
     def context_tokens(self) -> int | None:
         """Tokens of an image by the image encoder; None: the U-Net attends to its own features."""
         encoder = self.image_encoder
-        return (self.image_encoder_size // encoder.patch_size) ** 2 + 1 if encoder else None
+        if encoder is None:
+            return None
+        return 1 + encoder.num_register_tokens + (self.image_encoder_size // encoder.patch_size) ** 2
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of an image of so many pixels a side."""

@@ -112,15 +112,21 @@ class Sampler(SetSampler):
     @functools.cached_property
     def programs(self) -> Mapping[str, Callable]:
         static, params = self.static, jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
+        by_set = self._by_set
 
         def placed(run: Callable) -> Callable:
             # What a program returns is the next one's input: one placement, or each would be compiled for several.
-            return lambda *arguments: self.place(run(static, params, *arguments))
+            # Not by `self`: a sampler that holds itself keeps its parameters on the device until Python looks for such.
+            return lambda *arguments: jax.device_put(run(static, params, *arguments), by_set)
 
         return {name: placed(run) for name, run in COMPILED.items()}
 
     def place(self, tree: Any) -> Any:
-        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec("data")))
+        return jax.device_put(tree, self._by_set)
+
+    @property
+    def _by_set(self) -> NamedSharding:
+        return NamedSharding(self._mesh, PartitionSpec("data"))
 
     @functools.cached_property
     def _mesh(self) -> Mesh:

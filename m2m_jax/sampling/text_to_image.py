@@ -48,6 +48,7 @@ class TextPrograms:
     image_size: int
 
     def __post_init__(self):
+        self.models.require_image_size(self.image_size, len(self.unet_config.block_out_channels))
         self.table  # noqa: B018 (refuses a stepper that is none for this schedule, and too many steps)
 
     @functools.cached_property
@@ -232,7 +233,6 @@ class TextToImage:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise UserError(f"what {path} says of its model is damaged ({error!r}); use another checkpoint") from error
-        _require_multiple(programs)
         return cls(programs, {UNET: saved.ema_params, **saved.frozen}, tokenizer, devices)
 
 
@@ -272,12 +272,5 @@ def _open_folder(
         SamplingSettings(**FOLDER_SETTINGS | settings),
         image_size or trained_at * autoencoder.downsampling,
     )
-    _require_multiple(programs)
     tokenizer = load_tokenizer(str(folder / "tokenizer"), text_encoder.max_position_embeddings)
     return cls(programs, {UNET: unet_params, **frozen}, tokenizer, devices)
-
-
-def _require_multiple(programs: TextPrograms) -> None:
-    factor = programs.models.autoencoder.downsampling * 2 ** (len(programs.unet_config.block_out_channels) - 1)
-    if programs.image_size % factor or programs.image_size < factor:
-        raise UserError(f"the image size is {programs.image_size}; this model needs a multiple of {factor}")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.diffusion.objective import squared_error
 from m2m_jax.diffusion.schedule import NoiseSchedule
+from m2m_jax.errors import warn
 from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.unet import UNet
 
@@ -17,12 +18,25 @@ def stratified_timesteps(schedule: NoiseSchedule, key: jax.Array, count: int) ->
     return (fraction_k * schedule.num_train_timesteps).astype(jnp.int32)
 
 
+def warn_of_one_set(num_sets: int, split: str) -> None:
+    """Says, at the start, that the contexts to be compared are one."""
+    if num_sets == 1:
+        warn(f"the {split} split has one set: the context of another set (loss_other_context) is its own there")
+
+
+def others(x_b: jax.Array) -> jax.Array:
+    """Which rows differ from the one before, bool [b]; all, where none does. x_b: [b] or [b, ...]."""
+    differs_b = jnp.any((x_b != jnp.roll(x_b, 1, axis=0)).reshape(len(x_b), -1), axis=1)
+    return differs_b | ~jnp.any(differs_b)
+
+
 def context_losses(
     unet: UNet,
     schedule: NoiseSchedule,
     latents_bnhwc: jax.Array,
     context: jax.Array | None,
     *,
+    record_b: jax.Array,
     seed: int,
     batch_index: jax.Array,
     clean_timestep: int,
@@ -32,12 +46,14 @@ def context_losses(
     Args:
       latents_bnhwc: scaled latents of held-out sets.
       context: the first n - 1 images of each set, as `denoise_sets` takes them.
+      record_b: int32, which record each set is of: where records are few, a batch has some of them twice.
       seed, batch_index: noise and timesteps depend on these two alone, so every evaluation sees the same.
       clean_timestep: see `denoise_sets`.
 
     Returns:
       loss_own_context: all n - 1 images before it as context.
-      loss_other_context: the n - 1 images of the next set of the batch in their place.
+      loss_other_context: the n - 1 images of the row before in their place, over those rows where that is another set;
+        where it is so in none, over all.
       loss_by_context_size/k: the first k images of its own set, k = 0 .. n - 1.
     """
     b, n, *image = latents_bnhwc.shape
@@ -46,14 +62,15 @@ def context_losses(
     timestep_b = stratified_timesteps(schedule, timestep_key, b)
     noise_bhwc = jax.random.normal(noise_key, (b, *image))
 
-    def losses(context):
+    def errors(context):
         # The same noised image at positions 0 .. n - 1 of one stack: position k sees k context images.
         repeated = (jnp.repeat(x[:, None], n, axis=1) for x in (latents_bnhwc[:, -1], noise_bhwc, timestep_b))
         layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
-        error_bn = squared_error(unet, schedule, context, *repeated, layout, clean_timestep=clean_timestep)
-        return error_bn.mean(axis=0)
+        return squared_error(unet, schedule, context, *repeated, layout, clean_timestep=clean_timestep)
 
-    own_n = losses(context)
-    other_n = losses(jnp.roll(context, 1, axis=0))
+    own_n = errors(context).mean(axis=0)
+    # Without context there is none of another set's, and nothing to leave out.
+    other_b = others(record_b) | (n == 1)
+    other_n = errors(jnp.roll(context, 1, axis=0)).mean(axis=0, where=other_b[:, None])
     by_size = {f"loss_by_context_size/{k}": own_n[k] for k in range(n)}
     return {"loss_own_context": own_n[-1], "loss_other_context": other_n[-1], **by_size}

@@ -23,6 +23,7 @@ from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generate
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.evaluation import context_losses
+from m2m_jax.tasks.sample_grid import pieces
 
 
 class SetDiffusion:
@@ -55,6 +56,7 @@ class SetDiffusion:
             cross_attention_dim=encoder.hidden_size if encoder else None,
             **{**config.model, "attention_backend": backend},
         )
+        self.models.require_image_size(config.data.image_size, len(self.unet_config.block_out_channels))
         self.unet, self.shapes = abstract(self._build)
         if config.data.images_per_set > 1 and config.model.attn2 == "none":
             raise UserError("model.attn2='none' sees one image at a time: set data.images_per_set=1")
@@ -102,6 +104,7 @@ class SetDiffusion:
             unet,
             self.schedule,
             *inputs,
+            record_b=batch["record_index_b"],
             seed=config.seed,
             batch_index=batch_index,
             clean_timestep=config.diffusion.clean_timestep,
@@ -114,22 +117,33 @@ class SetDiffusion:
 
     def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
         """Held-out sets: their context, and as many images again generated from it (for single images: a grid)."""
-        if "images_bnhwc" in batch:
-            images_bnhwc = np.asarray(batch["images_bnhwc"])
-        else:
-            # The sampler will encode them again: near enough to look at.
-            images_bnhwc = np.asarray(jax.jit(self.models.decode)(self.frozen, batch["latents_bnhwc"]))
-        b, n = images_bnhwc.shape[:2]
-        sampler = self.sampler(params, step)
+        b, n = batch.get("images_bnhwc", batch.get("latents_bnhwc")).shape[:2]
         num_context, num_new = n - 1, max(n - 1, 1)
+        sampler = self.sampler(params, step)
         settings = dataclasses.replace(sampler.settings, cache_size=max(num_context + num_new - 1, 1))
         sampler = dataclasses.replace(sampler, settings=settings)
-        generated_bnhwc = sampler.sample_sets(images_bnhwc[:, :num_context], num_new, np.arange(b))
+        context_bmhwc, seed_b = self._context_images(sampler, batch), np.arange(b)
+        generated_bnhwc = np.concatenate(
+            [sampler.sample_sets(context_bmhwc[k], num_new, seed_b[k]) for k in pieces(b, sampler.image_size)]
+        )
         if n == 1:
             grid_rnhwc = generated_bnhwc.reshape(-1, math.gcd(b, 8), *generated_bnhwc.shape[2:])
             return contact_sheet([Row("", [generated(list(row))]) for row in grid_rnhwc])
-        pairs = zip(images_bnhwc[:, :num_context], generated_bnhwc, strict=True)
+        pairs = zip(context_bmhwc, generated_bnhwc, strict=True)
         return contact_sheet([Row("", [context(list(given)), generated(list(new))]) for given, new in pairs])
+
+    @staticmethod
+    def _context_images(sampler: Sampler, batch: dict) -> np.ndarray:
+        """All images of each set but the last, uint8 [b, n - 1, image_size, image_size, 3]."""
+        if "images_bnhwc" in batch:
+            return np.asarray(batch["images_bnhwc"])[:, :-1]
+        # The sampler will encode them again: near enough to look at.
+        latents_bmhwc, size = np.asarray(batch["latents_bnhwc"])[:, :-1], sampler.image_size
+        latents_khwc = latents_bmhwc.reshape(-1, *latents_bmhwc.shape[2:])
+        images_khwc = np.empty((len(latents_khwc), size, size, 3), np.uint8)
+        for k in pieces(len(latents_khwc), size):
+            images_khwc[k] = sampler.programs["decode"](sampler.place(latents_khwc[k]))
+        return images_khwc.reshape(*latents_bmhwc.shape[:2], size, size, 3)
 
     def sampler(self, params: Params, step: int) -> Sampler:
         """The sampler of these parameters, with the config's settings."""

@@ -25,8 +25,10 @@ from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
-from m2m_jax.sampling.text_to_image import TextToImage
-from m2m_jax.tasks.evaluation import stratified_timesteps
+from m2m_jax.sampling.settings import SamplingSettings
+from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
+from m2m_jax.tasks.evaluation import others, stratified_timesteps
+from m2m_jax.tasks.sample_grid import pieces
 
 
 class TextToImageTask:
@@ -47,6 +49,9 @@ class TextToImageTask:
             **{**config.model, "attention_backend": "prefix"},
         )
         self.unet, self.shapes = abstract(self._build)
+        # Settings and a size that make no sample are refused now, and not at the first evaluation.
+        settings, size = SamplingSettings(**config.sample), config.data.image_size
+        TextPrograms(self.unet_config, self.models, self.schedule, settings, size)
 
     summary = "text_to_image"  # what is trained, for the log
     needs_images = False  # where the data set holds latents
@@ -89,10 +94,13 @@ class TextToImageTask:
             "loss_other_caption": jnp.roll(ids_bns, 1, axis=0),
             "loss_no_caption": jnp.broadcast_to(self.empty_ids_1s[None], ids_bns.shape),
         }
-        return {
-            name: jnp.mean(self._squared_error(params, frozen, batch, ids_bns, noise_bnhwc, timestep_bn))
+        error_bn = {
+            name: self._squared_error(params, frozen, batch, ids_bns, noise_bnhwc, timestep_bn)
             for name, ids_bns in captions.items()
         }
+        # Another's caption is one that reads differently.
+        counts_b = {"loss_other_caption": others(ids_bns)[:, None]}
+        return {name: jnp.mean(x_bn, where=counts_b.get(name)) for name, x_bn in error_bn.items()}
 
     @staticmethod
     def score(means: dict[str, float]) -> float:
@@ -101,19 +109,25 @@ class TextToImageTask:
 
     def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
         """Held-out images above what is generated from their captions."""
-        ids_bns = np.asarray(batch["token_ids_bns"])
-        if "latents_bnhwc" in batch:
-            images_bnhwc = np.asarray(jax.jit(self.models.decode)(self.frozen, batch["latents_bnhwc"]))
-        else:
-            images_bnhwc = np.asarray(batch["images_bnhwc"])
+        ids_bs = np.asarray(batch["token_ids_bns"])[:, 0]
         generator = TextToImage.from_saved(
             SavedModel(self.metadata, params, self.frozen, step), "this run", devices=jax.local_devices()[:1]
         )
-        made_bnhwc = generator.generate_from_ids(ids_bns[:, 0], np.arange(len(ids_bns)), [0], self.config.seed)[1]
-        width = math.gcd(len(ids_bns), 8)
-        pairs = zip(
-            *(np.asarray(x)[:, 0].reshape(-1, width, *x.shape[2:]) for x in (images_bnhwc, made_bnhwc)), strict=True
-        )
+        index_b, at_once = np.arange(len(ids_bs)), pieces(len(ids_bs), generator.image_size)
+        if "latents_bnhwc" in batch:
+            decode, autoencoder = jax.jit(self.models.decode), {AUTOENCODER: generator.autoencoder[1]}
+            latents_bhwc = np.asarray(batch["latents_bnhwc"])[:, 0]
+            held_out_bhwc = np.concatenate([np.asarray(decode(autoencoder, latents_bhwc[k])) for k in at_once])
+        else:
+            held_out_bhwc = np.asarray(batch["images_bnhwc"])[:, 0]
+
+        def make(k: slice) -> np.ndarray:
+            images_bnhwc = generator.generate_from_ids(ids_bs[k], index_b[k], [0], self.config.seed)[1]
+            return np.asarray(images_bnhwc)[:, 0]
+
+        made_bhwc = np.concatenate([make(k) for k in at_once])
+        width = math.gcd(len(ids_bs), 8)
+        pairs = zip(*(x.reshape(-1, width, *x.shape[1:]) for x in (held_out_bhwc, made_bhwc)), strict=True)
         return contact_sheet(
             [Row("", [Group("held out", list(a)), Group("of its caption", list(b))]) for a, b in pairs]
         )

@@ -1,0 +1,133 @@
+"""Sample grids of a run: made in pieces, the same as at once; and a run that has no memory for one goes on."""
+
+import gc
+import runpy
+import weakref
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from data_fixtures import write_image_folder
+from model_fixtures import random_params
+from run_fixtures import ROOT, config_argument, make_autoencoder, run
+from text_fixtures import make_bert
+
+from m2m_jax.errors import UserError
+from m2m_jax.sampling.set_sampler import SetSampler
+from m2m_jax.tasks import sample_grid
+from m2m_jax.tasks.sample_grid import pieces
+from m2m_jax.tasks.set_diffusion import SetDiffusion
+from m2m_jax.tasks.text_to_image import TextToImageTask
+
+SIZE = 16
+SETS = 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{config field: folder of a tiny random model}"""
+    root = tmp_path_factory.mktemp("models")
+    return {"autoencoder.path": make_autoencoder(root / "vae"), "text_encoder.path": make_bert(root / "bert")}
+
+
+def config_of(file, folders, **changes):
+    config = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"]("tiny")
+    paths = {name: str(folders[name]) for name in folders if name != "text_encoder.path" or "t2i" in file}
+    config.update_from_flattened_dict({"data.image_size": SIZE, **paths, **changes})
+    return config
+
+
+def preview(task, batch, at_once):
+    """The grid, of so many images at once."""
+    with mock.patch.object(sample_grid, "PIXELS_AT_ONCE", at_once * SIZE**2):
+        return np.asarray(task.preview(random_params(task.shapes), batch, step=1), int)
+
+
+def images(n):
+    return np.random.default_rng(0).integers(0, 256, (SETS, n, SIZE, SIZE, 3), np.uint8)
+
+
+def latents(n):
+    return np.random.default_rng(0).standard_normal((SETS, n, SIZE // 4, SIZE // 4, 4)).astype(np.float32)
+
+
+def test_as_many_at_once_as_have_the_pixels_of_one_large_image():
+    assert pieces(8, 32) == [slice(0, 256)]
+    assert pieces(8, 256) == [slice(0, 4), slice(4, 8)]
+    assert pieces(3, 512) == pieces(3, 768) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert pieces(0, 32) == []
+
+
+@pytest.mark.parametrize("batch", [{"images_bnhwc": images(3)}, {"latents_bnhwc": latents(3)}])
+def test_sets_in_pieces_are_those_made_at_once(batch, folders):
+    task = SetDiffusion(config_of("emoji", folders, **{"data.images_per_set": 3}))
+    whole = preview(task, batch, at_once=2 * SETS)
+    sample_sets = SetSampler.sample_sets
+    with mock.patch.object(SetSampler, "sample_sets", autospec=True, side_effect=sample_sets) as sampled:
+        alone = preview(task, batch, at_once=1)
+    assert [len(call.args[1]) for call in sampled.call_args_list] == [1] * SETS
+    assert whole.std() > 1 and np.abs(whole - alone).max() <= 1
+
+
+def test_single_images_in_pieces_are_those_made_at_once(folders):
+    task = SetDiffusion(config_of("emoji_base", folders))
+    batch = {"latents_bnhwc": latents(1)}
+    whole, alone = (preview(task, batch, at_once) for at_once in (SETS, 2))
+    assert whole.std() > 1 and np.abs(whole - alone).max() <= 1
+
+
+@pytest.mark.parametrize("batch", [{"images_bnhwc": images(1)}, {"latents_bnhwc": latents(1)}])
+def test_images_of_captions_in_pieces_are_those_made_at_once(batch, folders):
+    task = TextToImageTask(config_of("emoji_t2i", folders, **{"text_encoder.max_tokens": 9}))
+    batch = batch | {"token_ids_bns": task.tokenizer(["red cat", "dog", "blue"])[:, None]}
+    whole, alone = (preview(task, batch, at_once) for at_once in (SETS, 1))
+    assert whole.std() > 1 and np.abs(whole - alone).max() <= 1
+
+
+def test_an_image_size_that_comes_back_as_another_is_refused(folders):
+    """34 pixels are 8 latents a side, which are 32 pixels."""
+    with pytest.raises(
+        UserError, match="image_size is 34; the autoencoder and a U-Net of 2 levels need a multiple of 8"
+    ):
+        SetDiffusion(config_of("emoji", folders, **{"data.image_size": 34}))
+
+
+def test_a_sampler_that_nobody_holds_is_gone_with_its_parameters(folders):
+    task = SetDiffusion(config_of("emoji", folders))
+    sampler = task.sampler(random_params(task.shapes), step=1)
+    assert sampler.programs
+    gone = weakref.ref(sampler)
+    gc.disable()
+    try:
+        del sampler
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def failing(words):
+    error = jax.errors.JaxRuntimeError(words)
+    return mock.patch.object(SetDiffusion, "preview", side_effect=error)
+
+
+def test_a_run_without_memory_for_a_grid_goes_on(tmp_path, folders):
+    pictures = write_image_folder(tmp_path / "pictures", num_sets=6, images_per_set=4)
+    arguments = (
+        config_argument("emoji:tiny"),
+        f"--config.autoencoder.path={folders['autoencoder.path']}",
+        "--config.model.block_out_channels=(16,)",
+        "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
+        "--config.model.num_attention_heads=(2,)",
+        "--config.data.name=folder",
+        f"--config.data.path={pictures}",
+        "--config.train.steps=1",
+        "--config.optimizer.warmup_steps=0",
+    )
+    with failing("RESOURCE_EXHAUSTED: Out of memory allocating 21474836480 bytes."):
+        result = run("train", *arguments, f"--workdir={tmp_path / 'run'}")
+    assert result.code == 0, result.err
+    assert "step 1: no memory is left for the sample grid" in result.out and "m2m_jax.sample" in result.out
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir() and not any((tmp_path / "run" / "samples").iterdir())
+    with failing("INTERNAL: a fault"), pytest.raises(jax.errors.JaxRuntimeError, match="a fault"):
+        run("train", *arguments, f"--workdir={tmp_path / 'other'}")
