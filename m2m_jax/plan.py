@@ -69,12 +69,12 @@ def main(argv) -> int:
         raise UserError("--search is for training; try values of --sets_per_device")
     if gpus and (samples or SEARCH.value):
         raise UserError(f"--topology={TOPOLOGY.value}: of GPUs, one training step is planned, by formula")
+    if HLO.value and (gpus or samples or SEARCH.value):
+        raise UserError("--hlo is of one training step that is compiled: for TPUs, without --search")
     if gpus:
         chip, per_node = gpus
         workload = count_flops(config, "gpu")
         return _report(plan_by_formula(config, chip, per_node * SLICES.value, SLICES.value, workload), workload, [])
-    if HLO.value and (gpus or samples or SEARCH.value):
-        raise UserError("--hlo is of one training step that is compiled: for TPUs, without --search")
     machine = get_machine(TOPOLOGY.value, SLICES.value)
     print(f"compiling for {len(machine.devices)} devices; Stable Diffusion takes many minutes", file=sys.stderr)
     if samples:

@@ -1,10 +1,15 @@
-"""metrics.jsonl, TensorBoard and the terminal."""
+"""metrics.jsonl, TensorBoard and the terminal; how fast a run is."""
 
 import json
+import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2m_jax.configuration import default_config
+from m2m_jax.errors import UserError
+from m2m_jax.training import throughput
 from m2m_jax.training.metrics import MetricWriter
 
 
@@ -72,3 +77,16 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
     writer.message("text")
     writer.close()
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_a_run_goes_on_without_flops_that_cannot_be_counted(monkeypatch, capsys):
+    def count(config):
+        raise UserError("of no such model")
+
+    monkeypatch.setattr(throughput, "count_model_flops", count)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    clock = throughput.Throughput(default_config())
+    clock.count_step()
+    while "of no such model" not in capsys.readouterr().err:
+        time.sleep(0.01)
+    assert set(clock.take()) == {"images_per_second", "step_seconds", "data_wait_share"}

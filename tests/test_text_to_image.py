@@ -15,6 +15,7 @@ from text_fixtures import CLIP_LENGTH, SAMPLE_SIZE, SD_AUTOENCODER, make_bert, m
 
 from m2m_jax.errors import UserError
 from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
+from m2m_jax.planning.workload import count_model_flops
 from m2m_jax.sampling.text_to_image import TextToImage
 from m2m_jax.tasks.text_to_image import TextToImageTask
 
@@ -196,14 +197,26 @@ def test_a_run_of_another_task_generates_nothing(run_folder):
     ],
 )
 def test_what_makes_no_sample_is_refused_before_training(changes, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        TextToImageTask(tiny_config(tmp_path, **changes))
+
+
+def tiny_config(folder, **changes):
     config = runpy.run_path(str(ROOT / "configs" / "emoji_t2i.py"))["get_config"]("tiny")
     config.update_from_flattened_dict(changes)
     config.autoencoder.path, config.text_encoder.path = (
-        str(make(tmp_path / name)) for make, name in ((make_autoencoder, "vae"), (make_bert, "bert"))
+        str(make(folder / name)) for make, name in ((make_autoencoder, "vae"), (make_bert, "bert"))
     )
     config.text_encoder.max_tokens = 9
-    with pytest.raises(UserError, match=words):
-        TextToImageTask(config)
+    return config
+
+
+def test_flops_are_those_of_attention_to_captions(tmp_path):
+    """As the log of a run on an accelerator has them: twice as many images, twice as many."""
+    config = tiny_config(tmp_path)
+    flops = count_model_flops(config)
+    config.data.images_per_set = 2
+    assert count_model_flops(config) == pytest.approx(2 * flops, rel=0.1)
 
 
 def test_task_and_attention_go_together(tmp_path):

@@ -58,7 +58,8 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, wo
     task, notes = make_task(config)
     setup = set_up(task, config, mesh)
     state_bytes, params = memory.state_bytes(setup.state), setup.state.params
-    trained_bytes = memory.bytes_per_device({name: x for name, x in params.items() if setup.trains(name)})
+    trained = {name: x for name, x in params.items() if setup.trains(name)}
+    trained_bytes = memory.bytes_per_device(trained)
     kept_of_one, kept_of_two = (_kept_bytes(config, task, setup.trains, n) for n in (1, 2))
     kept_of_a_set = kept_of_two - kept_of_one
     kept = kept_of_one + (sets // parts - 1) * kept_of_a_set
@@ -77,7 +78,10 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, wo
     again = {"none": 1.0, "dots": 1.0, "blocks": 4 / 3}[config.model.remat]
     flops = workload.model_flops * sets * again
     hbm_bytes = 2 * sum(state_bytes.values()) + 2 * trained_bytes + 2 * parts * kept
-    collectives = _collectives(mesh, _bytes(params), parts)
+    per_scalar = (
+        jnp.dtype(task.compute_dtype).itemsize / 4
+    )  # kernels are gathered, and gradients summed, as layers compute
+    collectives = _collectives(mesh, _bytes(params) * per_scalar, _bytes(trained) * per_scalar, parts)
     times = roofline(
         chip, flops, hbm_bytes, sum(c.ici_bytes for c in collectives), sum(c.dcn_bytes for c in collectives)
     )
@@ -117,17 +121,17 @@ def _kept_bytes(config: ConfigDict, task: Any, trains: Callable[[str], bool], se
     return _bytes([x.aval for x in arrays])
 
 
-def _collectives(mesh: AbstractMesh, parameter_bytes: int, parts: int) -> list[Collective]:
-    """Gradients summed over all devices; parameters gathered forward and backward where fsdp shares them."""
+def _collectives(mesh: AbstractMesh, kernels: float, gradients: float, parts: int) -> list[Collective]:
+    """Bytes of gradients, summed over all devices, and of kernels, gathered once where fsdp shares them."""
     slices, data, fsdp = tuple(mesh.shape.values())[:3]
-    share = parameter_bytes / fsdp
+    share = gradients / fsdp
     found = []
 
     def add(kind: str, between: int, count: int, ici_bytes: float, dcn_bytes: float = 0.0, slices: int = 1) -> None:
         if ici_bytes or dcn_bytes:
             found.append(Collective(kind, between, slices, count, ici_bytes, dcn_bytes))
 
-    add("all-gather", fsdp, 2 * parts, 2 * parts * wire_bytes("all-gather", parameter_bytes, fsdp))
+    add("all-gather", fsdp, 1, wire_bytes("all-gather", kernels, fsdp))
     add("reduce-scatter", fsdp, parts, parts * wire_bytes("reduce-scatter", share, fsdp))
     add("all-reduce", data, 1, wire_bytes("all-reduce", share, data))
     add("all-reduce", slices, 1, 0.0, wire_bytes("all-reduce", share / data, slices), slices)

@@ -20,7 +20,9 @@ from m2m_jax.models.initialization import TRAINED
 from m2m_jax.planning.attention import AttentionFlops, attention_flops
 from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.tasks.set_diffusion import SetDiffusion
+from m2m_jax.tasks.text_to_image import TextToImageTask
 
+Task = SetDiffusion | Autoencoding | TextToImageTask
 NOT_READ = "(not read)"
 PLATFORM = "tpu"
 
@@ -39,10 +41,15 @@ class Workload:
     attention: AttentionFlops
 
 
-def make_task(config: ConfigDict) -> tuple[SetDiffusion | Autoencoding, list[str]]:
-    """The task of a run, with shapes for parameters; and what had to be assumed of folders that are not there."""
+def make_task(config: ConfigDict) -> tuple[Task, list[str]]:
+    """The task of a run, with shapes for parameters; and what had to be assumed of folders that are not there.
+
+    Raises UserError for text-to-image where its folders are not there, as a run does.
+    """
     if config.task == "autoencoder":
         return Autoencoding(config), []
+    if config.task == "text_to_image":
+        return TextToImageTask(config), []
     models, notes = frozen_models(config)
     return SetDiffusion(config, platform=PLATFORM, models=models), notes
 
@@ -69,7 +76,7 @@ def frozen_models(config: ConfigDict) -> tuple[FrozenModels, list[str]]:
     return FrozenModels(autoencoder, encoder, config.image_encoder.image_size), notes
 
 
-def batch_shapes(config: ConfigDict, task: SetDiffusion | Autoencoding, batch_size: int) -> dict:
+def batch_shapes(config: ConfigDict, task: Task, batch_size: int) -> dict:
     """A batch as it reaches the devices; see `data.pipeline.make_dataset` and `inputs`."""
     sets, size = (batch_size, config.data.images_per_set), config.data.image_size
     shapes = {}
@@ -77,6 +84,8 @@ def batch_shapes(config: ConfigDict, task: SetDiffusion | Autoencoding, batch_si
         shapes["latents_bnhwc"] = jax.ShapeDtypeStruct((*sets, *task.models.latent_shape(size)), jnp.float32)
     if task.needs_images or not shapes:
         shapes["images_bnhwc"] = jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)
+    if task.tokenizer:
+        shapes["token_ids_bns"] = jax.ShapeDtypeStruct((*sets, task.empty_ids_1s.shape[-1]), jnp.int32)
     return shapes
 
 
@@ -92,7 +101,7 @@ def count_model_flops(config: ConfigDict) -> float:
         return _lowered_gradient(_plain_task(config), config).cost_analysis()["flops"]
 
 
-def _lowered_gradient(task: SetDiffusion | Autoencoding, config: ConfigDict) -> jax.stages.Lowered:
+def _lowered_gradient(task: Task, config: ConfigDict) -> jax.stages.Lowered:
     """The gradient of the loss of one set."""
     trains = TRAINED[config.train.parameters]
 
@@ -117,7 +126,7 @@ def count_flops(config: ConfigDict, platform: str = PLATFORM) -> Workload:
     return Workload(flops, attention)
 
 
-def _plain_task(config: ConfigDict) -> SetDiffusion | Autoencoding:
+def _plain_task(config: ConfigDict) -> Task:
     """Nothing is computed twice, and nothing by a kernel."""
     plain = ConfigDict(config.to_dict())
     plain.model.update({"remat": "none", "attention_backend": "prefix"})

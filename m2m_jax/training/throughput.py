@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 from ml_collections import ConfigDict
 
+from m2m_jax.errors import warn
 from m2m_jax.planning import chips
 from m2m_jax.planning.workload import count_model_flops
 
@@ -27,7 +28,7 @@ class Throughput:
         self._flops: concurrent.futures.Future | None = None
         if jax.default_backend() != "cpu":
             counting = concurrent.futures.ThreadPoolExecutor(1, "flops")
-            self._flops = counting.submit(count_model_flops, config)
+            self._flops = counting.submit(_model_flops, config)
             counting.shutdown(wait=False)
         self._peak = chips.peak_flops(jax.local_devices())
         self.restart()
@@ -63,7 +64,7 @@ class Throughput:
             "step_seconds": seconds / self._steps,
             "data_wait_share": self._waited / seconds,
         }
-        if self._flops is not None and self._flops.done():
+        if self._flops is not None and self._flops.done() and self._flops.result():
             rate = self._flops.result() * sets_per_second / jax.device_count()
             metrics["model_flops_per_second"] = rate  # of a device
             if self._peak:
@@ -73,3 +74,12 @@ class Throughput:
             metrics["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
         self.restart()
         return metrics
+
+
+def _model_flops(config: ConfigDict) -> float | None:
+    """None where they cannot be counted: a number in a log is not worth the run."""
+    try:
+        return count_model_flops(config)
+    except Exception as error:
+        warn(f"the log goes without MFU, for the model's FLOPs cannot be counted: {error!r:.300}")
+        return None
