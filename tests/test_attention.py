@@ -9,7 +9,9 @@ from model_fixtures import RUN_HERE
 from m2m_jax.attention.backends import BACKENDS, prefix, prefix_cudnn, resolve
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout, allowed
 from m2m_jax.config_rules import CHOICES
+from m2m_jax.configuration import default_config
 from m2m_jax.errors import UserError
+from m2m_jax.training import sharding
 
 # A row for each image of the stack [clean; noised], a column for each clean image.
 TABLES = [
@@ -253,19 +255,28 @@ def test_cudnn_refuses_float32_and_what_it_cannot_run():
         prefix_cudnn(*qkv(layout, jnp.bfloat16), layout)  # there is no cuDNN here
 
 
-def test_prefix_cudnn_lowers_to_its_kernels(monkeypatch):
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "tensor": 2, "context": 2}, {"data": 2, "context": 4}])
+def test_prefix_cudnn_lowers_to_its_kernels(axes, monkeypatch):
     """A call for each run of keys that is seen, forward and backward. Lowered, not compiled: that takes a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
     layout = SetLayout.training(3)
-    q_bqthd = jax.ShapeDtypeStruct((2, layout.num_images, 64, 2, 64), jnp.bfloat16)
-    k_bkshd = jax.ShapeDtypeStruct((2, len(layout.clean), 64, 2, 64), jnp.bfloat16)
+    q_bqthd = jax.ShapeDtypeStruct((2, layout.num_images, 64, 4, 64), jnp.bfloat16)
+    k_bkshd = jax.ShapeDtypeStruct((2, len(layout.clean), 64, 4, 64), jnp.bfloat16)
 
     def loss(q_bqthd, k_bkshd, v_bkshd):
         return prefix_cudnn(q_bqthd, k_bkshd, v_bkshd, layout).astype(jnp.float32).sum()
 
-    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q_bqthd, k_bkshd, k_bkshd)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    gradient = jax.grad(loss, (0, 1, 2))
+    if axes:
+        config = default_config().mesh
+        config.update(axes)
+        gradient = sharding.traced_on(sharding.make_mesh(config), gradient)
+    text = jax.jit(gradient).trace(q_bqthd, k_bkshd, k_bkshd).lower(lowering_platforms=("cuda",)).as_text()
+    # Under a mesh each call is a device's own, of one set and its heads: cuDNN's partitioner refuses to split rows.
+    assert "CustomSPMDPartitioning" not in text
     assert text.count("__cudnn$fmhaSoftmax(") == 2
     assert text.count("__cudnn$fmhaSoftmaxBackward(") == 2
+    if axes:
+        assert "tensor<1x64x1x64xbf16>" in text

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2m_jax.attention.layout import SetLayout
+from m2m_jax.attention.mesh import split_over_mesh
 from m2m_jax.attention.splash import splash
 from m2m_jax.errors import UserError
 
@@ -63,8 +64,14 @@ def _attend_by_cudnn(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array) ->
             f"attention backend 'prefix_cudnn' computes in 16 bits, not in {q_bthd.dtype}; "
             "set model.dtype='bfloat16' or model.attention_backend='prefix'"
         )
-    try:
+
+    def kernel(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q_bthd, k_bthd, v_bthd, implementation="cudnn")
+
+    b, _, h, _ = q_bthd.shape
+    try:
+        # Left to cuDNN's own partitioner, a mesh that splits rows (context) does not compile.
+        return split_over_mesh(kernel, "prefix_cudnn", b, h, axis_of_heads=2)(q_bthd, k_bthd, v_bthd)
     except (NotImplementedError, RuntimeError) as error:  # that it refuses a shape, or that there is none
         raise UserError(
             f"attention backend 'prefix_cudnn' can't attend from {q_bthd.shape} to {k_bthd.shape}: {error} "

@@ -16,15 +16,14 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_infos
-from jax.sharding import PartitionSpec
 
 from m2m_jax.attention.layout import SetLayout
+from m2m_jax.attention.mesh import split_over_mesh
 from m2m_jax.errors import UserError
 
 LANES = 128  # blocks are multiples of a TPU register's width
 MAX_BLOCK = 512  # tokens; the float32 weights of one block take 1 MiB of the 16 that a kernel has
 DTYPES = (jnp.float32, jnp.bfloat16)
-WITHIN_IMAGES = ("tensor", "context")  # axes of the mesh that do not split sets: training/sharding.py
 
 
 def splash(
@@ -32,14 +31,11 @@ def splash(
 ) -> jax.Array:
     """See `backends`. Lowers for TPU alone, forward and backward, on any machine.
 
-    XLA can't partition a kernel. Under a mesh (`training/sharding.py: traced_on`) each device runs it for its own sets
-    and heads.
-
     Args:
       interpret: run the kernel as plain XLA, on any platform and slowly, to test it.
 
     Raises:
-      UserError: another dtype than float32 and bfloat16, or sets that the devices of the mesh can't share evenly.
+      UserError: another dtype than float32 and bfloat16; or as `split_over_mesh`.
     """
     if q_bqthd.dtype not in DTYPES:
         raise UserError(
@@ -56,7 +52,8 @@ def splash(
     q_bqthd = jnp.concatenate([q_bqthd[:, start:stop] for start, stop in seeing], axis=1) * d**-0.5
     num_queries = q_bqthd.shape[1]
     kernel = jax.vmap(_kernel(layout, t, k_bkshd.shape[2], interpret))
-    out_bhtd = _split_over_mesh(kernel, b, h)(_sequence(q_bqthd), _sequence(k_bkshd), _sequence(v_bkshd))
+    kernel = split_over_mesh(kernel, "splash", b, h, axis_of_heads=1)
+    out_bhtd = kernel(_sequence(q_bqthd), _sequence(k_bkshd), _sequence(v_bkshd))
     out_bqthd = out_bhtd[:, :, : num_queries * t].reshape(b, h, num_queries, t, d).transpose(0, 2, 3, 1, 4)
 
     pieces, used = [], 0
@@ -174,25 +171,3 @@ def _sequence(x_bnthd: jax.Array) -> jax.Array:
     tokens = x_bhtd.shape[2]
     padding = _padded(tokens, block_size(x_bnthd.shape[2])) - tokens
     return jnp.pad(x_bhtd, ((0, 0), (0, 0), (0, padding), (0, 0)))
-
-
-def _split_over_mesh(function, num_sets: int, num_heads: int):
-    """`function` of arrays [b, h, ...], run by each device of the mesh for the sets and heads that it has.
-
-    Axes of the mesh that split an image's channels or rows split heads here; where these do not divide, each device
-    computes all heads, as their rows and keys must meet.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return function
-    sets = tuple(axis for axis in mesh.axis_names if axis not in WITHIN_IMAGES)
-    heads = tuple(axis for axis in mesh.axis_names if axis in WITHIN_IMAGES)
-    shares_of_sets, shares_of_heads = (math.prod(mesh.shape[axis] for axis in axes) for axes in (sets, heads))
-    if num_sets % shares_of_sets:
-        raise UserError(
-            f"attention backend 'splash' has {num_sets} sets for {shares_of_sets} devices of the mesh; give it a "
-            "multiple of them, or set model.attention_backend='prefix'"
-        )
-    spec = PartitionSpec(sets, None if num_heads % shares_of_heads else heads)
-    # What varies over the mesh is not tracked through a kernel.
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
