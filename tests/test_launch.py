@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -172,6 +173,66 @@ def test_local_passes_sigterm_on_and_waits_until_all_have_saved(tmp_path):
     command = f"export LAUNCHER=$$; exec '{ROOT}/launch/local.sh' --python='{stub}' -- --config x --workdir={tmp_path}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (75, "0 saved\n1 saved\n"), result.stderr
+
+
+# Programs of the clusters are stubs on PATH.
+
+
+def stub(path, script):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}")
+    path.chmod(0o755)
+    return path
+
+
+def on_path(folder):
+    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "calls"),
+    [
+        (None, ["get", "create"]),
+        ("StartupPolicyCompleted Completed", ["get", "delete", "create"]),
+        ("Failed", ["get", "delete", "create"]),
+        ("StartupPolicyCompleted", ["get"]),
+        ("", ["get"]),
+    ],
+)
+def test_gke_takes_the_place_of_what_has_ended_alone(tmp_path, conditions, calls):
+    found = "" if conditions is None else f'printf "%s %s " "$3" "{conditions}"'
+    kubectl = f"""
+    echo "$1 $2 $3" >>{tmp_path}/calls
+    case $1 in
+      get) {found} ;;
+      create) cat >{tmp_path}/jobset ;;
+    esac
+    """
+    stub(tmp_path / "bin" / "kubectl", kubectl)
+    result = launch("gke", *NEEDED["gke"], *PROGRAM, env=on_path(tmp_path / "bin"))
+    made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call[0] for call in made] == calls
+    name = made[0][2]
+    if calls[-1] == "create":
+        assert result.returncode == 0, result.stderr
+        assert yaml.safe_load((tmp_path / "jobset").read_text())["metadata"]["name"] == name
+    else:
+        assert result.returncode == 2 and f"the JobSet {name} runs" in result.stderr
+    assert ["delete", "jobset", name] in made or "delete" not in calls
+
+
+def test_gke_names_a_jobset_after_its_workdir():
+    def name(workdir, *options):
+        result = launch("gke", *NEEDED["gke"], *options, "--dry_run", "--", f"--workdir={workdir}")
+        return yaml.safe_load(result.stdout)["metadata"]["name"]
+
+    workdirs = ["/data/a/My_Run", "/data/b/My_Run", "/data/a/my run", "/data/a/" + "long" * 20, "/data/.x"]
+    names = [name(workdir) for workdir in workdirs]
+    assert len(set(names)) == len(names)
+    assert names[0].startswith("m2m-my-run-") and name("/data/a/My_Run/") == names[0]
+    # A label of DNS; with -slice-, numbers and five letters more it is the name of a pod, of at most 63.
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]{0,39}[a-z0-9]", n) for n in names), names
+    assert name("/data/a", "--name=given") == "given"
 
 
 def test_a_process_that_does_not_come_is_named():
