@@ -53,11 +53,13 @@ def test_local():
 
 def test_slurm():
     job = dry_run("slurm", "--nodes=4", "--gpus=2", "--partition=big", "--restarts=7")
-    for line in ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=big", "--requeue"):
+    for line in ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=big", "--requeue", "--mem=0"):
         assert f"#SBATCH {line}\n" in job
-    assert "export M2M_PROCESSES=auto\n" in job and "export JAX_PLATFORMS=cuda,cpu\n" in job
-    assert ">= 7" in job and "75 | 143) scontrol requeue" in job and "#SBATCH --signal=TERM@300\n" in job
-    subprocess.run(["bash", "-n"], input=job, text=True, check=True)
+    assert "#SBATCH --signal=TERM@300\n" in job
+    assert r"#SBATCH --output=shared\ runs/slurm-%j.log" in job  # a backslash means to SLURM what it means to bash
+    assert "tasks=8 restarts=7\n" in job
+    found = subprocess.run([SHELLCHECK, "-"], input=job, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
 
 
 def test_tpu_vm():
@@ -187,6 +189,86 @@ def stub(path, script):
 
 def on_path(folder):
     return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+# Runs the tasks one after the other, and returns what it is told to: what srun makes of their codes is its own affair.
+SRUN = """
+while [[ $1 == --* ]]; do shift; done
+for ((i = 0; i < 2; i++)); do SLURM_PROCID=$i "$@"; done
+exit "$SRUN"
+"""
+# Task 0 and task 1 end with CODES; "gone" has killed the shell around it, too, before that could say anything.
+TASK = """
+echo "$JAX_COMPILATION_CACHE_DIR" >&2
+codes=($CODES)
+[[ ${codes[SLURM_PROCID]} != gone ]] || kill -KILL $PPID
+exit "${codes[SLURM_PROCID]}"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Runs the job, whose workdir has a space in its path, as its start number so and so; what it ends with."""
+    stub(tmp_path / "bin" / "srun", SRUN)
+    stub(tmp_path / "bin" / "scontrol", f'echo "$@" >>"{tmp_path}/requeued"')
+    stub(tmp_path / "bin" / "sbatch", f'ls -d "{tmp_path}/shared runs" && cat >"{tmp_path}/job"')
+    python = stub(tmp_path / "bin" / "python", TASK)
+    arguments = (
+        "--nodes=1",
+        "--gpus=2",
+        "--restarts=2",
+        f"--python={python}",
+        "--",
+        f"--workdir={tmp_path}/shared runs/a",
+    )
+    result = launch("slurm", *arguments, env=on_path(tmp_path / "bin"))
+    assert result.returncode == 0, result.stderr  # the folder of the log is there when sbatch is called
+
+    def run(codes, srun, start=0):
+        variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start), "CODES": codes, "SRUN": str(srun)}
+        environment = on_path(tmp_path / "bin") | variables
+        job = ["bash", tmp_path / "job"]
+        result = subprocess.run(job, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert f"{tmp_path}/shared runs/compilation_cache\n" in result.stderr
+        requeued = tmp_path / "requeued"
+        times = requeued.read_text().count("requeue 7\n") if requeued.exists() else 0
+        return result.returncode, times
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("codes", "srun", "ends"),
+    [
+        ("0 0", 0, (0, 0)),
+        ("143 2", 143, (2, 0)),  # a mistake of the caller's, which the other task was too slow to find
+        ("gone 2", 137, (2, 0)),
+        ("130 gone", 137, (130, 0)),
+        ("75 134", 143, (75, 1)),
+        ("143 143", 143, (75, 1)),  # told to stop before they could listen
+        ("1 143", 143, (143, 1)),
+        ("gone 143", 143, (143, 1)),
+    ],
+)
+def test_slurm_ends_or_is_requeued_as_a_task_says(slurm, codes, srun, ends):
+    assert slurm(codes, srun) == ends
+
+
+def test_slurm_requeues_so_many_crashes_and_any_number_of_preemptions(slurm):
+    starts = [("75 75", 75)] * 3 + [("1 143", 1), ("75 75", 75), ("1 gone", 137)]
+    for i, (codes, srun) in enumerate(starts):
+        assert slurm(codes, srun, start=i) == (srun, i + 1)
+    assert slurm("1 143", 1, start=len(starts)) == (1, len(starts))
+
+
+@pytest.mark.parametrize(("name", "code"), [("TERM", 75), ("INT", 130)])
+def test_a_task_of_slurm_hears_the_signals_that_its_shell_gets(tmp_path, name, code):
+    result = shell(f"""
+    train() {{ trap 'exit {code}' {name}; kill -{name} $$; while true; do :; done; }}
+    SLURM_PROCID=5 recording '{tmp_path}' train
+    """)
+    assert result.returncode == code, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [f"{code}.5"]
 
 
 @pytest.mark.parametrize(
