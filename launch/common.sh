@@ -124,3 +124,19 @@ recording() {
   : >"$folder/$code.$SLURM_PROCID"
   return "$code"
 }
+
+# ending_earlier FILE: ends the shell of an earlier launch, with `restarting` in it, whose number is in FILE, if it is
+# still there. Told by SIGTERM its run saves; one that takes over five minutes hangs, and is killed.
+ending_earlier() {
+  local pid children child i
+  pid=$(pgrep -F "$1" -f restarting 2>/dev/null) || return 0
+  echo "$HOSTNAME: an earlier run is told to save and end" >&2
+  kill -TERM "$pid"
+  for ((i = 0; i < 300; i++)); do
+    kill -0 "$pid" 2>/dev/null || return 0
+    sleep 1
+  done
+  children=$(pgrep -P "$pid") || true
+  kill -KILL "$pid"
+  for child in $children; do kill -KILL -- "-$child"; done
+}

@@ -70,7 +70,7 @@ def test_tpu_vm():
     assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
     assert {"--zone=z", "--project=p", "--worker=all"} <= set(words)
     on_host = words[-1].removeprefix("--command=")
-    assert on_host.startswith("nohup bash -c ") and on_host.endswith("> /tmp/m2m_jax.log 2>&1 &")
+    assert on_host.startswith("bash -c ")
     subprocess.run(["bash", "-n"], input=on_host, text=True, check=True)
 
 
@@ -269,6 +269,70 @@ def test_a_task_of_slurm_hears_the_signals_that_its_shell_gets(tmp_path, name, c
     """)
     assert result.returncode == code, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == [f"{code}.5"]
+
+
+def test_tpu_vm_ends_an_earlier_run_before_it_starts_another(tmp_path):
+    """gcloud runs the command here, with the files that it names in this test's folder."""
+    host = tmp_path / "host"
+    (host / "launch").mkdir(parents=True)
+    (host / "launch" / "common.sh").symlink_to(ROOT / "launch" / "common.sh")
+    log = tmp_path / "log"
+    running = f"""
+    trap 'sleep 1; echo "saved $3" >>{log}; exit 75' TERM
+    echo "starts $3" >>{log}
+    while true; do sleep 0.1; done
+    """
+    stub(host / ".venv" / "bin" / "python", running)
+    gcloud = f"""
+    command=${{!#}}
+    command=${{command#--command=}}
+    command=${{command//\\/dev\\/shm/{tmp_path}}}
+    bash -c "${{command//\\/tmp\\/m2m_jax.log/{tmp_path}/output}}"
+    """
+    stub(tmp_path / "bin" / "gcloud", gcloud)
+
+    def start(run):
+        arguments = (*NEEDED["tpu_vm"], f"--source={host}", "--", run, "--workdir=w")
+        result = launch("tpu_vm", *arguments, env=on_path(tmp_path / "bin"), timeout=60)
+        assert result.returncode == 0, result.stderr
+
+    def stop():  # as --help says
+        subprocess.run(["pkill", "-TERM", "-F", tmp_path / "m2m_jax.pid", "-f", "restarting"], check=True)
+
+    def expect(*lines):
+        for _ in range(300):
+            if log.exists() and (found := log.read_text().splitlines()) == list(lines):
+                return
+            time.sleep(0.1)
+        raise AssertionError(found, (tmp_path / "output").read_text())
+
+    try:
+        start("1")
+        expect("starts 1")
+        start("2")
+        expect("starts 1", "saved 1", "starts 2")
+    finally:
+        stop()
+    expect("starts 1", "saved 1", "starts 2", "saved 2")
+    try:
+        start("3")
+        expect("starts 1", "saved 1", "starts 2", "saved 2", "starts 3")
+    finally:
+        stop()
+
+
+def test_an_earlier_run_that_hangs_is_killed(tmp_path):
+    hangs = stub(tmp_path / "hangs", f"trap : TERM; : >{tmp_path}/started; while true; do sleep 0.1; done")
+    loop = f"source launch/common.sh; echo $$ >{tmp_path}/pid; restarting 0 {hangs}"
+    # `shell` makes of the five minutes that it has nothing.
+    result = shell(f"""
+    bash -c '{loop}' &
+    until [[ -e {tmp_path}/started ]]; do :; done
+    ending_earlier {tmp_path}/pid
+    wait $! || echo "$?"
+    """)
+    assert result.stdout == "137\n", result.stderr
+    assert subprocess.run(["pgrep", "-f", hangs], capture_output=True, check=False).returncode == 1
 
 
 @pytest.mark.parametrize(
