@@ -6,8 +6,8 @@ fail() {
   exit 2
 }
 
-# parse_options "$@": --name=value for the variables that the launcher has set to their defaults, --module, --dry_run, and
-# after -- the arguments of the module, in the array `program`. `workdir` is the folder that it writes.
+# parse_options "$@": --name=value for the variables that the launcher has set to their defaults, --module, --dry_run,
+# and after -- the arguments of the module, in the array `program`. `workdir` is the folder that it writes.
 parse_options() {
   dry_run=0 module=m2m_jax.train program=()
   while (($#)); do
@@ -72,29 +72,36 @@ quoted() {
   echo "${line% }"
 }
 
-# restarting RESTARTS COMMAND...: again while it ends badly, as a crashed run does, so often, and as often as it likes where
-# it was preempted (75): it resumes from its last checkpoint. The exit codes are told in m2m_jax/train.py.
-# Signals to this shell are passed on, the command is waited for, and is not started again: a second Ctrl-C, too.
+# passing_on COMMAND...: `code` is what it ends with. Signals to this shell are passed on, a second Ctrl-C, too, and the
+# command is waited for; `told` is the last of them.
+passing_on() {
+  local pid='' interrupted
+  told=''
+  # Before it starts: a signal that comes sooner than its number is known is passed on when it is.
+  trap 'told=TERM interrupted=1; [[ -z $pid ]] || kill -TERM -- "-$pid" 2>/dev/null || true' TERM HUP
+  trap 'told=INT interrupted=1; [[ -z $pid ]] || kill -INT -- "-$pid" 2>/dev/null || true' INT
+  # A process group of its own: Ctrl-C on a terminal reaches it through this shell alone, and once.
+  set -m
+  "$@" &
+  pid=$!
+  set +m
+  [[ -z $told ]] || kill "-$told" -- "-$pid" 2>/dev/null || true
+  while true; do
+    interrupted='' code=0
+    wait "$pid" || code=$?
+    [[ $interrupted ]] || break
+  done
+  trap - TERM HUP INT
+}
+
+# restarting RESTARTS COMMAND...: again while it ends badly, as a crashed run does, so often, and as often as it likes
+# where it was preempted (75): it resumes from its last checkpoint. The exit codes are told in m2m_jax/train.py.
+# Not again where this shell was told to end.
 restarting() {
-  local left=$1 code pid told='' interrupted
+  local left=$1 code told
   shift
   while true; do
-    # Before it starts: a signal that comes sooner than its number is known is passed on when it is.
-    pid=''
-    trap 'told=TERM interrupted=1; [[ -z $pid ]] || kill -TERM -- "-$pid" 2>/dev/null || true' TERM HUP
-    trap 'told=INT interrupted=1; [[ -z $pid ]] || kill -INT -- "-$pid" 2>/dev/null || true' INT
-    # A process group of its own: Ctrl-C on a terminal reaches it through this shell alone, and once.
-    set -m
-    "$@" &
-    pid=$!
-    set +m
-    [[ -z $told ]] || kill "-$told" -- "-$pid" 2>/dev/null || true
-    while true; do
-      interrupted='' code=0
-      wait "$pid" || code=$?
-      [[ $interrupted ]] || break
-    done
-    trap - TERM HUP INT
+    passing_on "$@"
     if [[ $told ]]; then return "$code"; fi
     case $code in
       0 | 2 | 130) return "$code" ;;
@@ -106,4 +113,30 @@ restarting() {
     esac
     sleep 2
   done
+}
+
+# recording FOLDER COMMAND...: one task of SLURM's, whose exit code is left as the name of a file, FOLDER/CODE.TASK: a
+# full disk has no room for what is in one.
+recording() {
+  local folder=$1 code told
+  shift
+  passing_on "$@"
+  : >"$folder/$code.$SLURM_PROCID"
+  return "$code"
+}
+
+# ending_earlier FILE: ends the shell of an earlier launch, with `restarting` in it, whose number is in FILE, if it is
+# still there. Told by SIGTERM its run saves; one that takes over five minutes hangs, and is killed.
+ending_earlier() {
+  local pid children child i
+  pid=$(pgrep -F "$1" -f restarting 2>/dev/null) || return 0
+  echo "$HOSTNAME: an earlier run is told to save and end" >&2
+  kill -TERM "$pid"
+  for ((i = 0; i < 300; i++)); do
+    kill -0 "$pid" 2>/dev/null || return 0
+    sleep 1
+  done
+  children=$(pgrep -P "$pid") || true
+  kill -KILL "$pid"
+  for child in $children; do kill -KILL -- "-$child"; done
 }

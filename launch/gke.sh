@@ -8,23 +8,36 @@ source launch/common.sh
 usage() {
   cat <<'HELP'
 launch/gke.sh --image=IMAGE --accelerator=tpu-v5p-slice --topology=4x4x4 --hosts=16 [--slices=1] [--chips=4]
-              [--claim=m2m-data] [--name=m2m-jax] [--restarts=100] [--module=m2m_jax.train] [--dry_run]
+              [--claim=m2m-data] [--name=] [--restarts=100] [--module=m2m_jax.train] [--dry_run]
               -- ARGUMENTS OF THE MODULE
 
   --image      with this repository in its working directory and requirements-tpu.txt installed
   --hosts      of a slice: its chips divided by --chips, those of a host
   --claim      persistent volume claim, mounted at /data: data sets and the workdir (--workdir=/data/runs/x)
-Applies with kubectl; --dry_run prints the JobSet instead. Several slices need --config.mesh.slice=SLICES.
+  --name       of the JobSet; made from the workdir where it is not given
+  --restarts   JobSet counts every restart, those after a preemption, too
+Creates it with kubectl; --dry_run prints it instead. One of that name that has ended is deleted first, and one that
+runs is left alone. To save and stop: kubectl delete jobset NAME --cascade=foreground
+Several slices need --config.mesh.slice=SLICES.
 HELP
 }
 
 options="image accelerator topology hosts slices chips claim name restarts"
-image='' accelerator='' topology='' hosts='' slices=1 chips=4 claim=m2m-data name=m2m-jax restarts=100
+image='' accelerator='' topology='' hosts='' slices=1 chips=4 claim=m2m-data name='' restarts=100
 parse_options "$@"
 [[ $image && $accelerator && $topology && $hosts ]] || fail "--image, --accelerator, --topology and --hosts are needed"
 whole hosts slices chips restarts
 ((slices == 1)) || [[ $module != m2m_jax.train || " ${program[*]} " == *"--config.mesh.slice=$slices "* ]] ||
   fail "--slices=$slices needs --config.mesh.slice=$slices among the arguments of m2m_jax.train"
+
+# Always the same for a workdir, so that the run is found again, and another for any other: a word for people, and a
+# checksum. Short, for the names of the pods begin with it.
+if [[ -z $name ]]; then
+  label=$(basename "$workdir")
+  label=${label,,}
+  name=m2m-${label//[^a-z0-9]/-}
+  name=${name:0:24}-$(echo "${workdir%/}" | cksum | cut -d ' ' -f 1)
+fi
 
 # A string that YAML and JSON read alike.
 string() {
@@ -96,4 +109,17 @@ YAML
 YAML
 }
 
-if ((dry_run)); then jobset; else jobset | kubectl apply -f -; fi
+if ((dry_run)); then
+  jobset
+  exit
+fi
+# Its name and the conditions that hold, or nothing. A JobSet stays when it has ended, and what is in it cannot change.
+found=$(kubectl get jobset "$name" --ignore-not-found \
+  -o jsonpath='{.metadata.name} {.status.conditions[?(@.status=="True")].type} ')
+case $found in
+  '') ;;
+  # In the foreground: its pods are gone when this returns.
+  *" Completed "* | *" Failed "*) kubectl delete jobset "$name" --cascade=foreground ;;
+  *) fail "the JobSet $name runs: kubectl delete jobset $name --cascade=foreground stops it, --name=OTHER avoids it" ;;
+esac
+jobset | kubectl create -f -

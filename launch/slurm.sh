@@ -10,7 +10,9 @@ usage() {
 launch/slurm.sh [--nodes=2] [--gpus=8] [--time=24:00:00] [--partition=] [--python=.venv/bin/python] [--restarts=3]
                 [--module=m2m_jax.train] [--dry_run] -- ARGUMENTS OF THE MODULE
 
-Submits with sbatch; --dry_run prints the job instead. The checkout and the workdir must be on storage that all nodes see.
+Submits with sbatch; --dry_run prints the job instead. The checkout and the workdir must be on storage that all nodes
+see. Beside the workdir are slurm-JOB.log and slurm-JOB/: what the tasks of each start ended with, and the crashes.
+To save and stop: scancel --signal=INT JOB. A plain scancel sends SIGTERM, after which the job asks to be requeued.
 HELP
 }
 
@@ -18,6 +20,9 @@ options="nodes gpus time partition python restarts"
 nodes=2 gpus=8 time=24:00:00 partition='' python=.venv/bin/python restarts=3
 parse_options "$@"
 whole nodes gpus restarts
+
+beside=$(dirname "$workdir")
+mapfile -t variables < <(environment cuda)
 
 job() {
   cat <<JOB
@@ -27,31 +32,60 @@ job() {
 #SBATCH --ntasks-per-node=$gpus
 #SBATCH --gpus-per-node=$gpus
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=$time
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
 #SBATCH --open-mode=append
-#SBATCH --output=$(dirname "$workdir")/slurm-%j.log
+#SBATCH --output=$(quoted "$beside")/slurm-%j.log
 JOB
   [[ $partition ]] && echo "#SBATCH --partition=$partition"
   cat <<JOB
 
-cd $(quoted "$PWD")
+cd $(quoted "$PWD") || exit
 # JAX reads hosts and ranks from SLURM's variables.
 export M2M_PROCESSES=auto
+$(printf 'export %q\n' "${variables[@]}")
+command=($(quoted "$python" -m "$module" "${program[@]}"))
+tasks=$((nodes * gpus)) restarts=$restarts
+folder=$(quoted "$beside")/slurm-\$SLURM_JOB_ID
 JOB
-  environment cuda | sed 's/^/export /'
-  cat <<JOB
+  cat <<'JOB'
+start=$folder/${SLURM_RESTART_COUNT:-0}
+mkdir -p "$start"
+
+# Unbound: where a site binds tasks, each would have one core to read and decode its data with. The node is all ours.
 code=0
-srun --kill-on-bad-exit=1 $(quoted "$python" -m "$module" "${program[@]}") || code=\$?
-# The exit codes are told in m2m_jax/train.py; 143 is a process that SIGTERM found before it could listen.
-case \$code in
+srun --kill-on-bad-exit=1 --cpu-bind=none \
+  bash -c 'source launch/common.sh && recording "$@"' task "$start" "${command[@]}" || code=$?
+
+# When one task ends badly, srun kills the others and returns what these die of: what a task said itself decides. The
+# exit codes are told in m2m_jax/train.py.
+shopt -s nullglob
+for said in 2 130 75; do
+  those=("$start/$said".*)
+  if ((${#those[@]})); then code=$said && break; fi
+done
+# SIGTERM found all of them before they could listen: no task ended badly first.
+those=("$start/143".*)
+if ((${#those[@]} == tasks)); then code=75; fi
+
+case $code in
   0 | 2 | 130) ;;
-  75 | 143) scontrol requeue "\$SLURM_JOB_ID" ;;
-  *) ((\${SLURM_RESTART_COUNT:-0} >= $restarts)) || scontrol requeue "\$SLURM_JOB_ID" ;;
+  75) scontrol requeue "$SLURM_JOB_ID" ;;
+  *)
+    # SLURM's own count is of preemptions and the end of the time, too. Where this one cannot be written, it ends.
+    echo "$code" >>"$folder/crashes" && (($(wc -l <"$folder/crashes") <= restarts)) &&
+      scontrol requeue "$SLURM_JOB_ID"
+    ;;
 esac
-exit "\$code"
+exit "$code"
 JOB
 }
 
-if ((dry_run)); then job; else job | sbatch; fi
+if ((dry_run)); then
+  job
+else
+  mkdir -p "$beside" # or SLURM has no place for the log, and fails the job without one
+  job | sbatch
+fi

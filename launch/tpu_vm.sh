@@ -11,7 +11,9 @@ launch/tpu_vm.sh --name=TPU --zone=ZONE [--project=P] [--source=m2m_jax] [--rest
                  [--module=m2m_jax.train] [--dry_run] -- ARGUMENTS OF THE MODULE
 
   --source     folder of this repository on every host, with an environment in .venv: see docs/scaling.md
-The workdir must be a folder that all hosts see. The run goes on when this shell ends; its output is in /tmp/m2m_jax.log.
+The workdir must be a folder that all hosts see. The run goes on when this shell ends, with its output in
+/tmp/m2m_jax.log. After a reboot of a host run the same command again: what still runs is first told to save and end.
+To save and stop, let all workers run: pkill -TERM -F /dev/shm/m2m_jax.pid -f restarting
 HELP
 }
 
@@ -21,13 +23,16 @@ parse_options "$@"
 whole restarts
 [[ $name && $zone ]] || fail "--name and --zone are missing: which TPU VM is it?"
 
-# What every host does: restarting itself, for a host that was maintained comes back without its processes.
+# What every host does: it restarts its process by itself. The number of the shell that does so is in /dev/shm, which a
+# reboot empties.
 mapfile -t variables < <(environment tpu)
 run=$(quoted env "${variables[@]}" M2M_PROCESSES=auto .venv/bin/python -m "$module" "${program[@]}")
 # shellcheck disable=SC2016 # expanded on the host
-host='cd '$(quoted "$source")' && source launch/common.sh && restarting '$restarts' '$run
+loop='source launch/common.sh && echo $$ > /dev/shm/m2m_jax.pid && restarting '$restarts' '$run
+host='cd '$(quoted "$source")' && source launch/common.sh && ending_earlier /dev/shm/m2m_jax.pid && '
+host+='{ nohup bash -c '$(quoted "$loop")' > /tmp/m2m_jax.log 2>&1 < /dev/null & }'
 command=(gcloud compute tpus tpu-vm ssh "$name" --zone="$zone")
 [[ $project ]] && command+=(--project="$project")
-command+=(--worker=all --command="nohup bash -c $(quoted "$host") > /tmp/m2m_jax.log 2>&1 &")
+command+=(--worker=all --command="bash -c $(quoted "$host")")
 
 if ((dry_run)); then quoted "${command[@]}"; else "${command[@]}"; fi

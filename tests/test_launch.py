@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -52,11 +53,13 @@ def test_local():
 
 def test_slurm():
     job = dry_run("slurm", "--nodes=4", "--gpus=2", "--partition=big", "--restarts=7")
-    for line in ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=big", "--requeue"):
+    for line in ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=big", "--requeue", "--mem=0"):
         assert f"#SBATCH {line}\n" in job
-    assert "export M2M_PROCESSES=auto\n" in job and "export JAX_PLATFORMS=cuda,cpu\n" in job
-    assert ">= 7" in job and "75 | 143) scontrol requeue" in job and "#SBATCH --signal=TERM@300\n" in job
-    subprocess.run(["bash", "-n"], input=job, text=True, check=True)
+    assert "#SBATCH --signal=TERM@300\n" in job
+    assert r"#SBATCH --output=shared\ runs/slurm-%j.log" in job  # a backslash means to SLURM what it means to bash
+    assert "tasks=8 restarts=7\n" in job
+    found = subprocess.run([SHELLCHECK, "-"], input=job, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
 
 
 def test_tpu_vm():
@@ -67,7 +70,7 @@ def test_tpu_vm():
     assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
     assert {"--zone=z", "--project=p", "--worker=all"} <= set(words)
     on_host = words[-1].removeprefix("--command=")
-    assert on_host.startswith("nohup bash -c ") and on_host.endswith("> /tmp/m2m_jax.log 2>&1 &")
+    assert on_host.startswith("bash -c ")
     subprocess.run(["bash", "-n"], input=on_host, text=True, check=True)
 
 
@@ -172,6 +175,210 @@ def test_local_passes_sigterm_on_and_waits_until_all_have_saved(tmp_path):
     command = f"export LAUNCHER=$$; exec '{ROOT}/launch/local.sh' --python='{stub}' -- --config x --workdir={tmp_path}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stdout) == (75, "0 saved\n1 saved\n"), result.stderr
+
+
+# Programs of the clusters are stubs on PATH.
+
+
+def stub(path, script):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}")
+    path.chmod(0o755)
+    return path
+
+
+def on_path(folder):
+    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+# Runs the tasks one after the other, and returns what it is told to: what srun makes of their codes is its own affair.
+SRUN = """
+while [[ $1 == --* ]]; do shift; done
+for ((i = 0; i < 2; i++)); do SLURM_PROCID=$i "$@"; done
+exit "$SRUN"
+"""
+# Task 0 and task 1 end with CODES; "gone" has killed the shell around it, too, before that could say anything.
+TASK = """
+echo "$JAX_COMPILATION_CACHE_DIR" >&2
+codes=($CODES)
+[[ ${codes[SLURM_PROCID]} != gone ]] || kill -KILL $PPID
+exit "${codes[SLURM_PROCID]}"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Runs the job, whose workdir has a space in its path, as its start number so and so; what it ends with."""
+    stub(tmp_path / "bin" / "srun", SRUN)
+    stub(tmp_path / "bin" / "scontrol", f'echo "$@" >>"{tmp_path}/requeued"')
+    stub(tmp_path / "bin" / "sbatch", f'ls -d "{tmp_path}/shared runs" && cat >"{tmp_path}/job"')
+    python = stub(tmp_path / "bin" / "python", TASK)
+    arguments = (
+        "--nodes=1",
+        "--gpus=2",
+        "--restarts=2",
+        f"--python={python}",
+        "--",
+        f"--workdir={tmp_path}/shared runs/a",
+    )
+    result = launch("slurm", *arguments, env=on_path(tmp_path / "bin"))
+    assert result.returncode == 0, result.stderr  # the folder of the log is there when sbatch is called
+
+    def run(codes, srun, start=0):
+        variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start), "CODES": codes, "SRUN": str(srun)}
+        environment = on_path(tmp_path / "bin") | variables
+        job = ["bash", tmp_path / "job"]
+        result = subprocess.run(job, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert f"{tmp_path}/shared runs/compilation_cache\n" in result.stderr
+        requeued = tmp_path / "requeued"
+        times = requeued.read_text().count("requeue 7\n") if requeued.exists() else 0
+        return result.returncode, times
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("codes", "srun", "ends"),
+    [
+        ("0 0", 0, (0, 0)),
+        ("143 2", 143, (2, 0)),  # a mistake of the caller's, which the other task was too slow to find
+        ("gone 2", 137, (2, 0)),
+        ("130 gone", 137, (130, 0)),
+        ("75 134", 143, (75, 1)),
+        ("143 143", 143, (75, 1)),  # told to stop before they could listen
+        ("1 143", 143, (143, 1)),
+        ("gone 143", 143, (143, 1)),
+    ],
+)
+def test_slurm_ends_or_is_requeued_as_a_task_says(slurm, codes, srun, ends):
+    assert slurm(codes, srun) == ends
+
+
+def test_slurm_requeues_so_many_crashes_and_any_number_of_preemptions(slurm):
+    starts = [("75 75", 75)] * 3 + [("1 143", 1), ("75 75", 75), ("1 gone", 137)]
+    for i, (codes, srun) in enumerate(starts):
+        assert slurm(codes, srun, start=i) == (srun, i + 1)
+    assert slurm("1 143", 1, start=len(starts)) == (1, len(starts))
+
+
+@pytest.mark.parametrize(("name", "code"), [("TERM", 75), ("INT", 130)])
+def test_a_task_of_slurm_hears_the_signals_that_its_shell_gets(tmp_path, name, code):
+    result = shell(f"""
+    train() {{ trap 'exit {code}' {name}; kill -{name} $$; while true; do :; done; }}
+    SLURM_PROCID=5 recording '{tmp_path}' train
+    """)
+    assert result.returncode == code, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [f"{code}.5"]
+
+
+def test_tpu_vm_ends_an_earlier_run_before_it_starts_another(tmp_path):
+    """gcloud runs the command here, with the files that it names in this test's folder."""
+    host = tmp_path / "host"
+    (host / "launch").mkdir(parents=True)
+    (host / "launch" / "common.sh").symlink_to(ROOT / "launch" / "common.sh")
+    log = tmp_path / "log"
+    running = f"""
+    trap 'sleep 1; echo "saved $3" >>{log}; exit 75' TERM
+    echo "starts $3" >>{log}
+    while true; do sleep 0.1; done
+    """
+    stub(host / ".venv" / "bin" / "python", running)
+    gcloud = f"""
+    command=${{!#}}
+    command=${{command#--command=}}
+    command=${{command//\\/dev\\/shm/{tmp_path}}}
+    bash -c "${{command//\\/tmp\\/m2m_jax.log/{tmp_path}/output}}"
+    """
+    stub(tmp_path / "bin" / "gcloud", gcloud)
+
+    def start(run):
+        arguments = (*NEEDED["tpu_vm"], f"--source={host}", "--", run, "--workdir=w")
+        result = launch("tpu_vm", *arguments, env=on_path(tmp_path / "bin"), timeout=60)
+        assert result.returncode == 0, result.stderr
+
+    def stop():  # as --help says
+        subprocess.run(["pkill", "-TERM", "-F", tmp_path / "m2m_jax.pid", "-f", "restarting"], check=True)
+
+    def expect(*lines):
+        for _ in range(300):
+            if log.exists() and (found := log.read_text().splitlines()) == list(lines):
+                return
+            time.sleep(0.1)
+        raise AssertionError(found, (tmp_path / "output").read_text())
+
+    try:
+        start("1")
+        expect("starts 1")
+        start("2")
+        expect("starts 1", "saved 1", "starts 2")
+    finally:
+        stop()
+    expect("starts 1", "saved 1", "starts 2", "saved 2")
+    try:
+        start("3")
+        expect("starts 1", "saved 1", "starts 2", "saved 2", "starts 3")
+    finally:
+        stop()
+
+
+def test_an_earlier_run_that_hangs_is_killed(tmp_path):
+    hangs = stub(tmp_path / "hangs", f"trap : TERM; : >{tmp_path}/started; while true; do sleep 0.1; done")
+    loop = f"source launch/common.sh; echo $$ >{tmp_path}/pid; restarting 0 {hangs}"
+    # `shell` makes of the five minutes that it has nothing.
+    result = shell(f"""
+    bash -c '{loop}' &
+    until [[ -e {tmp_path}/started ]]; do :; done
+    ending_earlier {tmp_path}/pid
+    wait $! || echo "$?"
+    """)
+    assert result.stdout == "137\n", result.stderr
+    assert subprocess.run(["pgrep", "-f", hangs], capture_output=True, check=False).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("conditions", "calls"),
+    [
+        (None, ["get", "create"]),
+        ("StartupPolicyCompleted Completed", ["get", "delete", "create"]),
+        ("Failed", ["get", "delete", "create"]),
+        ("StartupPolicyCompleted", ["get"]),
+        ("", ["get"]),
+    ],
+)
+def test_gke_takes_the_place_of_what_has_ended_alone(tmp_path, conditions, calls):
+    found = "" if conditions is None else f'printf "%s %s " "$3" "{conditions}"'
+    kubectl = f"""
+    echo "$1 $2 $3" >>{tmp_path}/calls
+    case $1 in
+      get) {found} ;;
+      create) cat >{tmp_path}/jobset ;;
+    esac
+    """
+    stub(tmp_path / "bin" / "kubectl", kubectl)
+    result = launch("gke", *NEEDED["gke"], *PROGRAM, env=on_path(tmp_path / "bin"))
+    made = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call[0] for call in made] == calls
+    name = made[0][2]
+    if calls[-1] == "create":
+        assert result.returncode == 0, result.stderr
+        assert yaml.safe_load((tmp_path / "jobset").read_text())["metadata"]["name"] == name
+    else:
+        assert result.returncode == 2 and f"the JobSet {name} runs" in result.stderr
+    assert ["delete", "jobset", name] in made or "delete" not in calls
+
+
+def test_gke_names_a_jobset_after_its_workdir():
+    def name(workdir, *options):
+        result = launch("gke", *NEEDED["gke"], *options, "--dry_run", "--", f"--workdir={workdir}")
+        return yaml.safe_load(result.stdout)["metadata"]["name"]
+
+    workdirs = ["/data/a/My_Run", "/data/b/My_Run", "/data/a/my run", "/data/a/" + "long" * 20, "/data/.x"]
+    names = [name(workdir) for workdir in workdirs]
+    assert len(set(names)) == len(names)
+    assert names[0].startswith("m2m-my-run-") and name("/data/a/My_Run/") == names[0]
+    # A label of DNS; with -slice-, numbers and five letters more it is the name of a pod, of at most 63.
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]{0,39}[a-z0-9]", n) for n in names), names
+    assert name("/data/a", "--name=given") == "given"
 
 
 def test_a_process_that_does_not_come_is_named():
