@@ -45,10 +45,10 @@ def main(argv):
         raise UserError("config.data.images_per_set is 1: there is no context to evaluate")
     runtime.start()
     examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
-    warn_of_one_set(examples.num_sets, SPLIT.value)
     dataset = make_dataset(examples, batch_size=config.eval.batch_size)
     samplers = {path: Sampler.from_checkpoint(path) for path in CHECKPOINTS.value}
     require_comparable(samplers, config.data.image_size)
+    warn_of_one_set(examples.num_sets, SPLIT.value)
 
     table = {}
     for path, sampler in samplers.items():

@@ -20,7 +20,7 @@ from m2m_jax.configuration import from_json
 from m2m_jax.data.pipeline import batches, make_dataset, open_examples
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float
-from m2m_jax.models.diffusers_folder import save_autoencoder, save_unet
+from m2m_jax.models.diffusers_folder import SCHEDULER, save_autoencoder, save_unet
 from m2m_jax.models.folder import config_from
 from m2m_jax.models.parameters import Params, abstract, count, merge
 from m2m_jax.models.unet import UNetConfig
@@ -46,7 +46,7 @@ def main(argv):
     else:
         save_unet(output, config_from(UNetConfig, saved.metadata["unet"], {}), saved.ema_params, dtype)
         schedule = NoiseSchedule.from_config(config.schedule).to_config()
-        (output / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
+        (output / SCHEDULER).write_text(json.dumps(schedule, indent=2) + "\n")
     print(f"{output}: {count(saved.ema_params):,} parameters of step {saved.step} as {dtype}")
 
 

@@ -85,8 +85,6 @@ def train(config, workdir, interruption, watchdog, stack):
     options = {"seed": config.seed, "tokenizer": task.tokenizer, "with_images": task.needs_images}
     train_examples = open_examples(config.data, split=config.data.train_split, **options)
     eval_examples = open_examples(config.data, split=config.data.eval_split, whole_captions=True, **options)
-    if config.task == "set_diffusion" and config.data.images_per_set > 1:
-        warn_of_one_set(eval_examples.num_sets, config.data.eval_split)
     train_data = batched(train_examples, config.data.batch_size)
     eval_data = batched(eval_examples, config.eval.batch_size)
 
@@ -117,6 +115,8 @@ def train(config, workdir, interruption, watchdog, stack):
     start = f"resumed at step {first_step}" if first_step else f"from {config.init.path or 'scratch'}"
     trained = count({name: shape for name, shape in task.shapes.items() if setup.trains(name)})
     writer.message(f"{task.summary}: {count(task.shapes):,} parameters, {trained:,} of them train, {start}")
+    if config.task == "set_diffusion" and config.data.images_per_set > 1:
+        warn_of_one_set(eval_examples.num_sets, config.data.eval_split)
 
     # Steps
     def evaluate_batch(params, *arguments):

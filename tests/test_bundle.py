@@ -57,6 +57,7 @@ def test_files(exported, checkpoint):
     assert printed.startswith(f"{folder}: step 6, ") and printed.endswith("for cpu, cuda, tpu\n")
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["about"]["settings"]["stepper"] == "ddpm" and manifest["platforms"] == list(PLATFORMS)
+    assert manifest["reads_context"]
     assert manifest["schedule"]["prediction_type"] == "v_prediction"
     # The parameters are those of the checkpoint, under names that any safetensors library reads.
     sampler = m2m_jax.Sampler.from_checkpoint(checkpoint)

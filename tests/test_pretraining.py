@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -156,3 +157,30 @@ def test_m2m_starts_as_the_single_image_model(vae, base):
     larger = pretrained | {"conv_in.kernel": np.zeros((3, 3, 4, 32), np.float32)}
     with pytest.raises(UserError, match=r"init\.path=there does not fit config\.model: conv_in\.kernel is"):
         from_pretrained(params, task.unet_config, larger, base_task.unet_config, "there")
+
+
+@pytest.mark.parametrize("where", ["unet", "scheduler"])
+def test_another_schedule_than_that_of_the_start_is_told_of(where, tmp_path, capsys):
+    """Beside the U-Net, as it is saved here, or in the folder of a pipeline."""
+    shutil.copytree(ROOT / "pretrained" / "unet", tmp_path / "unet")
+    (tmp_path / where).mkdir(exist_ok=True)
+    file = (tmp_path / "unet" / "scheduler_config.json").rename(tmp_path / where / "scheduler_config.json")
+    config = runpy.run_path(ROOT / "configs" / "emoji.py")["get_config"]()
+    config.autoencoder.path, config.init.path = str(ROOT / "pretrained" / "vae"), str(tmp_path / "unet")
+    SetDiffusion(config).init()
+    assert capsys.readouterr().err == ""
+
+    config.schedule.prediction_type, config.schedule.rescale_betas_zero_snr = "epsilon", False
+    SetDiffusion(config).init()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and str(tmp_path / "unet") in line
+    assert line.endswith("rescale_betas_zero_snr is True, not False; prediction_type is v_prediction, not epsilon")
+
+    file.write_text('{"_class_name": "EDMEulerScheduler"}')
+    SetDiffusion(config).init()
+    assert "is not compared" in capsys.readouterr().err
+
+    for damaged in ("{", '{"num_train_timesteps": "many"}'):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"scheduler_config\.json is"):
+            SetDiffusion(config).init()

@@ -18,6 +18,7 @@ from run_fixtures import ROOT, run, train_tiny
 import m2m_jax
 from m2m_jax.attention.backends import prefix
 from m2m_jax.errors import UserError
+from m2m_jax.models.initialization import is_set_attention
 from m2m_jax.sampling.job import step_line
 from m2m_jax.sampling.programs import COMPILED
 from m2m_jax.sampling.settings import SamplingSettings
@@ -271,6 +272,20 @@ def test_a_set_that_outgrows_the_cache_is_refused_or_slides(sampler):
     exact = sampler(CONTEXT[0], num_images=3, seed=3)
     np.testing.assert_array_equal(images[0], exact[0])
     assert images.shape == exact.shape and np.any(images[2] != exact[2])
+
+
+def test_a_single_image_model_is_given_no_context(sampler):
+    """Which it would not read; nor does it keep images, so no cache is too small."""
+    alone = dataclasses.replace(
+        sampler,
+        unet_config=dataclasses.replace(sampler.unet_config, attn2="none"),
+        unet_params={name: x for name, x in sampler.unet_params.items() if not is_set_attention(name)},
+        settings=dataclasses.replace(sampler.settings, cache_size=1),
+    )
+    images = alone([], num_images=4, seed=5)
+    assert len(np.unique(images.reshape(4, -1), axis=0)) == 4
+    with pytest.raises(UserError, match="reads no context: give no context images"):
+        alone([np.zeros((SIZE, SIZE, 3), np.uint8)], num_images=1)
 
 
 def test_each_image_depends_on_those_before_it_alone(sampler):

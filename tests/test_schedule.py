@@ -1,5 +1,6 @@
 """The noise schedule against diffusers, and the identities that training relies on."""
 
+import dataclasses
 import json
 
 import jax
@@ -288,6 +289,23 @@ def test_reads_the_config_of_any_diffusers_scheduler_with_betas(diffusers):
 def test_refuses_what_it_cannot_do(config, message):
     with pytest.raises(UserError, match=message):
         NoiseSchedule.from_config(config)
+
+
+def test_what_a_network_finds_changed_under_another_schedule():
+    ours = NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing")
+    stable_diffusion = {"_class_name": "PNDMScheduler", "steps_offset": 1, "skip_prk_steps": True} | {
+        name: getattr(ours, name) for name in ("beta_schedule", "beta_start", "beta_end")
+    }
+    assert NoiseSchedule.from_config(stable_diffusion).differences(ours) == []
+    other = NoiseSchedule.from_config(stable_diffusion | {"beta_end": 0.02, "prediction_type": "v_prediction"})
+    assert other.differences(ours) == ["beta_end is 0.02, not 0.012", "prediction_type is v_prediction, not epsilon"]
+    cosine = NoiseSchedule(beta_schedule="squaredcos_cap_v2")
+    assert cosine.differences(dataclasses.replace(cosine, beta_end=0.5)) == []
+    flow = NoiseSchedule(beta_schedule="rectified_flow", prediction_type="flow", shift=3.0)
+    assert flow.differences(ours) == [
+        *("beta_schedule is rectified_flow, not scaled_linear", "prediction_type is flow, not epsilon")
+    ]
+    assert flow.differences(dataclasses.replace(flow, shift=1.0)) == ["shift is 3.0, not 1.0"]
 
 
 def test_refuses_unknown_loss_weights():

@@ -112,6 +112,13 @@ def test_options_that_make_no_images_are_refused(options, words, folder):
         TextToImage.open(folder, **SETTINGS | options)
 
 
+def test_a_damaged_schedule_is_refused(folder, tmp_path):
+    there = shutil.copytree(folder, tmp_path / "pipeline")
+    (there / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": "many"}')
+    with pytest.raises(UserError, match=r"scheduler_config\.json is damaged"):
+        TextToImage.open(there, **SETTINGS)
+
+
 def test_another_pipeline_and_parts_of_two_models_are_refused(folder, tmp_path):
     there = shutil.copytree(folder, tmp_path / "pipeline")
     text = json.loads((there / "text_encoder" / "config.json").read_text())

@@ -56,6 +56,10 @@ _UNSUPPORTED_WHEN_SET = (
 )
 
 
+class UnsupportedSchedule(UserError):
+    """A scheduler of diffusers that is none of this project's schedules."""
+
+
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
     """Noise levels, what the network predicts, and which timesteps a sampler visits.
@@ -127,12 +131,12 @@ class NoiseSchedule:
         """
         for name in _UNSUPPORTED_WHEN_SET:
             if name in config and config[name] not in (None, False):
-                raise UserError(f"scheduler config sets {name}, which is not supported: remove it")
+                raise UnsupportedSchedule(f"scheduler config sets {name}, which is not supported: remove it")
         values = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
         if config.get("_class_name") in _FLOW_CLASSES:
             values |= {"beta_schedule": "rectified_flow", "prediction_type": "flow"}
         elif "_class_name" in config and "beta_schedule" not in config:
-            raise UserError(
+            raise UnsupportedSchedule(
                 f"scheduler {config['_class_name']} has no beta_schedule: only schedulers with betas "
                 f"(DDPM, DDIM, PNDM, DPMSolverMultistep, ...) and {' and '.join(_FLOW_CLASSES)} are supported"
             )
@@ -158,6 +162,18 @@ class NoiseSchedule:
     def is_flow(self) -> bool:
         """Whether this is a rectified flow, and not a schedule with betas."""
         return self.beta_schedule == "rectified_flow"
+
+    def differences(self, other: "NoiseSchedule") -> list[str]:
+        """What a network that was trained under this schedule finds changed under the other, field by field: `beta_end
+        is 0.02, not 0.012`. Fields that only say which timesteps a sampler visits are left out."""
+        free = {"timestep_spacing", "steps_offset"}
+        if self.beta_schedule != other.beta_schedule or self.beta_schedule == "squaredcos_cap_v2":
+            free |= {"beta_start", "beta_end"}  # not read by both, or not alike
+        if self.is_flow != other.is_flow:
+            free |= {"rescale_betas_zero_snr", "shift"}  # read by one of them
+        names = [field.name for field in dataclasses.fields(self) if field.name not in free]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return [f"{name} is {mine}, not {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
     @functools.cached_property
     def levels(self) -> tuple[np.ndarray, np.ndarray]:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
 from m2m_jax.models import folder as folders
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.parameters import Params
 from m2m_jax.models.unet import BLOCK_TYPES, UNetConfig
 
+SCHEDULER = "scheduler_config.json"
 DIFFUSERS = folders.Format(
     library="diffusers",
     weights="diffusion_pytorch_model.safetensors",
@@ -87,6 +89,17 @@ def load_autoencoder_config(folder: str | Path) -> AutoencoderConfig:
     values["shift_factor"] = values.get("shift_factor") or None  # 0 shifts nothing
     folders.require_fixed(folder, values, AUTOENCODER_FIXED)
     return folders.load_config(AutoencoderConfig, folder, values, {})
+
+
+def load_schedule(file: Path) -> NoiseSchedule:
+    """That of a scheduler_config.json. Raises UserError for one that is damaged, and UnsupportedSchedule."""
+    values = folders.read_json(file)
+    try:
+        return NoiseSchedule.from_config(values)
+    except UserError as error:
+        raise type(error)(f"{file}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
 
 
 def unet_values(config: UNetConfig) -> dict[str, Any]:

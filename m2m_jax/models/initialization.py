@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from m2m_jax.errors import UserError
+from m2m_jax.diffusion.schedule import NoiseSchedule, UnsupportedSchedule
+from m2m_jax.errors import UserError, warn
 from m2m_jax.keys import Stream, stream_key
-from m2m_jax.models.diffusers_folder import load_params, load_unet_config
+from m2m_jax.models.diffusers_folder import SCHEDULER, load_params, load_schedule, load_unet_config
 from m2m_jax.models.folder import differences
 from m2m_jax.models.parameters import Params, split
 from m2m_jax.models.unet import UNet, UNetConfig
@@ -32,15 +34,37 @@ TRAINED: dict[str, Callable[[str], bool]] = {
 }
 
 
-def initial_params(build: Callable[[jax.Array], UNet], config: UNetConfig, folder: str, *, seed: int) -> Params:
+def initial_params(
+    build: Callable[[jax.Array], UNet], config: UNetConfig, schedule: NoiseSchedule, folder: str, *, seed: int
+) -> Params:
     """Parameters at step 0: from the U-Net in a folder of diffusers' layout, or from scratch where that is empty.
 
-    build: the network of `config`, of a key. Raises UserError as `from_pretrained`.
+    build: the network of `config`, of a key. schedule: that it will be trained under; a warning says where that of the
+    folder is another. Raises UserError as `from_pretrained`.
     """
     params = jax.jit(lambda key: split(build(key))[1])(stream_key(seed, 0, Stream.PARAMS))
     if not folder:
         return params
-    return from_pretrained(params, config, load_params(folder), load_unet_config(folder), folder)
+    params = from_pretrained(params, config, load_params(folder), load_unet_config(folder), folder)
+    _warn_of_another_schedule(folder, schedule)
+    return params
+
+
+def _warn_of_another_schedule(folder: str, schedule: NoiseSchedule) -> None:
+    """The schedule stands beside a U-Net that this project saved, and in a folder of its own in a pipeline."""
+    files = (Path(folder) / SCHEDULER, Path(folder) / ".." / "scheduler" / SCHEDULER)
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return
+    try:
+        changed = load_schedule(file).differences(schedule)
+    except UnsupportedSchedule as error:
+        warn(f"config.schedule is not compared with that of init.path={folder}: {error}")
+        return
+    if changed:
+        warn(
+            f"config.schedule is not the one that init.path={folder} was trained under: in {file} {'; '.join(changed)}"
+        )
 
 
 def from_pretrained(

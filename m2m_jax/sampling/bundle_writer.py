@@ -33,6 +33,7 @@ def write_bundle(sampler: Sampler, folder: Path) -> None:
         "cache_size": sampler.cache_size,
         "slide": sampler.slide,
         "encodes_generated": sampler.encodes_generated,
+        "reads_context": sampler.reads_context,
         "about": sampler.about,
         "schedule": sampler.schedule.to_config(),
     }

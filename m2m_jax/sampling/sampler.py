@@ -153,5 +153,9 @@ class Sampler(SetSampler):
         return self.unet_config.attends_to_encoded
 
     @property
+    def reads_context(self) -> bool:
+        return self.unet_config.attn2 != "none"
+
+    @property
     def num_devices(self) -> int:
         return len(self._mesh.devices)

@@ -57,6 +57,7 @@ class SetSampler(abc.ABC):
       slide: whether a set that outgrows the cache forgets its oldest image.
       encodes_generated: whether a generated image is encoded again to become context (M2M-DINO), or its latents are.
       programs: those of `sampling/programs.py`, with parameters bound.
+      reads_context: whether context changes anything: not where a model was trained on single images.
       num_devices: that share the sets of a batch.
     """
 
@@ -66,6 +67,7 @@ class SetSampler(abc.ABC):
     slide: bool
     encodes_generated: bool
     programs: Mapping[str, Callable]
+    reads_context: bool = True
     num_devices: int = 1
 
     def place(self, tree: Any) -> Any:
@@ -92,7 +94,8 @@ class SetSampler(abc.ABC):
           uint8 [num_images, image_size, image_size, 3].
 
         Raises:
-          UserError: `num_images` is not positive, an image can't be read, or the set outgrows the cache.
+          UserError: `num_images` is not positive, an image can't be read, the set outgrows the cache, or there are
+            context images that the model does not read.
         """
         return np.stack(list(self.stream(context_images, num_images, seed, on_step)))
 
@@ -171,6 +174,10 @@ class SetSampler(abc.ABC):
             if not 0 <= seed <= MAX_SEED:
                 raise UserError(f"a seed must be between 0 and {MAX_SEED}, not {seed}")
         lengths_b = np.array([len(context) for context in contexts])
+        if not self.reads_context:
+            if lengths_b.any():
+                raise UserError("this model was trained on single images and reads no context: give no context images")
+            return lengths_b  # nothing is kept, however many images there are
         longest = int(lengths_b.max()) + num_images - 1  # the last image is context to none
         if longest > self.cache_size and not self.slide:
             raise UserError(

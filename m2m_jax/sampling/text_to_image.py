@@ -261,7 +261,7 @@ def _open_folder(
     models.require_params(frozen, {AUTOENCODER: str(folder / "vae"), TEXT_ENCODER: str(text_folder)})
     unet_params = diffusers_folder.load_params(unet_folder)
     require_same(unet_folder, unet_structure(unet_config)[1], unet_params)
-    schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    schedule = diffusers_folder.load_schedule(folder / "scheduler" / diffusers_folder.SCHEDULER)
     trained_at = read_json(unet_folder / "config.json").get("sample_size", 64)
     if image_size is None and type(trained_at) is not int:
         raise UserError(f"{unet_folder}/config.json: sample_size is {trained_at!r:.60}; give the image size")

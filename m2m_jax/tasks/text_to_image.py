@@ -61,7 +61,8 @@ class TextToImageTask:
 
     def init(self) -> Params:
         """Parameters at step 0: from `config.init.path`, or from scratch where that is empty."""
-        return initial_params(self._build, self.unet_config, self.config.init.path, seed=self.config.seed)
+        folder, seed = self.config.init.path, self.config.seed
+        return initial_params(self._build, self.unet_config, self.schedule, folder, seed=seed)
 
     is_new_parameter = staticmethod(is_set_attention)  # attn2, whatever it attends to
 
