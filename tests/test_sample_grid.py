@@ -15,6 +15,7 @@ from text_fixtures import make_bert
 
 from m2m_jax.errors import UserError
 from m2m_jax.sampling.set_sampler import SetSampler
+from m2m_jax.sampling.text_to_image import TextToImage
 from m2m_jax.tasks import sample_grid
 from m2m_jax.tasks.sample_grid import pieces
 from m2m_jax.tasks.set_diffusion import SetDiffusion
@@ -81,7 +82,11 @@ def test_single_images_in_pieces_are_those_made_at_once(folders):
 def test_images_of_captions_in_pieces_are_those_made_at_once(batch, folders):
     task = TextToImageTask(config_of("emoji_t2i", folders, **{"text_encoder.max_tokens": 9}))
     batch = batch | {"token_ids_bns": task.tokenizer(["red cat", "dog", "blue"])[:, None]}
-    whole, alone = (preview(task, batch, at_once) for at_once in (SETS, 1))
+    whole = preview(task, batch, at_once=SETS)
+    generate = TextToImage.generate_from_ids
+    with mock.patch.object(TextToImage, "generate_from_ids", autospec=True, side_effect=generate) as generated:
+        alone = preview(task, batch, at_once=1)
+    assert [len(call.args[1]) for call in generated.call_args_list] == [1] * SETS
     assert whole.std() > 1 and np.abs(whole - alone).max() <= 1
 
 
