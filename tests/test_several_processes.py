@@ -57,6 +57,7 @@ def test_a_process_that_fails_ends_with_its_own_code(fails, error, codes, said, 
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert {i: processes[i].returncode for i in codes} == codes, errors
     assert said in errors[1]
     assert time.monotonic() - started < 200
