@@ -13,6 +13,7 @@ import io
 import os
 import pathlib
 import runpy
+import socket
 import sys
 from typing import NamedTuple
 from unittest import mock
@@ -21,6 +22,7 @@ import jax
 from absl import flags
 from data_fixtures import build_emoji
 from flax import nnx
+from ml_collections import ConfigDict
 
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.diffusers_folder import save_autoencoder
@@ -66,6 +68,19 @@ def run(module: str, *arguments: object) -> Result:
         for name in defining:
             sys.modules.pop(name, None)
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config that `config_argument` of that name says: "emoji" or, with a preset, "emoji:tiny"."""
+    file, _, preset = name.partition(":")
+    return runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"](*[preset] * bool(preset))
+
+
+def free_address() -> str:
+    """Where the processes of a launch on this machine can meet."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
 
 def config_argument(name: str) -> str:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from checkpoint_fixtures import assert_bit_equal, create, save, save_three, steps_in, target
-from run_fixtures import ROOT, run, train_tiny
+from run_fixtures import ROOT, free_address, run, train_tiny
 
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.saved_model import load_for_sampling
@@ -401,7 +401,7 @@ def test_two_processes_agree(workdir, saved, fallback):
     environment = {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_COORDINATOR_ADDRESS": "localhost:8476",
+        "JAX_COORDINATOR_ADDRESS": free_address(),
     }
     processes = [
         subprocess.Popen(

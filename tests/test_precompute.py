@@ -1,7 +1,6 @@
 """Precomputed latents: training reads what it would have encoded, and a run goes on where it ended."""
 
 import json
-import runpy
 import shutil
 from unittest import mock
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from data_fixtures import data_config, write_image_folder
 from parity_fixtures import random_model
-from run_fixtures import ROOT, config_argument, run
+from run_fixtures import ROOT, config_argument, load_config, run
 
 from m2m_jax.data import precomputed, records
 from m2m_jax.data.pipeline import SetExamples, inputs, make_dataset, open_examples
@@ -226,7 +225,7 @@ def _train(tmp_path, name, path):
 
 @pytest.mark.parametrize("model", ["self", "dino"])
 def test_losses_on_latents_are_those_on_their_images(tmp_path, pictures, latents, model):
-    config = runpy.run_path(ROOT / "configs" / "emoji.py")["get_config"]("tiny")
+    config = load_config("emoji:tiny")
     config.autoencoder.path = str(VAE)
     config.model.block_out_channels, config.model.num_attention_heads = (16,), (2,)
     config.model.down_block_types = ("CrossAttnDownBlock2D",)

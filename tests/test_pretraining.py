@@ -1,7 +1,6 @@
 """From pixels to a start for M2M: the autoencoder and the single-image U-Net are trained, saved and loaded."""
 
 import json
-import runpy
 import shutil
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_fixtures import build_emoji
-from run_fixtures import ROOT, config_argument, run
+from run_fixtures import ROOT, config_argument, load_config, run
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.checkpoints.saved_model import load_for_sampling
@@ -118,7 +117,7 @@ def test_single_image_model_trains_and_saves(base):
 
 def test_m2m_starts_as_the_single_image_model(vae, base):
     """At step 0 the network is the pretrained one, whatever the context; afterwards the context can come in."""
-    config = runpy.run_path(ROOT / "configs" / "emoji.py")["get_config"]("tiny")
+    config = load_config("emoji:tiny")
     config.autoencoder.path, config.init.path = str(vae[1]), str(base[1])
     task = SetDiffusion(config)
     params = task.init()
@@ -141,7 +140,7 @@ def test_m2m_starts_as_the_single_image_model(vae, base):
         layout = SetLayout((0, 1, 2), (0, 1, 3))
         return denoise_sets(merge(task.unet, params), clean, noised, timestep, layout, clean_timestep=0)
 
-    base_config = runpy.run_path(ROOT / "configs" / "emoji_base.py")["get_config"]("tiny")
+    base_config = load_config("emoji_base:tiny")
     base_config.autoencoder.path = str(vae[1])
     base_task = SetDiffusion(base_config)
     alone = jax.jit(lambda params, x, t: merge(base_task.unet, params)(x, t))(
@@ -165,7 +164,7 @@ def test_another_schedule_than_that_of_the_start_is_told_of(where, tmp_path, cap
     shutil.copytree(ROOT / "pretrained" / "unet", tmp_path / "unet")
     (tmp_path / where).mkdir(exist_ok=True)
     file = (tmp_path / "unet" / "scheduler_config.json").rename(tmp_path / where / "scheduler_config.json")
-    config = runpy.run_path(ROOT / "configs" / "emoji.py")["get_config"]()
+    config = load_config("emoji")
     config.autoencoder.path, config.init.path = str(ROOT / "pretrained" / "vae"), str(tmp_path / "unet")
     SetDiffusion(config).init()
     assert capsys.readouterr().err == ""

@@ -1,7 +1,6 @@
 """Sample grids of a run: made in pieces, the same as at once; and a run that has no memory for one goes on."""
 
 import gc
-import runpy
 import weakref
 from unittest import mock
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from data_fixtures import write_image_folder
 from model_fixtures import random_params
-from run_fixtures import ROOT, config_argument, make_autoencoder, run
+from run_fixtures import config_argument, load_config, make_autoencoder, run
 from text_fixtures import make_bert
 
 from m2m_jax.errors import UserError
@@ -33,7 +32,7 @@ def folders(tmp_path_factory):
 
 
 def config_of(file, folders, **changes):
-    config = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"]("tiny")
+    config = load_config(f"{file}:tiny")
     paths = {name: str(folders[name]) for name in folders if name != "text_encoder.path" or "t2i" in file}
     config.update_from_flattened_dict({"data.image_size": SIZE, **paths, **changes})
     return config
@@ -43,6 +42,15 @@ def preview(task, batch, at_once):
     """The grid, of so many images at once."""
     with mock.patch.object(sample_grid, "PIXELS_AT_ONCE", at_once * SIZE**2):
         return np.asarray(task.preview(random_params(task.shapes), batch, step=1), int)
+
+
+def assert_alike_in_pieces(task, batch, generator, method):
+    """All sets at once, or one after another, by `method` of the class `generator`, which is first given the sets."""
+    whole, original = preview(task, batch, at_once=2 * SETS), getattr(generator, method)
+    with mock.patch.object(generator, method, autospec=True, side_effect=original) as made:
+        alone = preview(task, batch, at_once=1)
+    assert [len(call.args[1]) for call in made.call_args_list] == [1] * SETS
+    assert whole.std() > 1 and np.abs(whole - alone).max() <= 1
 
 
 def images(n):
@@ -63,12 +71,7 @@ def test_as_many_at_once_as_have_the_pixels_of_one_large_image():
 @pytest.mark.parametrize("batch", [{"images_bnhwc": images(3)}, {"latents_bnhwc": latents(3)}])
 def test_sets_in_pieces_are_those_made_at_once(batch, folders):
     task = SetDiffusion(config_of("emoji", folders, **{"data.images_per_set": 3}))
-    whole = preview(task, batch, at_once=2 * SETS)
-    sample_sets = SetSampler.sample_sets
-    with mock.patch.object(SetSampler, "sample_sets", autospec=True, side_effect=sample_sets) as sampled:
-        alone = preview(task, batch, at_once=1)
-    assert [len(call.args[1]) for call in sampled.call_args_list] == [1] * SETS
-    assert whole.std() > 1 and np.abs(whole - alone).max() <= 1
+    assert_alike_in_pieces(task, batch, SetSampler, "sample_sets")
 
 
 def test_single_images_in_pieces_are_those_made_at_once(folders):
@@ -82,12 +85,7 @@ def test_single_images_in_pieces_are_those_made_at_once(folders):
 def test_images_of_captions_in_pieces_are_those_made_at_once(batch, folders):
     task = TextToImageTask(config_of("emoji_t2i", folders, **{"text_encoder.max_tokens": 9}))
     batch = batch | {"token_ids_bns": task.tokenizer(["red cat", "dog", "blue"])[:, None]}
-    whole = preview(task, batch, at_once=SETS)
-    generate = TextToImage.generate_from_ids
-    with mock.patch.object(TextToImage, "generate_from_ids", autospec=True, side_effect=generate) as generated:
-        alone = preview(task, batch, at_once=1)
-    assert [len(call.args[1]) for call in generated.call_args_list] == [1] * SETS
-    assert whole.std() > 1 and np.abs(whole - alone).max() <= 1
+    assert_alike_in_pieces(task, batch, TextToImage, "generate_from_ids")
 
 
 def test_an_image_size_that_comes_back_as_another_is_refused(folders):

@@ -1,15 +1,12 @@
 """How a process ends that fails among several: with its own exit code, and not after JAX's five minutes."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from run_fixtures import ROOT, free_address
 
 PROGRAM = """
 import sys
@@ -43,9 +40,7 @@ run_program(main)
     ],
 )
 def test_a_process_that_fails_ends_with_its_own_code(fails, error, codes, said, tmp_path):
-    with socket.socket() as free:
-        free.bind(("", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, tmp_path / "program.py", f"--fails={fails}", f"--error={error}"]
     environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "PYTHONPATH": str(ROOT)}

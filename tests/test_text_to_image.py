@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import runpy
 import shutil
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_fixtures import build_emoji
-from run_fixtures import ROOT, config_argument, make_autoencoder, run
+from run_fixtures import config_argument, load_config, make_autoencoder, run
 from text_fixtures import CLIP_LENGTH, SAMPLE_SIZE, SD_AUTOENCODER, make_bert, make_stable_diffusion
 
 from m2m_jax.errors import UserError
@@ -209,7 +208,7 @@ def test_what_makes_no_sample_is_refused_before_training(changes, words, tmp_pat
 
 
 def tiny_config(folder, **changes):
-    config = runpy.run_path(str(ROOT / "configs" / "emoji_t2i.py"))["get_config"]("tiny")
+    config = load_config("emoji_t2i:tiny")
     config.update_from_flattened_dict(changes)
     config.autoencoder.path, config.text_encoder.path = (
         str(make(folder / name)) for make, name in ((make_autoencoder, "vae"), (make_bert, "bert"))

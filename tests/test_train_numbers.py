@@ -1,7 +1,6 @@
 """The numbers of training: they do not depend on the mesh, and one batch can be learnt by heart."""
 
 import copy
-import runpy
 from typing import NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from run_fixtures import ROOT, make_autoencoder
+from run_fixtures import load_config, make_autoencoder
 
 from m2m_jax.configuration import default_config
 from m2m_jax.models.parameters import Params
@@ -27,7 +26,7 @@ def autoencoder(tmp_path_factory):
 
 def _task(autoencoder, steps: int, blocks: str, platform: str | None = None, **changes) -> SetDiffusion:
     """Of configs/emoji.py:tiny with a U-Net of one level, which compiles in a third of the time."""
-    config = runpy.run_path(ROOT / "configs" / "emoji.py")["get_config"]("tiny")
+    config = load_config("emoji:tiny")
     config.autoencoder.path = str(autoencoder)
     config.train.steps = steps
     config.model.block_out_channels = (16,)

@@ -1,5 +1,10 @@
 """How much of a sample grid is computed at once: beside the state of training there is no room for all of it."""
 
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
 PIXELS_AT_ONCE = 512 * 512
 
 
@@ -7,3 +12,13 @@ def pieces(count: int, image_size: int) -> list[slice]:
     """Of `count` images, which are made together: as many as have, in all, the pixels of one of 512 px a side."""
     at_once = max(PIXELS_AT_ONCE // image_size**2, 1)
     return [slice(start, start + at_once) for start in range(0, count, at_once)]
+
+
+def decode_in_pieces(
+    decode: Callable[[np.ndarray], jax.Array], latents_khwc: np.ndarray, image_size: int
+) -> np.ndarray:
+    """uint8 images [k, image_size, image_size, 3] of scaled latents; k may be 0. decode: of some of them."""
+    images_khwc = np.empty((len(latents_khwc), image_size, image_size, 3), np.uint8)
+    for piece in pieces(len(latents_khwc), image_size):
+        images_khwc[piece] = decode(latents_khwc[piece])
+    return images_khwc

@@ -23,7 +23,7 @@ from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generate
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.evaluation import context_losses
-from m2m_jax.tasks.sample_grid import pieces
+from m2m_jax.tasks.sample_grid import decode_in_pieces, pieces
 
 
 class SetDiffusion:
@@ -141,9 +141,8 @@ class SetDiffusion:
         # The sampler will encode them again: near enough to look at.
         latents_bmhwc, size = np.asarray(batch["latents_bnhwc"])[:, :-1], sampler.image_size
         latents_khwc = latents_bmhwc.reshape(-1, *latents_bmhwc.shape[2:])
-        images_khwc = np.empty((len(latents_khwc), size, size, 3), np.uint8)
-        for k in pieces(len(latents_khwc), size):
-            images_khwc[k] = sampler.programs["decode"](sampler.place(latents_khwc[k]))
+        decode = sampler.programs["decode"]
+        images_khwc = decode_in_pieces(lambda x_khwc: decode(sampler.place(x_khwc)), latents_khwc, size)
         return images_khwc.reshape(*latents_bmhwc.shape[:2], size, size, 3)
 
     def sampler(self, params: Params, step: int) -> Sampler:
