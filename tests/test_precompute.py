@@ -1,7 +1,11 @@
 """Precomputed latents: training reads what it would have encoded, and a run goes on where it ended."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -20,6 +24,7 @@ from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels
 from m2m_jax.models.transformers_folder import save_dinov2
 from m2m_jax.tasks.set_diffusion import SetDiffusion
+from m2m_jax.training.interruption import PREEMPTED
 
 TINY = config_argument("emoji:tiny")
 VAE = ROOT / "pretrained" / "vae"
@@ -33,9 +38,12 @@ def pictures(tmp_path_factory):
     return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", num_sets=9, images_per_set=5)
 
 
-def _precompute(pictures, output, *arguments, split="train"):
-    return run(
-        "data.precompute",
+def _precompute(pictures, output, *more, split="train"):
+    return run("data.precompute", *_arguments(pictures, output, split), *more)
+
+
+def _arguments(pictures, output, split="train"):
+    return [
         TINY,
         "--config.data.name=folder",
         f"--config.data.path={pictures}",
@@ -44,8 +52,7 @@ def _precompute(pictures, output, *arguments, split="train"):
         f"--output={output}",
         f"--records_per_shard={RECORDS_PER_SHARD}",
         "--batch_size=8",
-        *arguments,
-    )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +192,35 @@ def test_processes_share_the_shards(tmp_path, pictures, latents):
     manifest = precomputed.read_manifest(tmp_path / "latents", "train")
     assert "--process" not in manifest.command
     assert f"--output={tmp_path / 'latents'} --records_per_shard=3 --batch_size=8" in manifest.command
+
+
+def test_processes_that_a_launch_joins_share_the_shards(tmp_path, pictures, latents):
+    launch = [ROOT / "launch" / "local.sh", f"--python={sys.executable}", "--module=m2m_jax.data.precompute", "--"]
+    command = [*launch, *_arguments(pictures, tmp_path / "joined")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("images/s") == NUM_SHARDS
+    ours, theirs = (precomputed.PrecomputedRecords(str(of), "train", 32) for of in (tmp_path / "joined", latents))
+    for index in range(8):
+        assert ours[index].set_id == theirs[index].set_id
+        # Other numbers of devices are other orders of adding up.
+        np.testing.assert_allclose(ours[index].latents, theirs[index].latents, rtol=0, atol=5e-6)
+
+
+def test_told_to_stop_it_ends_after_the_shard_being_made(tmp_path, pictures, latents):
+    serialize = precomputed.serialize
+
+    def told(record):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return serialize(record)
+
+    with mock.patch.object(precomputed, "serialize", told):
+        result = _precompute(pictures, tmp_path / "latents")
+    assert result.code == PREEMPTED, result.err
+    assert "stopped; go on with: python -m m2m_jax.data.precompute" in result.out
+    assert list(_shards(tmp_path / "latents")) == [_shard(tmp_path / "latents", 0).name]
+    assert _precompute(pictures, tmp_path / "latents").code == 0
+    assert _shards(tmp_path / "latents").items() <= _shards(latents).items()
 
 
 def test_a_damaged_shard_is_made_again(pictures, copy, latents):

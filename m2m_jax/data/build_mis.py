@@ -24,7 +24,6 @@ they mean. How many each rule dropped stands in the manifest.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from m2m_jax.data import mis, precomputed, records
 from m2m_jax.data.set_building import build_folder, building
 from m2m_jax.data.set_building.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.data.set_building.cleaning import SetRules
-from m2m_jax.data.work_sharing import check_process_flags, command, process
+from m2m_jax.data.work_sharing import check_process_flags, command, process, wait_for_all
 from m2m_jax.errors import UserError
 from m2m_jax.program import run_program
 from m2m_jax.sampling.text_to_image import TextToImage
@@ -75,7 +74,6 @@ _DEFINE = {
     "float": flags.DEFINE_float,
     "str": flags.DEFINE_string,
 }
-_SECONDS_BETWEEN_LOOKS = 10.0
 
 
 def _define_rules(rules: type, names: dict[str, str]) -> Callable[[], object]:
@@ -116,16 +114,13 @@ def main(argv):
         if len(missing) < len(mine):
             say(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
         done = make(output, missing, captions, generator, make_set, lambda: interruption.requested(0))
-        while done and (manifest := build_folder.finish(output, build)) is None:
-            # Where JAX joined the processes, the end of one would be the end of all.
-            if not jax.distributed.is_initialized():
-                say("done; other processes have shards to make: whichever ends last writes the manifest")
-                return 0
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            done = not interruption.requested(0)
-        if not done:
+        manifest = wait_for_all(lambda: build_folder.finish(output, build), interruption) if done else None
+        if manifest is None and interruption.requested(0):
             say(f"stopped; go on with: {build.command}")
             return interruption.exit_code()
+        if manifest is None:
+            say("done; other processes have shards to make: whichever ends last writes the manifest")
+            return 0
     counts = (f"{what} {sum(by.values())} {by or ''}".rstrip() for what, by in manifest.dropped.items())
     say(f"{mis.folder(output)}: {manifest.sets} sets, {manifest.images} images; dropped: {'; '.join(counts)}")
     return 0

@@ -11,11 +11,13 @@ augmented, for one augmentation has to be drawn for each set and step: training 
 and data.name=precomputed refuses data.augment.enabled. Which images of a set are used, and in which order, is still
 drawn at training time. Latents are bound to the weights that made them; training with others is refused.
 
-Shards appear whole: a run that was interrupted goes on with the first shard that is missing. Several processes, also
-on several hosts with one file system, share the shards of a split where each is told its --process_index and
---process_count. Layout of the folder: `precomputed.py`.
+Shards appear whole: a run that was interrupted, or killed, goes on with the first shard that is missing. SIGTERM and
+Ctrl-C end it after the shard being made. Several processes, also on several hosts with one file system, share the
+shards of a split where each is told its --process_index and --process_count; processes that M2M_PROCESSES joins
+(`runtime.py`) know theirs, and end when all shards are there. Layout of the folder: `precomputed.py`.
 """
 
+import collections
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,11 +37,12 @@ from m2m_jax.configuration import reads_latents
 from m2m_jax.data import precomputed, records
 from m2m_jax.data.pipeline import SOURCES, RecordSource
 from m2m_jax.data.shards import count_records
-from m2m_jax.data.work_sharing import check_process_flags, command, process
+from m2m_jax.data.work_sharing import check_process_flags, command, process, wait_for_all
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.program import run_program
+from m2m_jax.training.interruption import Interruption
 
 CONFIG = define_config_flag()
 SPLIT = flags.DEFINE_string("split", "train", "Which split of the data set.")
@@ -83,17 +86,34 @@ def main(argv):
         command=command("m2m_jax.data.precompute"),
     )
     precomputed.write_manifest(output, split, manifest)
-    for shard in range(index, manifest.num_shards, count):
-        path = precomputed.shard_path(output, split, shard, manifest.num_shards)
-        indices = manifest.shard_records(shard)
-        if count_records(path) == len(indices):
-            print(f"{path.name}: there already", flush=True)
-            continue
-        started = time.monotonic()
-        precomputed.write_shard(path, encoded_records(source, indices, config.data, encode))
-        images = sum(source.num_images[i] for i in indices)
-        rate = images / (time.monotonic() - started)
-        print(f"{path.name}: {len(indices)} sets, {images} images, {rate:.0f} images/s", flush=True)
+    shards = {
+        precomputed.shard_path(output, split, shard, manifest.num_shards): manifest.shard_records(shard)
+        for shard in range(manifest.num_shards)
+    }
+    with Interruption(together=False) as interruption:
+        for path, indices in itertools.islice(shards.items(), index, None, count):
+            if count_records(path) == len(indices):
+                print(f"{path.name}: there already", flush=True)
+                continue
+            if interruption.requested(0):
+                break
+            started = time.monotonic()
+            precomputed.write_shard(path, encoded_records(source, indices, config.data, encode))
+            images = sum(source.num_images[i] for i in indices)
+            rate = images / (time.monotonic() - started)
+            print(f"{path.name}: {len(indices)} sets, {images} images, {rate:.0f} images/s", flush=True)
+        left = collections.deque(shards.items())
+        if not wait_for_all(lambda: _all_there(left), interruption) and interruption.requested(0):
+            print(f"stopped; go on with: {manifest.command}", flush=True)
+            return interruption.exit_code()
+    return 0
+
+
+def _all_there(left: collections.deque[tuple[Path, range]]) -> bool:
+    """Whether these shards are there; takes those that are out of the list, as looking costs time."""
+    while left and count_records(left[0][0]) == len(left[0][1]):
+        left.popleft()
+    return not left
 
 
 def check_flags(config: ConfigDict, output: Path) -> None:

@@ -59,7 +59,7 @@ class Bundle(SetSampler):
         self.cache_size = manifest["cache_size"]
         self.slide = manifest["slide"]
         self.encodes_generated = manifest["encodes_generated"]
-        self.reads_context = manifest.get("reads_context", True)  # older bundles do not say
+        self.reads_context = manifest["reads_context"]
         params = jax.device_put(_read_params(folder / PARAMS))
         self.programs = {name: functools.partial(_load(folder, name, manifest), params) for name in PROGRAMS}
 
@@ -100,11 +100,9 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     for name in ("image_size", "num_steps", "cache_size"):
         if type(manifest[name]) is not int or not 1 <= manifest[name] < 2**31:
             raise ValueError(f"{name} is {manifest[name]!r:.40}")
-    for name in ("slide", "encodes_generated"):
+    for name in ("slide", "encodes_generated", "reads_context"):
         if type(manifest[name]) is not bool:
             raise ValueError(f"{name} is {manifest[name]!r:.40}")
-    if type(manifest.get("reads_context", True)) is not bool:
-        raise ValueError(f"reads_context is {manifest['reads_context']!r:.40}")
     if not isinstance(manifest["about"], dict) or not isinstance(manifest["jax"], str):
         raise ValueError("about, jax")
     if not isinstance(manifest["platforms"], list) or not all(isinstance(one, str) for one in manifest["platforms"]):
