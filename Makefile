@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Each makes its own virtual environment, and costs nothing
 # the second time. `make help` lists the rest.
-#   PYTHON=python3.12        the interpreter for both environments (3.11 or later)
+#   PYTHON=python3.12        the interpreter for both environments (3.11 to 3.13)
 #   PARITY=1                 with test: install PyTorch too and run the parity tests (Python 3.11)
 #   PYTEST_ARGS="-n 8 -x"    with test and test-full: in place of "-n 2 --dist loadfile"
 
@@ -159,8 +159,8 @@ clean:
 # $(call install,<environment>,<pip arguments>,<what to expect>). An environment of another Python version is
 # made anew; one that an interrupted install left behind is completed. pip's own output is one line a package.
 define install
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo 'error: this needs Python 3.11 or later, and PYTHON=$(PYTHON) is $(or $(VERSION),not a Python that starts);' \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
+	  echo 'error: this needs Python 3.11, 3.12 or 3.13, and PYTHON=$(PYTHON) is $(or $(VERSION),not a Python that starts);' \
 	    'name one: make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 2; }
 	@test "$$($(1)/bin/python -c 'import pip, sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = '$(VERSION)' || { \
 	  echo 'Making $(1) (Python $(VERSION))'; $(PYTHON) -m venv --clear $(1); }

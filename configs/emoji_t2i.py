@@ -7,7 +7,7 @@
 
 Starts from the single-image U-Net in pretrained/ and learns attn2, to the tokens of a frozen MiniLM, from the training
 split's images and their captions, "cat face, animal mammal, twemoji". It is small, sees 32 px, and knows few words:
-what it makes of a caption is often only of the right kind. Results: docs/emoji.md.
+what it makes of a caption is often only of the right kind. Results: docs/road.md.
 """
 
 from ml_collections import ConfigDict

@@ -13,6 +13,8 @@ from ml_collections import config_flags
 from m2m_jax.configuration import flatten, nearest
 from m2m_jax.errors import UserError
 
+flags.disclaim_key_flags()  # --help of a program lists --config among its own
+
 
 def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
     """Defines `--config=FILE[:PRESET]` and its overrides; `check_arguments` says what is wrong with them."""

@@ -11,17 +11,18 @@ from absl import flags
 
 from m2m_jax import disk
 from m2m_jax.program import run_program
+from m2m_jax.sampling import flags as sampling_flags
 from m2m_jax.sampling.bundle import PLATFORMS
 from m2m_jax.sampling.bundle_writer import write_bundle
-from m2m_jax.sampling.flags import given_settings
 from m2m_jax.sampling.sampler import Sampler
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or WORKDIR/checkpoints/STEP.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)
+flags.adopt_module_key_flags(sampling_flags)  # in --help
 
 
 def main(argv):
-    settings, output = given_settings(), Path(OUTPUT.value)
+    settings, output = sampling_flags.given_settings(), Path(OUTPUT.value)
     disk.require_new(output)
     sampler = Sampler.from_checkpoint(CHECKPOINT.value, **settings)
     with disk.new_folder(output) as aside:

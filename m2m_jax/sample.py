@@ -10,7 +10,7 @@ from absl import flags
 
 from m2m_jax import runtime
 from m2m_jax.program import run_program
-from m2m_jax.sampling.flags import given_settings
+from m2m_jax.sampling import flags as sampling_flags
 from m2m_jax.sampling.job import Job, run
 from m2m_jax.sampling.sampler import Sampler
 
@@ -22,11 +22,12 @@ JOB = {
     )
     for field in dataclasses.fields(Job)
 }
+flags.adopt_module_key_flags(sampling_flags)  # in --help
 
 
 def main(argv):
     job = Job(**{name: flag.value for name, flag in JOB.items()})
-    settings = given_settings()
+    settings = sampling_flags.given_settings()
     runtime.start()
 
     def load(num_sets: int) -> Sampler:

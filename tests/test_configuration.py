@@ -47,6 +47,7 @@ CONFIGS = {
     "emoji_t2i": {"", "tiny"},
     "emoji_base": {"", "tiny"},
     "emoji_vae": {"", "tiny"},
+    "folder": {"", "demo", "road", "tiny"},
     "mis_sd21_self": {""},
     "mis_sd21_dino": {""},
 }

@@ -31,11 +31,10 @@ import jax
 from absl import flags
 
 from m2m_jax import disk, runtime
-from m2m_jax.data import mis, precomputed, records
+from m2m_jax.data import mis, precomputed, records, work_sharing
 from m2m_jax.data.set_building import build_folder, building
 from m2m_jax.data.set_building.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.data.set_building.cleaning import SetRules
-from m2m_jax.data.work_sharing import check_process_flags, command, process, wait_for_all
 from m2m_jax.errors import UserError
 from m2m_jax.program import run_program
 from m2m_jax.sampling.text_to_image import TextToImage
@@ -64,6 +63,7 @@ TEST = flags.DEFINE_float("test_share", 0.01, "Likewise.")
 
 SETS_AT_ONCE = flags.DEFINE_integer("sets_at_once", 1, "A device makes together.", lower_bound=1)
 IMAGES_AT_ONCE = flags.DEFINE_integer("images_at_once", None, "Of each set; all if not given.")
+flags.adopt_module_key_flags(work_sharing)  # in --help
 
 # Rules that have the same name for captions and for images.
 _FLAGS_OF_CAPTIONS = {"drop_duplicates": "drop_duplicate_captions"}
@@ -97,7 +97,7 @@ def main(argv):
     )
     runtime.fix_cpu_threads()
     runtime.start()
-    index, count = process()
+    index, count = work_sharing.process()
     captions, dropped = read_splits()
     with Interruption(together=False) as interruption:
         generator = open_generator()
@@ -106,7 +106,7 @@ def main(argv):
             settings=settings(generator),
             captions={split: len(of) for split, of in captions.items()},
             dropped_captions=dropped,
-            command=command("m2m_jax.data.build_mis"),
+            command=work_sharing.command("m2m_jax.data.build_mis"),
         )
         build_folder.start(output, build)
         mine = build.shards[index::count]
@@ -114,7 +114,7 @@ def main(argv):
         if len(missing) < len(mine):
             say(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
         done = make(output, missing, captions, generator, make_set, lambda: interruption.requested(0))
-        manifest = wait_for_all(lambda: build_folder.finish(output, build), interruption) if done else None
+        manifest = work_sharing.wait_for_all(lambda: build_folder.finish(output, build), interruption) if done else None
         if manifest is None and interruption.requested(0):
             say(f"stopped; go on with: {build.command}")
             return interruption.exit_code()
@@ -148,7 +148,7 @@ def check_flags(output: Path) -> None:
         )
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; name a folder")
-    check_process_flags()
+    work_sharing.check_process_flags()
 
 
 def read_splits() -> tuple[dict[str, list[tuple[int, str]]], dict[str, int]]:

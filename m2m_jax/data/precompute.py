@@ -34,10 +34,9 @@ from m2m_jax import runtime
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import reads_latents
-from m2m_jax.data import precomputed, records
+from m2m_jax.data import precomputed, records, work_sharing
 from m2m_jax.data.pipeline import SOURCES, RecordSource
 from m2m_jax.data.shards import count_records
-from m2m_jax.data.work_sharing import check_process_flags, command, process, wait_for_all
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
@@ -52,6 +51,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", records.LATENT_DTYPES, "What laten
 KEEP_IMAGES = flags.DEFINE_bool("keep_images", False, "Store the encoded images beside their latents.")
 RECORDS_PER_SHARD = flags.DEFINE_integer("records_per_shard", 512, "Sets in a shard.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images encoded at once.")
+flags.adopt_module_key_flags(work_sharing)  # in --help
 
 _SETS_READ_AHEAD = 8
 Encode = Callable[[np.ndarray], jax.Array]  # uint8 [batch, S, S, 3] to scaled float32 latents [batch, h, w, c]
@@ -65,7 +65,7 @@ def main(argv):
     config.image_encoder.path = config.text_encoder.path = ""  # they have no part in this
     check_flags(config, output)
     runtime.start()
-    index, count = process()
+    index, count = work_sharing.process()
     source = SOURCES[config.data.name](config.data, split)
     check_source(source)
     models, params = FrozenModels.load(config)
@@ -83,7 +83,7 @@ def main(argv):
         kinds=list(source.kinds),
         num_images=list(source.num_images),
         made_from=source.name,
-        command=command("m2m_jax.data.precompute"),
+        command=work_sharing.command("m2m_jax.data.precompute"),
     )
     precomputed.write_manifest(output, split, manifest)
     shards = {
@@ -103,7 +103,7 @@ def main(argv):
             rate = images / (time.monotonic() - started)
             print(f"{path.name}: {len(indices)} sets, {images} images, {rate:.0f} images/s", flush=True)
         left = collections.deque(shards.items())
-        if not wait_for_all(lambda: _all_there(left), interruption) and interruption.requested(0):
+        if not work_sharing.wait_for_all(lambda: _all_there(left), interruption) and interruption.requested(0):
             print(f"stopped; go on with: {manifest.command}", flush=True)
             return interruption.exit_code()
     return 0
@@ -127,7 +127,7 @@ def check_flags(config: ConfigDict, output: Path) -> None:
             raise UserError(f"--{flag.name} must be at least 1, not {flag.value}")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; name a folder")
-    check_process_flags()
+    work_sharing.check_process_flags()
 
 
 def check_source(source: RecordSource) -> None:
