@@ -1,4 +1,8 @@
-"""Sampling from Python: `python examples/sample_from_python.py runs/demo runs/demo/test_sets/000 out`.
+"""Sampling from Python, after `make demo` and `. .venv/bin/activate`:
+
+    PYTHONPATH=. python examples/sample_from_python.py runs/demo runs/demo/test_sets/000 out
+
+After `pip install --no-deps -e .` it needs no PYTHONPATH.
 
 Takes the first two images of a folder as context, makes two more of the same set, and then a third one in the context
 of all four.
