@@ -109,7 +109,7 @@ class Training:
     def _bare_step(self) -> Callable:
         """`training/step.py` without its guards."""
         task, config = self.task, self.config
-        optimizer, _ = make_optimizer(config.optimizer, config.train.steps, task.is_new_parameter)
+        optimizer, _ = make_optimizer(config.optimizer, config.train.steps)
 
         def step(state, frozen, batch):
             def loss(params):

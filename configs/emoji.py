@@ -49,7 +49,7 @@ def get_config(preset: str = "") -> ConfigDict:
     """The config of a preset; '' is the full run."""
     config = default_config()
     config.optimizer.learning_rate = 5e-4
-    config.optimizer.new_parameter_rate = 4.0
+    config.optimizer.attn2_rate = 4.0
     config.train.steps = 8_000
     config.train.ema_decay = 0.995
     config.eval.every = 1_000

@@ -39,7 +39,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.schedule.prediction_type = "epsilon"
 
     config.optimizer.learning_rate = 1e-5
-    config.optimizer.new_parameter_rate = 10.0
+    config.optimizer.attn2_rate = 10.0
     config.optimizer.warmup_steps = 1_000
     config.train.steps = 200_000
     config.train.log_every = 50

@@ -82,7 +82,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "optimizer.clip_norm": (1e-12, math.inf),
     "optimizer.b1": (0.0, 0.999999),
     "optimizer.b2": (0.0, 0.999999),
-    "optimizer.new_parameter_rate": (0.0, math.inf),
+    "optimizer.attn2_rate": (0.0, math.inf),
     "train.steps": (1, math.inf),
     "train.log_every": (1, math.inf),
     "train.accumulation": (1, math.inf),

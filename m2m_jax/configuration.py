@@ -118,7 +118,7 @@ def default_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0  # the largest global norm of the gradient
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
-    config.optimizer.new_parameter_rate = 1.0  # multiplies the updates of what is not pretrained (attn2)
+    config.optimizer.attn2_rate = 1.0  # multiplies the updates of attn2, which is new where the rest is pretrained
 
     config.train = ConfigDict()
     config.train.parameters = "all"  # which train: all | attention | set_attention

@@ -27,7 +27,7 @@ from m2m_jax.models.parameters import fingerprint, merge
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.program import run_program
 from m2m_jax.sampling.sampler import Sampler
-from m2m_jax.tasks.evaluation import context_losses, warn_of_one_set
+from m2m_jax.tasks.evaluation import as_text, context_losses, warn_of_one_set
 
 CONFIG = define_config_flag()
 CHECKPOINTS = flags.DEFINE_list("checkpoints", None, "Workdirs of runs, or WORKDIR/checkpoints/STEP.", required=True)
@@ -54,7 +54,10 @@ def main(argv):
     for path, sampler in samplers.items():
         table[path] = {"step": sampler.step, "parameters": sum(x.size for x in sampler.unet_params.values())}
         table[path] |= losses(sampler, dataset, config)
-    print(as_text(table, config))
+    sets = BATCHES.value * config.eval.batch_size
+    again = f" ({examples.num_sets} different ones, again and again)" if examples.num_sets < sets else ""
+    print(f"{sets} sets of {config.data.images_per_set} images{again}, {SPLIT.value} split; loss of the last image")
+    print(as_text(table, config.data.images_per_set))
     if OUTPUT.value:
         about = {"config": to_json(config), "split": SPLIT.value, "batches": BATCHES.value, "runs": table}
         with disk.errors(f"--output={OUTPUT.value}"):
@@ -70,9 +73,13 @@ def require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:
                 f"{path} was trained at {sampler.image_size} px, and config.data.image_size is {image_size}"
             )
     for path, sampler in others:
-        if sampler.schedule != of_first.schedule:
-            raise UserError(f"{path} and {first} have different noise schedules: their losses are not of one kind")
-        if fingerprint(sampler.frozen[AUTOENCODER]) != fingerprint(of_first.frozen[AUTOENCODER]):
+        if changed := of_first.schedule.differences(sampler.schedule):
+            raise UserError(
+                f"{path} and {first} have different noise schedules: their losses are not of one kind "
+                f"({'; '.join(changed)})"
+            )
+        same = sampler.models.autoencoder == of_first.models.autoencoder
+        if not same or fingerprint(sampler.frozen[AUTOENCODER]) != fingerprint(of_first.frozen[AUTOENCODER]):
             raise UserError(f"{path} and {first} have different autoencoders: their losses are not of one kind")
 
 
@@ -103,25 +110,6 @@ def losses(sampler: Sampler, dataset, config) -> dict[str, list[float | None]]:
     ]
     values = {name: np.array([float(one[name]) for one in found]) for name in found[0]}
     return {name: [x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else None] for name, x in values.items()}
-
-
-def as_text(table: dict, config) -> str:
-    """A line a run: losses with their standard errors, and by how much another set's context is worse."""
-    sets = BATCHES.value * config.eval.batch_size
-    width = max(map(len, table))
-
-    def said(mean: float, error: float | None) -> str:
-        return f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-
-    lines = [f"{sets} sets of {config.data.images_per_set} images, {SPLIT.value} split; loss of the last image"]
-    for path, row in table.items():
-        own, other = (row[f"loss_{whose}_context"] for whose in ("own", "other"))
-        sizes = [value[0] for name, value in row.items() if name.startswith("loss_by_context_size/")]
-        lines.append(
-            f"{path:{width}}  step {row['step']}: own context {said(*own)}, another's {said(*other)} "
-            f"({other[0] / own[0]:.2f} times); with 0, 1, ... own images " + ", ".join(f"{size:.4f}" for size in sizes)
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, size: 
     if isinstance(source, np.ndarray):
         image = as_pillow(source)
     elif isinstance(source, Image.Image):
-        image = source
+        image = _upright_rgba(source, "the image")
     else:
         image = decode_image(read_bytes(source), str(source))
     return on_white(fit_square(image, size))
@@ -111,13 +111,17 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         _refuse_several_frames(image, name)
         image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF: the pixels are good all the same
-            image = ImageOps.exif_transpose(image)
-        return _to_rgba(image, name)
+        return _upright_rgba(image, name)
     except UserError:
         raise
     except Exception as error:  # OSError, SyntaxError, ValueError, struct.error: each decoder has its own
         raise UserError(_damaged(name, error)) from error
+
+
+def _upright_rgba(image: Image.Image, name: str) -> Image.Image:
+    with contextlib.suppress(Exception):  # damaged EXIF: the pixels are good all the same
+        image = ImageOps.exif_transpose(image)
+    return _to_rgba(image, name)
 
 
 def fit_square(image: Image.Image, size: int) -> np.ndarray:

@@ -35,11 +35,10 @@ from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.saved_model import FOLDER
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import to_json
 from m2m_jax.data.pipeline import batches, held_out_inputs, inputs, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
-from m2m_jax.models.parameters import count
+from m2m_jax.models.parameters import count, fingerprint
 from m2m_jax.program import run_program
 from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.tasks.evaluation import warn_of_one_set
@@ -50,6 +49,7 @@ from m2m_jax.training.divergence import Divergence
 from m2m_jax.training.example_log import ExampleLog
 from m2m_jax.training.interruption import Interruption
 from m2m_jax.training.metrics import MetricWriter
+from m2m_jax.training.profiler import Profiler
 from m2m_jax.training.setup import set_up
 from m2m_jax.training.throughput import Throughput
 from m2m_jax.training.watchdog import Watchdog
@@ -100,11 +100,13 @@ def train(config, workdir, interruption, watchdog, stack):
     kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "keep_best", "fallback")}
     checkpoints = stack.enter_context(Checkpointer(workdir, **kept))
 
+    metadata = task.metadata | {"sha256": {name: fingerprint(params) for name, params in task.frozen.items()}}
+
     def start_state(params=None):
         if checkpoints.latest_step() is None:
             # From NumPy, which every process holds alike and JAX may place anywhere.
             return setup.create(jax.tree.map(np.asarray, params or task.init()))
-        return checkpoints.restore_train_state(setup.state, config=to_json(config))
+        return checkpoints.restore_train_state(setup.state, metadata=metadata)
 
     state = start_state(params)
     del params
@@ -161,6 +163,8 @@ def train(config, workdir, interruption, watchdog, stack):
 
     divergence = Divergence(config, train_examples, checkpoints, writer.message)
     throughput = Throughput(config)
+    profiler = Profiler(config.profile.steps, workdir / "profile")
+    stack.callback(profiler.close)
     stream, step, compiled = stream_from(first_step + skipped_batches), first_step, None
     substituted = 0  # sets of this process since the last line of the log
     while step < config.train.steps:
@@ -179,13 +183,10 @@ def train(config, workdir, interruption, watchdog, stack):
                 compiled = setup.step.lower(state, frozen, batch).compile()
             writer.message(f"compiled in {time.monotonic() - began:.0f} s")
             throughput.restart()
-        if step == config.profile.steps[0]:
-            jax.profiler.start_trace(str(workdir / "profile"))
+        profiler.begin(step)
         with jax.transfer_guard("disallow"):  # what the loop does not place itself would stall every step
             state, metrics = compiled(state, frozen, batch)
-        if step == config.profile.steps[1]:
-            jax.block_until_ready(metrics)
-            jax.profiler.stop_trace()
+        profiler.end(step, metrics)
         throughput.count_step()
 
         last, stopping = step == config.train.steps, interruption.requested(step)
@@ -221,7 +222,10 @@ def train(config, workdir, interruption, watchdog, stack):
             updates = step - int(scalars["skipped_steps"]) - int(metrics["finite"])  # before this step
             scalars |= {"learning_rate": setup.learning_rate(updates), "gradient_spikes": divergence.take_spikes()}
             if config.data.on_error == "skip":
-                scalars["substituted_sets"] = multihost_utils.process_allgather(np.int32(substituted)).sum()
+                # Processes that share rows, along the axes of tensor and context, each count them.
+                rows = np.int32([substituted, len(host_batch["substituted_b"])])
+                found, read = multihost_utils.process_allgather(rows).reshape(-1, 2).sum(axis=0)
+                scalars["substituted_sets"] = int(found) * config.data.batch_size // int(read)
                 substituted = 0
             timings = throughput.take()
             writer.scalars(step, {f"train/{name}": value for name, value in (scalars | timings).items()})
@@ -236,7 +240,7 @@ def train(config, workdir, interruption, watchdog, stack):
                     score = evaluate(step)
             if saves:
                 with watchdog.allowing("saving"):
-                    checkpoints.save(step, state, frozen=frozen, metadata=task.metadata, score=score)
+                    checkpoints.save(step, state, frozen=frozen, metadata=metadata, score=score)
                 divergence.saved()
         if stopping:
             break

@@ -14,9 +14,12 @@ from m2m_jax.training.state import TrainState
 
 CONFIG = default_config().optimizer
 CONFIG.warmup_steps = 1
-OPTIMIZER, _ = make_optimizer(CONFIG, 100, lambda name: "attn2" in name)
+OPTIMIZER, _ = make_optimizer(CONFIG, 100)
 FROZEN = {"autoencoder": {"decoder.conv_in.kernel": jnp.full((3, 3, 4, 8), 0.3)}}
-METADATA = {"config": {"task": "set_diffusion", "sizes": [1, 2]}}
+METADATA = {
+    "config": {"task": "set_diffusion", "sizes": [1, 2], "autoencoder": {"path": "vae"}},
+    "sha256": {"autoencoder": "00"},
+}
 
 
 def create(names=("a.0.kernel", "a.1.attn2.kernel", "a.1.norm.bias")) -> TrainState:

@@ -67,6 +67,9 @@ def run(module: str, *arguments: object) -> Result:
             delattr(flags.FLAGS, name)
         for name in defining:
             sys.modules.pop(name, None)
+            package, _, attribute = name.rpartition(".")
+            if package in sys.modules:  # `from package import module` would find the old one
+                vars(sys.modules[package]).pop(attribute, None)
     return Result(code, out.getvalue(), err.getvalue())
 
 

@@ -105,7 +105,7 @@ def test_other_leaves_are_named(saved, capsys):
     with Checkpointer(saved[0], keep=2) as checkpoints:
         other = create(("a.0.kernel", "a.1.norm.bias", "a.2.kernel"))
         with pytest.raises(UserError) as error:
-            checkpoints.restore_train_state(target(other), config=now)
+            checkpoints.restore_train_state(target(other), metadata={"config": now})
         assert "params.a.2.kernel (not in the checkpoint)" in str(error.value)
         assert "params.a.1.attn2.kernel (only in the checkpoint)" in str(error.value)
         assert "since then config.sizes: [1, 2] -> [1, 3]" in str(error.value)
@@ -117,11 +117,20 @@ def test_other_leaves_are_named(saved, capsys):
         assert capsys.readouterr().out == ""
 
         # The same leaves: the difference is printed, and does not stop the run.
-        checkpoints.restore_train_state(target(create()), config=now)
+        checkpoints.restore_train_state(target(create()), metadata={"config": now})
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith("the config is not that of ") and lines[1:] == ["  config.sizes: [1, 2] -> [1, 3]"]
-        checkpoints.restore_train_state(target(create()), config=METADATA["config"])
+        checkpoints.restore_train_state(target(create()), metadata=METADATA)
         assert capsys.readouterr().out == ""
+
+
+def test_other_frozen_models_are_refused(saved):
+    with Checkpointer(saved[0], keep=2) as checkpoints:
+        other = METADATA | {"sha256": {"autoencoder": "01"}}
+        with pytest.raises(
+            UserError, match=r"config.autoencoder.path=vae holds other weights than .*checkpoints/3 was"
+        ):
+            checkpoints.restore_train_state(target(create()), metadata=other)
 
 
 def test_config_changes():
@@ -162,7 +171,7 @@ def test_the_codes_version(saved, capsys, monkeypatch):
     assert code_version().startswith(m2m_jax.__version__)
     monkeypatch.setattr("m2m_jax.checkpoints.checkpointer.code_version", lambda: "99.0")
     with Checkpointer(saved[0], keep=2) as checkpoints:
-        checkpoints.restore_train_state(target(create()), config=METADATA["config"])
+        checkpoints.restore_train_state(target(create()), metadata=METADATA)
     assert f"was saved by m2m_jax {code_version()}; this is 99.0" in capsys.readouterr().out
 
 

@@ -5,6 +5,8 @@ import json
 import pytest
 from run_fixtures import run, train_tiny
 
+from m2m_jax.tasks.evaluation import as_text
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -25,7 +27,13 @@ def test_figures_are_those_of_training_and_do_not_depend_on_who_stands_beside(ti
     assert alone.code == 0
     assert json.loads((tmp_path / "alone.json").read_text())["runs"][str(steps[1])] == table[str(steps[1])]
     assert table[str(steps[0])]["loss_own_context"] != table[str(steps[1])]["loss_own_context"]
-    assert "own context" in result.out and "16 sets" in result.out
+    assert "own context" in result.out and "16 sets of 4 images, validation" in result.out
+
+
+def test_curves_are_in_the_order_of_their_sizes():
+    row = {"step": 1, "loss_own_context": [1.0, None], "loss_other_context": [2.0, None]}
+    row |= {f"loss_by_context_size/{k}": [k / 100, None] for k in sorted(range(12), key=str)}
+    assert as_text({"runs/a": row}, 12).endswith(", ".join(f"{k / 100:.4f}" for k in range(12)))
 
 
 def test_one_batch_has_no_error_and_training_has_the_same_mean(tiny, tmp_path):
@@ -59,7 +67,7 @@ def test_runs_with_two_schedules_are_refused(tiny, tmp_path):
     )
     assert other.code == 0, other.err
     result = evaluate(tiny, checkpoints=[tiny.workdir, tmp_path / "other"])
-    assert result.code == 2 and "noise schedules" in result.err
+    assert result.code == 2 and "noise schedules" in result.err and "rescale_betas_zero_snr" in result.err
 
 
 def test_sets_are_shown_with_their_captions(tiny, tmp_path):

@@ -80,7 +80,9 @@ def test_exif_orientation(orientation):
     image.paste(RED, (0, 0, 8, 8))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    got = pixels(encoded(image, "JPEG", exif=exif, quality=95), 2)
+    data = encoded(image, "JPEG", exif=exif, quality=95)
+    got = pixels(data, 2)
+    np.testing.assert_array_equal(read_image(Image.open(io.BytesIO(data)), 2), got)
     red = np.argwhere(got[:, :, 1] < 100)
     assert [tuple(place) for place in red] == [corner]
 

@@ -236,6 +236,29 @@ def test_folders_of_diffusers_are_read(diffusers, tmp_path):
     assert_same_params({name: x for name, x in found.items() if not is_set_attention(name)}, params)
 
 
+OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+def rename_as_before(folder) -> None:
+    """The attention of an autoencoder's folder under the names of older diffusers."""
+    tensors = load_file(folder / WEIGHTS)
+    for new, old in OLD_NAMES.items():
+        tensors = {name.replace(new, old): x for name, x in tensors.items()}
+    assert sum(".mid_block.attentions.0.query." in name for name in tensors) == 4
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_attention_under_its_old_names_is_read_as_diffusers_reads_it(diffusers, tmp_path):
+    _, params = random_model(AutoencoderKL, TINY_VAE)
+    save_autoencoder(tmp_path / "old", TINY_VAE, params)
+    rename_as_before(tmp_path / "old")
+    assert_same_params(load_params(tmp_path / "old"), params)
+    vae, report = diffusers.AutoencoderKL.from_pretrained(tmp_path / "old", output_loading_info=True)
+    assert not any(report.values()), report
+    vae.save_pretrained(tmp_path / "new")
+    assert_same_params(load_params(tmp_path / "new"), params)
+
+
 # --- Folders --------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from m2m_jax.diffusion.objective import draw, set_loss, squared_error
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.parameters import abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.tasks.evaluation import context_losses, others
+from m2m_jax.tasks.evaluation import another, context_losses
 
 CONFIG = UNetConfig(
     block_out_channels=(16,),  # one level has four transformers: down, middle and two up
@@ -136,23 +136,21 @@ def test_other_context_is_that_of_another_set_for_every_set():
     np.testing.assert_allclose(other, own, rtol=1e-6)
 
 
-def test_a_row_after_one_of_its_own_set_is_under_no_others_context():
-    """Of rows 1 and 2, both of one set, the second does not count: it is under the context of the first."""
-    changed = LATENTS.copy()
-    changed[1, :-1] += 1.0  # the other context of row 2, and of no other row
-    two_of_one, alone = np.array([5, 7, 7], np.int32), np.array([7, 7, 7], np.int32)
-    found = evaluate()(LATENTS, 0, two_of_one)["loss_other_context"]
-    assert found == evaluate()(changed, 0, two_of_one)["loss_other_context"]
-    all_rows = evaluate()(LATENTS, 0)["loss_other_context"]
-    assert all_rows not in (found, evaluate()(changed, 0)["loss_other_context"])
-    # Where no row is under another's, all count.
-    assert evaluate()(LATENTS, 0, alone)["loss_other_context"] == all_rows
+def test_a_row_after_one_of_its_own_set_is_under_the_context_of_the_nearest_other():
+    """Of rows 1 and 2, both of one set, the second is not under the context of the first but of row 0."""
+    turned = np.concatenate([LATENTS[[2, 0, 0], :-1], LATENTS[:, -1:]], axis=1)
+    other = evaluate()(LATENTS, 0, np.array([5, 7, 7], np.int32))["loss_other_context"]
+    np.testing.assert_allclose(other, evaluate()(turned, 0)["loss_own_context"], rtol=1e-6)
+    # Where there is no other, under its own.
+    alone = evaluate()(LATENTS, 0, np.array([7, 7, 7], np.int32))
+    assert alone["loss_other_context"] == alone["loss_own_context"]
 
 
-def test_which_rows_follow_another():
-    np.testing.assert_array_equal(others(jnp.array([5, 5, 7])), [True, False, True])
-    np.testing.assert_array_equal(others(jnp.array([5, 5, 5])), [True, True, True])
-    np.testing.assert_array_equal(others(jnp.array([[[1, 2]], [[1, 2]], [[1, 3]]])), [True, False, True])
+def test_which_row_is_anothers():
+    np.testing.assert_array_equal(another(jnp.array([5, 6, 7, 8])), [3, 0, 1, 2])
+    np.testing.assert_array_equal(another(jnp.array([5, 5, 7, 7])), [3, 3, 1, 1])
+    np.testing.assert_array_equal(another(jnp.array([5, 5, 5])), [0, 1, 2])
+    np.testing.assert_array_equal(another(jnp.array([[[1, 2]], [[1, 2]], [[1, 3]]])), [2, 2, 1])
 
 
 class Spy:

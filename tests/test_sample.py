@@ -198,6 +198,12 @@ def test_settings_and_step(checkpoint):
     assert sampler.settings == expected
     with pytest.raises(UserError, match="num_images must be at least 1, not 0"):
         sampler([], num_images=0)
+    for given in ({"guidance": 2.0}, {"guidance_scale": "2"}, {"steps": 25.0}):
+        with pytest.raises(UserError, match=next(iter(given))) as error:
+            m2m_jax.Sampler.from_checkpoint(checkpoint, **given)
+        assert "damaged" not in str(error.value)
+    with pytest.raises(UserError, match="2 sets need as many seeds"):
+        sampler.sample_sets([CONTEXT[0], CONTEXT[1]], 1, np.array([0]))
     for seed in (-1, 2**32):
         with pytest.raises(UserError, match=f"not {seed}"):
             sampler([], num_images=1, seed=seed)
@@ -322,6 +328,12 @@ def test_the_sampler_needs_no_training_libraries(checkpoint, tmp_path):
     unwanted = {"grain", "ml_collections", "tensorboardX", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
     unwanted |= {f"m2m_jax.{name}" for name in ("configuration", "config_rules", "data", "train", "training.optimizer")}
     assert modules & unwanted == set()
+
+
+def test_help_lists_the_settings():
+    command = [sys.executable, "-m", "m2m_jax.sample", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert "--guidance_scale" in result.stdout and "--checkpoint" in result.stdout
 
 
 def test_the_example_runs(checkpoint, sets, tmp_path):

@@ -107,7 +107,7 @@ def test_table_shows_every_rule_and_split():
 def test_sharded_steps_equal_those_of_one_device():
     config = default_config().optimizer
     config.warmup_steps = 1
-    optimizer, _ = make_optimizer(config, 10, lambda name: "1" in name)
+    optimizer, _ = make_optimizer(config, 10)
     images = np.random.default_rng(0).normal(size=(8, 6, 6, 4)).astype(np.float32)
 
     def loss(params, batch):

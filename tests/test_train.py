@@ -8,6 +8,8 @@ from PIL import Image
 from run_fixtures import run, train_tiny
 
 from m2m_jax.checkpoints.saved_model import load_for_sampling
+from m2m_jax.models.diffusers_folder import load_params
+from m2m_jax.models.parameters import fingerprint
 
 MODULES = ("conv_in", "time_embedding", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
 MODULES += ("conv_norm_out", "conv_out")
@@ -72,6 +74,7 @@ def test_checkpoints_hold_the_config_and_samples_autoencoder(tiny_run):
     assert saved.step == 6
     assert saved.metadata["config"]["train"]["steps"] == 6
     assert saved.metadata["config"]["autoencoder"]["path"] == str(tiny_run.autoencoder)
+    assert saved.metadata["sha256"] == {"autoencoder": fingerprint(load_params(tiny_run.autoencoder))}
     assert saved.metadata["frozen"]["autoencoder"]["block_out_channels"] == [16, 16, 16]
     assert "decoder.conv_out.kernel" in saved.frozen["autoencoder"]
     arrays = saved_arrays(tiny_run.workdir, 6)

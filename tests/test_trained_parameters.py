@@ -62,7 +62,7 @@ def test_what_does_not_train_stays_to_the_last_bit(group):
     params = {name: jnp.ones(x.shape) for name, x in SHAPES.items()}
     config = default_config().optimizer
     config.warmup_steps = 0
-    optimizer, _ = make_optimizer(config, 10, lambda name: False)
+    optimizer, _ = make_optimizer(config, 10)
     mesh = sharding.make_mesh(default_config().mesh)
     shapes = jax.eval_shape(lambda p: TrainState.create(p, optimizer, trains), params)
     shardings = sharding.state_shardings(shapes, mesh)

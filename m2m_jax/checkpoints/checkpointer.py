@@ -155,24 +155,28 @@ class Checkpointer:
             self._manager.save(step, args=ocp.args.Composite(**items, **{ABOUT: ocp.args.JsonSave(about)}))
 
     def restore_train_state(
-        self, target: TrainState, step: int | None = None, config: Mapping[str, Any] | None = None
+        self, target: TrainState, step: int | None = None, metadata: Mapping[str, Any] | None = None
     ) -> TrainState:
         """The saved state, placed as `target` says. Its files are compared with their checksums first.
 
         Args:
             target: a TrainState of ShapeDtypeStructs with shardings; they need not be those it was saved with.
             step: which checkpoint; the latest if None.
-            config: the config in force (`to_json`); what differs from the checkpoint's is printed.
+            metadata: what the next `save` will be given. What of its config (`to_json`) differs from the checkpoint's
+                is printed; the frozen models ("sha256") must be the same.
 
         Raises:
-            UserError: no such checkpoint, it is damaged, or its leaves are not those of `target` (names, shapes and
-                dtypes).
+            UserError: no such checkpoint, it is damaged, or it is of other frozen models, or its leaves are not those
+                of `target` (names, shapes and dtypes).
         """
         step = self._whole(step, (STATE, EMA, ABOUT))
         folder, about = self._folder / str(step), read_about(self._folder, step)
-        changes = config_changes(about["metadata"].get("config", {}), config) if config else []
+        metadata = metadata or {}
+        config, was = metadata.get("config"), about["metadata"]
+        changes = config_changes(was.get("config", {}), config) if config else []
         wanted = _flatten(_resumed(target))
         _require_same_leaves(folder, {STATE: wanted, EMA: target.ema_params}, changes)
+        _require_same_frozen(folder, was.get("sha256", {}), metadata)
         if changes:
             _say("\n  ".join([f"the config is not that of {folder}:", *changes]))
         if config and (code := about.get("code", "of an older version")) != code_version():
@@ -299,6 +303,18 @@ def _require_same_leaves(folder: Path, targets: Mapping[str, Mapping[str, Any]],
             raise UserError(
                 f"the checkpoint {folder} is of another model or optimizer; {item} differs in "
                 f"{', '.join(differences[:8])}{more}{why}; use the config it was trained with, or another --workdir"
+            )
+
+
+def _require_same_frozen(folder: Path, was: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
+    """Raises UserError where a frozen model is not the one of the checkpoint: its latents, or tokens, mean something
+    else. was: {name: sha256}."""
+    for name, digest in metadata.get("sha256", {}).items():
+        if was.get(name, digest) != digest:
+            path = metadata["config"][name]["path"]
+            raise UserError(
+                f"config.{name}.path={path} holds other weights than those that the checkpoint {folder} was trained "
+                "with: put them back, or train into another --workdir"
             )
 
 

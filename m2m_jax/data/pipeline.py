@@ -167,7 +167,7 @@ class SetExamples:
         self._skip = not _strict(config)
         self._told, self._lock = 0, threading.Lock()
         left_out = int((of_kind & (counts < wanted)).sum())
-        if self._skip and left_out:
+        if left_out:
             warn(f"{source.name}: {left_out} sets with fewer than {wanted} images are left out")
         self._images_per_set, self._image_size = wanted, config.image_size
         drops_tags = augment and not whole_captions

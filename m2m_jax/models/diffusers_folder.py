@@ -19,6 +19,8 @@ DIFFUSERS = folders.Format(
     library="diffusers",
     weights="diffusion_pytorch_model.safetensors",
     renamed=((".to_out.", ".to_out.0."), (".ff.up.", ".ff.net.0.proj."), (".ff.down.", ".ff.net.2.")),
+    # Attention of autoencoders before diffusers 0.17: what most published Stable Diffusion folders hold.
+    formerly=((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.", ".proj_attn.")),
 )
 
 # Fields of diffusers' config.json that bear another name here.

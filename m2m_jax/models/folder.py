@@ -30,11 +30,13 @@ class Format:
       library: for messages.
       weights: file name of the safetensors.
       renamed: (part of a name here, part of a name there), where more than the leaf differs.
+      formerly: likewise, of names that older versions of the library wrote and it still reads.
     """
 
     library: str
     weights: str
     renamed: tuple[tuple[str, str], ...]
+    formerly: tuple[tuple[str, str], ...] = ()
 
 
 def read_config(folder: str | Path, library: str) -> dict[str, Any]:
@@ -206,6 +208,6 @@ def from_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndar
     elif leaf == "weight":
         name = f"{stem}.scale" if value.ndim == 1 else f"{stem}.kernel"
         value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-    for ours, theirs in form.renamed:
+    for ours, theirs in form.renamed + form.formerly:
         name = name.replace(theirs, ours)
     return name, np.ascontiguousarray(value, np.float32)

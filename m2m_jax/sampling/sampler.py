@@ -87,7 +87,7 @@ class Sampler(SetSampler):
                 models=FrozenModels.from_metadata(saved.metadata["frozen"]),
                 frozen=saved.frozen,
                 schedule=NoiseSchedule.from_config(config["schedule"]),
-                settings=config_from(SamplingSettings, config["sample"], {}, **settings),
+                settings=SamplingSettings.chosen(config["sample"], settings),
                 clean_timestep=range(2**31)[config["diffusion"]["clean_timestep"]],
                 image_size=range(2**16)[config["data"]["image_size"]],
                 step=saved.step,

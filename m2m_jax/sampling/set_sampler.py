@@ -170,6 +170,8 @@ class SetSampler(abc.ABC):
         """How many context images each set has."""
         if num_images < 1:
             raise UserError(f"num_images must be at least 1, not {num_images}")
+        if np.shape(seed_b) != (len(contexts),):
+            raise UserError(f"{len(contexts)} sets need as many seeds, not seeds of shape {np.shape(seed_b)}")
         for seed in np.asarray(seed_b).tolist():
             if not 0 <= seed <= MAX_SEED:
                 raise UserError(f"a seed must be between 0 and {MAX_SEED}, not {seed}")

@@ -1,10 +1,15 @@
 """How images are drawn."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from m2m_jax.diffusion.guidance import Guidance
 from m2m_jax.diffusion.steppers import STEPPERS
 from m2m_jax.errors import UserError
+from m2m_jax.models.folder import config_from
 
 CACHE_DTYPES = ("float32", "bfloat16")
 
@@ -43,6 +48,15 @@ class SamplingSettings:
         if self.cache_dtype not in CACHE_DTYPES:
             raise UserError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {self.cache_dtype!r}")
         self.guidance  # noqa: B018 (refuses bad ones)
+
+    @classmethod
+    def chosen(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> SamplingSettings:
+        """Those of a run's config, where `given` says nothing else. Raises UserError for what is no setting."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in fields:
+                raise UserError(f"{name} is no setting of sampling; there are {', '.join(fields)}")
+        return config_from(cls, {**config, **given}, {})
 
     @property
     def guidance(self) -> Guidance:

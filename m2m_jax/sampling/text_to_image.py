@@ -224,7 +224,7 @@ class TextToImage:
                 config_from(UNetConfig, unet, {}),
                 models,
                 NoiseSchedule.from_config(config["schedule"]),
-                config_from(SamplingSettings, config["sample"], {}, **settings),
+                SamplingSettings.chosen(config["sample"], settings),
                 image_size or range(2**16)[config["data"]["image_size"]],
             )
             models.require_params(saved.frozen, dict.fromkeys(saved.frozen, str(path)))
@@ -269,7 +269,7 @@ def _open_folder(
         unet_config,
         models,
         schedule,
-        SamplingSettings(**FOLDER_SETTINGS | settings),
+        SamplingSettings.chosen(FOLDER_SETTINGS, settings),
         image_size or trained_at * autoencoder.downsampling,
     )
     tokenizer = load_tokenizer(str(folder / "tokenizer"), text_encoder.max_position_embeddings)

@@ -51,11 +51,6 @@ class Autoencoding:
         key = stream_key(self.config.seed, 0, Stream.PARAMS)
         return jax.jit(lambda key: split(self._build(key))[1])(key)
 
-    @staticmethod
-    def is_new_parameter(name: str) -> bool:
-        """All start alike."""
-        return False
-
     def draw(self, batch: dict, step: jax.Array) -> jax.Array:
         """What is random in the loss of a batch: noise of the latents' shape."""
         b, n, height, width, _ = batch["images_bnhwc"].shape

@@ -24,10 +24,16 @@ def warn_of_one_set(num_sets: int, split: str) -> None:
         warn(f"the {split} split has one set: the context of another set (loss_other_context) is its own there")
 
 
-def others(x_b: jax.Array) -> jax.Array:
-    """Which rows differ from the one before, bool [b]; all, where none does. x_b: [b] or [b, ...]."""
-    differs_b = jnp.any((x_b != jnp.roll(x_b, 1, axis=0)).reshape(len(x_b), -1), axis=1)
-    return differs_b | ~jnp.any(differs_b)
+def another(x_b: jax.Array) -> jax.Array:
+    """Of each row the nearest before it, round the batch, that differs from it, int32 [b]; itself, where none does.
+
+    x_b: [b] or [b, ...].
+    """
+    b = len(x_b)
+    differs_bb = jnp.any((x_b[:, None] != x_b[None]).reshape(b, b, -1), axis=2)
+    rows_b = jnp.arange(b)
+    steps_back_bb = (rows_b[:, None] - rows_b[None]) % b
+    return jnp.argmin(jnp.where(differs_bb, steps_back_bb, b + steps_back_bb), axis=1)
 
 
 def context_losses(
@@ -52,8 +58,8 @@ def context_losses(
 
     Returns:
       loss_own_context: all n - 1 images before it as context.
-      loss_other_context: the n - 1 images of the row before in their place, over those rows where that is another set;
-        where it is so in none, over all.
+      loss_other_context: the n - 1 images of another set in their place, of the nearest row before; its own, where the
+        batch is of one set.
       loss_by_context_size/k: the first k images of its own set, k = 0 .. n - 1.
     """
     b, n, *image = latents_bnhwc.shape
@@ -69,8 +75,27 @@ def context_losses(
         return squared_error(unet, schedule, context, *repeated, layout, clean_timestep=clean_timestep)
 
     own_n = errors(context).mean(axis=0)
-    # Without context there is none of another set's, and nothing to leave out.
-    other_b = others(record_b) | (n == 1)
-    other_n = errors(jnp.roll(context, 1, axis=0)).mean(axis=0, where=other_b[:, None])
+    other_n = errors(context[another(record_b)]).mean(axis=0)
     by_size = {f"loss_by_context_size/{k}": own_n[k] for k in range(n)}
     return {"loss_own_context": own_n[-1], "loss_other_context": other_n[-1], **by_size}
+
+
+def as_text(table: dict[str, dict], num_images: int) -> str:
+    """A line a run: losses with their standard errors, and by how much another set's context is worse.
+
+    table: {run: {"step": its step, loss of `context_losses`: (mean, standard error or None)}}.
+    num_images: of a set.
+    """
+
+    def said(mean: float, error: float | None) -> str:
+        return f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+    lines, width = [], max(map(len, table))
+    for path, row in table.items():
+        own, other = (row[f"loss_{whose}_context"] for whose in ("own", "other"))
+        sizes = [row[f"loss_by_context_size/{k}"][0] for k in range(num_images)]
+        lines.append(
+            f"{path:{width}}  step {row['step']}: own context {said(*own)}, another's {said(*other)} "
+            f"({other[0] / own[0]:.2f} times); with 0, 1, ... own images " + ", ".join(f"{size:.4f}" for size in sizes)
+        )
+    return "\n".join(lines)

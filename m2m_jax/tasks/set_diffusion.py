@@ -16,7 +16,7 @@ from m2m_jax.diffusion.objective import SetDraws, draw, set_loss
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
-from m2m_jax.models.initialization import initial_params, is_set_attention
+from m2m_jax.models.initialization import initial_params
 from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
@@ -76,7 +76,6 @@ class SetDiffusion:
         attention = self.unet_config.attention_backend
         return "set_diffusion" + (f", attention by {attention}" if self.unet_config.attn2 == "image_set" else "")
 
-    is_new_parameter = staticmethod(is_set_attention)
     tokenizer = None  # captions are not read
 
     @property

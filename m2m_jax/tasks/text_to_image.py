@@ -20,14 +20,14 @@ from m2m_jax.diffusion.objective import SetDraws, draw
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
-from m2m_jax.models.initialization import initial_params, is_set_attention
+from m2m_jax.models.initialization import initial_params
 from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
-from m2m_jax.tasks.evaluation import others, stratified_timesteps
+from m2m_jax.tasks.evaluation import another, stratified_timesteps
 from m2m_jax.tasks.sample_grid import decode_in_pieces, pieces
 
 
@@ -64,8 +64,6 @@ class TextToImageTask:
         folder, seed = self.config.init.path, self.config.seed
         return initial_params(self._build, self.unet_config, self.schedule, folder, seed=seed)
 
-    is_new_parameter = staticmethod(is_set_attention)  # attn2, whatever it attends to
-
     def draw(self, batch: dict, step: jax.Array) -> SetDraws:
         """What is random in the loss of a batch; the context of an image is its caption."""
         config, shape = self.config, (*batch["token_ids_bns"].shape[:2], *self._latent_shape)
@@ -92,16 +90,14 @@ class TextToImageTask:
         noise_bnhwc = jax.random.normal(noise_key, shape)
         captions = {
             "loss_own_caption": ids_bns,
-            "loss_other_caption": jnp.roll(ids_bns, 1, axis=0),
+            "loss_other_caption": ids_bns[another(ids_bns)],  # one that reads differently
             "loss_no_caption": jnp.broadcast_to(self.empty_ids_1s[None], ids_bns.shape),
         }
         error_bn = {
             name: self._squared_error(params, frozen, batch, ids_bns, noise_bnhwc, timestep_bn)
             for name, ids_bns in captions.items()
         }
-        # Another's caption is one that reads differently.
-        counts_b = {"loss_other_caption": others(ids_bns)[:, None]}
-        return {name: jnp.mean(x_bn, where=counts_b.get(name)) for name, x_bn in error_bn.items()}
+        return {name: jnp.mean(x_bn) for name, x_bn in error_bn.items()}
 
     @staticmethod
     def score(means: dict[str, float]) -> float:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import optax
 from ml_collections import ConfigDict
 
 from m2m_jax.errors import UserError
+from m2m_jax.models.initialization import is_set_attention
 
 
-def make_optimizer(
-    config: ConfigDict, total_steps: int, is_new_parameter: Callable[[str], bool]
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a flat dict of parameters, and its learning rate as a function of the step (for the log).
 
     Args:
         config: `config.optimizer`.
         total_steps: the cosine reaches zero here.
-        is_new_parameter: of a dotted name: whether no pretrained folder gave it; the updates of such parameters
-            are multiplied by `new_parameter_rate` (their learning rate is that much higher, their decay too).
 
     Raises UserError where the warm-up does not end before the run.
     """
@@ -41,8 +36,8 @@ def make_optimizer(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed),
         optax.masked(
-            optax.scale(config.new_parameter_rate),
-            lambda params: {name: is_new_parameter(name) for name in params},
+            optax.scale(config.attn2_rate),  # of the learning rate, and so of the decay, too
+            lambda params: {name: is_set_attention(name) for name in params},
         ),
     )
     return _promoting(optimizer), schedule

@@ -34,7 +34,7 @@ class Setup:
 
 def set_up(task: Any, config: ConfigDict, mesh: Mesh) -> Setup:
     """Of `SetDiffusion` or `Autoencoding`. Nothing is computed and no device is asked for anything."""
-    optimizer, learning_rate = make_optimizer(config.optimizer, config.train.steps, task.is_new_parameter)
+    optimizer, learning_rate = make_optimizer(config.optimizer, config.train.steps)
     trains = TRAINED[config.train.parameters]
 
     def create(params: Params) -> TrainState:
