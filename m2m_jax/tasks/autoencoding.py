@@ -16,6 +16,7 @@ from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.parameters import Params, abstract, merge, split
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
+from m2m_jax.tasks.sample_grid import images_in_pieces
 
 
 class Autoencoding:
@@ -87,7 +88,9 @@ class Autoencoding:
     def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
         """Held-out images above their reconstructions."""
         images_bhwc = np.asarray(batch["images_bnhwc"])[:, 0]
-        rebuilt_bhwc = np.asarray(_reconstruct(self.graphdef, params, images_bhwc))
+        rebuilt_bhwc = images_in_pieces(
+            lambda some_bhwc: _reconstruct(self.graphdef, params, some_bhwc), images_bhwc, images_bhwc.shape[1]
+        )
         width = math.gcd(len(images_bhwc), 8)
         pairs = zip(*(x.reshape(-1, width, *x.shape[1:]) for x in (images_bhwc, rebuilt_bhwc)), strict=True)
         return contact_sheet([Row("", [Group("held out", list(a)), Group("rebuilt", list(b))]) for a, b in pairs])

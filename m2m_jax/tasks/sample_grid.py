@@ -14,11 +14,9 @@ def pieces(count: int, image_size: int) -> list[slice]:
     return [slice(start, start + at_once) for start in range(0, count, at_once)]
 
 
-def decode_in_pieces(
-    decode: Callable[[np.ndarray], jax.Array], latents_khwc: np.ndarray, image_size: int
-) -> np.ndarray:
-    """uint8 images [k, image_size, image_size, 3] of scaled latents; k may be 0. decode: of some of them."""
-    images_khwc = np.empty((len(latents_khwc), image_size, image_size, 3), np.uint8)
-    for piece in pieces(len(latents_khwc), image_size):
-        images_khwc[piece] = decode(latents_khwc[piece])
+def images_in_pieces(make: Callable[[np.ndarray], jax.Array], of_khwc: np.ndarray, image_size: int) -> np.ndarray:
+    """uint8 images [k, image_size, image_size, 3] of latents, or of other images; k may be 0. make: those of some."""
+    images_khwc = np.empty((len(of_khwc), image_size, image_size, 3), np.uint8)
+    for piece in pieces(len(of_khwc), image_size):
+        images_khwc[piece] = make(of_khwc[piece])
     return images_khwc

@@ -23,7 +23,7 @@ from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generate
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.evaluation import context_losses
-from m2m_jax.tasks.sample_grid import decode_in_pieces, pieces
+from m2m_jax.tasks.sample_grid import images_in_pieces, pieces
 
 
 class SetDiffusion:
@@ -141,7 +141,7 @@ class SetDiffusion:
         latents_bmhwc, size = np.asarray(batch["latents_bnhwc"])[:, :-1], sampler.image_size
         latents_khwc = latents_bmhwc.reshape(-1, *latents_bmhwc.shape[2:])
         decode = sampler.programs["decode"]
-        images_khwc = decode_in_pieces(lambda x_khwc: decode(sampler.place(x_khwc)), latents_khwc, size)
+        images_khwc = images_in_pieces(lambda x_khwc: decode(sampler.place(x_khwc)), latents_khwc, size)
         return images_khwc.reshape(*latents_bmhwc.shape[:2], size, size, 3)
 
     def sampler(self, params: Params, step: int) -> Sampler:

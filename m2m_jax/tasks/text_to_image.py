@@ -28,7 +28,7 @@ from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
 from m2m_jax.tasks.evaluation import another, stratified_timesteps
-from m2m_jax.tasks.sample_grid import decode_in_pieces, pieces
+from m2m_jax.tasks.sample_grid import images_in_pieces, pieces
 
 
 class TextToImageTask:
@@ -114,7 +114,7 @@ class TextToImageTask:
         if "latents_bnhwc" in batch:
             decode, autoencoder = jax.jit(self.models.decode), {AUTOENCODER: generator.autoencoder[1]}
             latents_bhwc = np.asarray(batch["latents_bnhwc"])[:, 0]
-            held_out_bhwc = decode_in_pieces(
+            held_out_bhwc = images_in_pieces(
                 lambda x_khwc: decode(autoencoder, x_khwc), latents_bhwc, generator.image_size
             )
         else:
