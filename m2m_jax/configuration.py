@@ -87,7 +87,7 @@ def default_config() -> ConfigDict:
     config.image_encoder.layer = -1  # tokens after so many of its blocks; -1: after all of them and the last norm
 
     config.text_encoder = ConfigDict()  # read by task=text_to_image
-    config.text_encoder.path = ""  # a CLIP text encoder or a BERT in transformers' layout, its tokenizer beside it
+    config.text_encoder.path = ""  # a CLIP text encoder or a BERT in transformers' layout, with its tokenizer
     config.text_encoder.max_tokens = 77  # of a caption; longer ones are cut
 
     config.init = ConfigDict()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from parity_fixtures import assert_same_params, change_config, random_model, record, require_equal, torch_record
 from run_fixtures import run
+from safetensors.numpy import load_file, save_file
 from text_fixtures import make_bert
 
 from m2m_jax.errors import UserError
@@ -15,7 +16,7 @@ from m2m_jax.models.bert import BertConfig, BertEncoder
 from m2m_jax.models.parameters import abstract, merge
 from m2m_jax.models.text_encoders import encode_text, load_text_encoder, make_text_encoder
 from m2m_jax.models.tokenizer import load_tokenizer
-from m2m_jax.models.transformers_folder import load_bert_config, load_bert_params, save_bert
+from m2m_jax.models.transformers_folder import BERT_FORMAT, load_bert_config, load_bert_params, save_bert
 
 TINY = BertConfig(
     vocab_size=50,
@@ -85,6 +86,21 @@ def test_what_a_pretrained_folder_holds_besides_is_left_out_parity(transformers,
     transformers.BertModel.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     assert_same_params(load_bert_params(tmp_path / "theirs"), params)
     assert load_bert_config(tmp_path / "theirs") == TINY
+
+
+def test_a_part_of_another_model_under_old_names_is_read_as_transformers_reads_it_parity(transformers, tmp_path):
+    """As bert-base-uncased is published."""
+    _, params = random_model(BertEncoder, TINY)
+    save_bert(tmp_path, TINY, params)
+    file = tmp_path / BERT_FORMAT.weights
+    old = {"cls.predictions.bias": np.zeros(50, np.float32)}
+    for name, x in load_file(file).items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        old[f"bert.{name}"] = x
+    save_file(old, file, metadata={"format": "pt"})
+    assert_same_params(load_bert_params(tmp_path), params)
+    transformers.BertModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
+    assert_same_params(load_bert_params(tmp_path / "theirs"), params)
 
 
 @pytest.mark.parametrize(

@@ -346,6 +346,13 @@ def test_pickled_weights_are_refused(unet_folder):
         load_params(unet_folder)
 
 
+def test_a_variant_of_the_weights_is_named(unet_folder):
+    (unet_folder / WEIGHTS).rename(unet_folder / WEIGHTS.replace(".safe", ".fp16.safe"))
+    (unet_folder / "diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=f"there is .*fp16.safetensors, a variant: rename it to {WEIGHTS}$"):
+        load_params(unet_folder)
+
+
 def test_a_folder_without_weights_or_config_is_refused(tmp_path):
     with pytest.raises(UserError, match="no weights at"):
         load_params(tmp_path)

@@ -104,11 +104,41 @@ def test_a_missing_part_is_named(part, folder, tmp_path):
         ({"steps": 0}, "at least one step"),
         ({"stepper": "heun"}, "heun"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"guidance_scale": 0.0}, "guidance_scale is 0.0, which takes the caption away: 1 is no guidance"),
     ],
 )
 def test_options_that_make_no_images_are_refused(options, words, folder):
     with pytest.raises(UserError, match=words):
         TextToImage.open(folder, **SETTINGS | options)
+
+
+def rewrite(file, **fields):
+    """Replaces fields of a JSON object; None removes one."""
+    values = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("stepper", "given", "spacing"),
+    [("ddim", None, "leading"), ("euler", None, "linspace"), ("euler", "trailing", "trailing")],
+)
+def test_what_a_schedule_does_not_say_is_as_in_the_pipeline(stepper, given, spacing, folder, tmp_path):
+    there = shutil.copytree(folder, tmp_path / "pipeline")
+    rewrite(there / "scheduler" / "scheduler_config.json", timestep_spacing=given, steps_offset=None)
+    schedule = TextToImage.open(there, **SETTINGS | {"stepper": stepper}).about["schedule"]
+    assert (schedule["timestep_spacing"], schedule["steps_offset"]) == (spacing, 1)
+
+
+@pytest.mark.parametrize(("version", "image_size"), [("0.8.0.dev0", 128), ("0.10.2", 16), (None, 16)])
+def test_old_unets_say_half_of_their_size(version, image_size, folder, tmp_path):
+    there = shutil.copytree(folder, tmp_path / "pipeline")
+    rewrite(there / "unet" / "config.json", _diffusers_version=version)
+    assert TextToImage.open(there, **SETTINGS).image_size == image_size
+
+
+def test_a_pipelines_text_encoder_finds_its_tokenizer(folder):
+    found = load_tokenizer(str(folder / "text_encoder"), CLIP_LENGTH)
+    assert found.text == load_tokenizer(str(folder / "tokenizer"), CLIP_LENGTH).text
 
 
 def test_a_damaged_schedule_is_refused(folder, tmp_path):

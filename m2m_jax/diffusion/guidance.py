@@ -21,7 +21,7 @@ class Guidance:
 
     Attributes:
       scale: 1 is plain conditional sampling, 0 ignores the context, above 1 exaggerates what the context changes.
-        diffusers' `guidance_scale` is this scale; the paper's w is scale - 1.
+        diffusers' `guidance_scale` is this scale above 1, and no guidance at all below; the paper's w is scale - 1.
       interval: guide only between these fractions of the noise levels, 0 clean and 1 noise (Kynkaanniemi et al. 2024,
         arXiv:2404.07724).
       rescale: 0 to 1, how far the guided output is brought back to the standard deviation of the conditional one (Lin

@@ -60,9 +60,10 @@ class Levels(NamedTuple):
 def ddim(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     """DDIM with eta = 0: Song et al. 2021, arXiv:2010.02502, eq. 12. Values: diffusers' `DDIMScheduler`.
 
-    One difference: diffusers steps down by num_train_timesteps // num_steps whatever the grid, so under "linspace",
+    Two differences. diffusers steps down by num_train_timesteps // num_steps whatever the grid, so under "linspace",
     and under "trailing" where that division leaves a remainder, it lands beside the timestep at which the network is
-    evaluated next. Here a step ends where the next begins.
+    evaluated next; here a step ends where the next begins. And where set_alpha_to_one is false, as in published Stable
+    Diffusion folders, diffusers leaves the noise of the first timestep in; here the last step ends at the clean image.
     """
     levels = _levels(schedule, schedule.inference_timesteps(num_steps))
     x, clean = _deterministic(levels)

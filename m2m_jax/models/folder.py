@@ -139,9 +139,12 @@ def load_params(folder: str | Path, form: Format) -> Params:
     params = {}
     for file in files:
         if not file.is_file():
+            variants = sorted(p.name for p in folder.glob(f"{file.stem}.*{file.suffix}"))
             pickled = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
             remedy = ""
-            if pickled:
+            if variants:
+                remedy = f"; there is {variants[0]}, a variant: rename it to {file.name}"
+            elif pickled:
                 remedy = (
                     f"; {pickled[0]} is pickled and is not opened, for it could run code: load it with {form.library} "
                     "where that does no harm, and save it again, which writes safetensors"
@@ -170,10 +173,16 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
 
 
 def require_same(folder: str | Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises UserError listing every one of the `differences`."""
+    """Raises UserError with the first of the `differences`."""
     problems = differences(expected, found)
     if problems:
-        raise UserError(f"{folder} does not hold this model: {'; '.join(problems)}")
+        raise UserError(f"{folder} does not hold this model: {first_of(problems)}")
+
+
+def first_of(problems: list[str]) -> str:
+    """Some of them, and how many more there are."""
+    more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return "; ".join(problems[:8]) + more
 
 
 def save_folder(folder: str | Path, values: dict[str, Any], params: Params, dtype, form: Format) -> None:

@@ -11,7 +11,7 @@ from m2m_jax.diffusion.schedule import NoiseSchedule, UnsupportedSchedule
 from m2m_jax.errors import UserError, warn
 from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.diffusers_folder import SCHEDULER, load_params, load_schedule, load_unet_config
-from m2m_jax.models.folder import differences
+from m2m_jax.models.folder import differences, first_of
 from m2m_jax.models.parameters import Params, split
 from m2m_jax.models.unet import UNet, UNetConfig
 
@@ -101,9 +101,8 @@ def from_pretrained(
     taken = {name: x for name, x in params.items() if name not in new}
     problems += differences(taken, pretrained)
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(
-            f"init.path={folder} does not fit config.model: {'; '.join(problems[:8])}{more}; "
+            f"init.path={folder} does not fit config.model: {first_of(problems)}; "
             "set config.model to that folder's config.json, or init.path= to train from scratch"
         )
     started = {name: pretrained[name] for name in taken}

@@ -36,12 +36,16 @@ class Tokenizer:
 
 @functools.cache
 def load_tokenizer(folder: str, length: int) -> Tokenizer:
-    """The tokenizer in a folder of transformers, for rows of `length` ids.
+    """The tokenizer in a folder of transformers, or in `tokenizer` beside it, as in a pipeline; rows of `length` ids.
 
     Raises UserError where the folder has none, or one that is slow (in Python) or has no token to fill up with.
     """
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+    places = (Path(folder), Path(folder) / ".." / "tokenizer")
+    files = [place / name for place in places for name in ("tokenizer.json", "vocab.json", "vocab.txt")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json nor vocab.txt")
+    folder = str(file.parent)
     from transformers import AutoTokenizer  # it takes a second, and only text needs it
 
     try:

@@ -40,15 +40,18 @@ BERT_FORMAT = folders.Format(
         (".down.", ".output.dense."),
         (".output_norm.", ".output.LayerNorm."),
     ),
+    formerly=(("norm.scale", "norm.gamma"), ("norm.bias", "norm.beta")),
 )
 # What BERT folders may hold and no token's state depends on.
 BERT_UNUSED = ("embeddings.position_ids", "pooler.dense.kernel", "pooler.dense.bias")
 
+# What stands before every name of a model that was saved as a part of another: with heads, say.
+BERT_PREFIX, DINOV2_PREFIXES = "bert.", ("dinov2.", "dinov2_with_registers.")
 # All versions of transformers read CLIP's text encoder with this before every name; 5.x writes it without.
 CLIP_PREFIX = "text_model."
 # What CLIP folders may hold and the states of the text do not depend on: positions counted from 0, which old versions
 # stored, and the projection to the space shared with images.
-CLIP_UNUSED = (f"{CLIP_PREFIX}embeddings.position_ids", "embeddings.position_ids", "text_projection.kernel")
+CLIP_UNUSED = ("embeddings.position_ids", "text_projection.kernel")
 
 # What transformers takes fields for that config.json lacks, where we would take another.
 CLIP_DEFAULTS = {
@@ -126,15 +129,24 @@ def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params, dtype=
 
 
 def load_params(folder: str | Path) -> Params:
-    """All parameters of a transformers folder but CLIP_UNUSED; see `folder.load_params`."""
-    params = folders.load_params(folder, TRANSFORMERS)
-    return {name.removeprefix(CLIP_PREFIX): x for name, x in params.items() if name not in CLIP_UNUSED}
+    """All parameters of a CLIP text encoder's folder but CLIP_UNUSED, or of a DINOv2's; see `folder.load_params`."""
+    params = _of_part(folders.load_params(folder, TRANSFORMERS), CLIP_PREFIX, *DINOV2_PREFIXES)
+    return {name: x for name, x in params.items() if name not in CLIP_UNUSED}
 
 
 def load_bert_params(folder: str | Path) -> Params:
     """All parameters of a BERT folder but BERT_UNUSED; see `folder.load_params`."""
-    params = folders.load_params(folder, BERT_FORMAT)
+    params = _of_part(folders.load_params(folder, BERT_FORMAT), BERT_PREFIX)
     return {name: x for name, x in params.items() if name not in BERT_UNUSED}
+
+
+def _of_part(params: Params, *prefixes: str) -> Params:
+    """What stands under one of the prefixes, without it; all, where nothing does."""
+    for prefix in prefixes:
+        part = {name.removeprefix(prefix): x for name, x in params.items() if name.startswith(prefix)}
+        if part:
+            return part
+    return params
 
 
 def _read_config(folder: str | Path, *model_types: str) -> dict[str, Any]:

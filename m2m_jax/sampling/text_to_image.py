@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,11 @@ class TextPrograms:
 
     def __post_init__(self):
         self.models.require_image_size(self.image_size, len(self.unet_config.block_out_channels))
+        if self.settings.guidance_scale < 1:
+            raise UserError(
+                f"guidance_scale is {self.settings.guidance_scale}, which takes the caption away: 1 is no guidance "
+                "(diffusers' is any value up to 1)"
+            )
         self.table  # noqa: B018 (refuses a stepper that is none for this schedule, and too many steps)
 
     @functools.cached_property
@@ -261,16 +267,35 @@ def _open_folder(
     models.require_params(frozen, {AUTOENCODER: str(folder / "vae"), TEXT_ENCODER: str(text_folder)})
     unet_params = diffusers_folder.load_params(unet_folder)
     require_same(unet_folder, unet_structure(unet_config)[1], unet_params)
-    schedule = diffusers_folder.load_schedule(folder / "scheduler" / diffusers_folder.SCHEDULER)
-    trained_at = read_json(unet_folder / "config.json").get("sample_size", 64)
-    if image_size is None and type(trained_at) is not int:
-        raise UserError(f"{unet_folder}/config.json: sample_size is {trained_at!r:.60}; give the image size")
+    chosen = SamplingSettings.chosen(FOLDER_SETTINGS, settings)
     programs = TextPrograms(
         unet_config,
         models,
-        schedule,
-        SamplingSettings.chosen(FOLDER_SETTINGS, settings),
-        image_size or trained_at * autoencoder.downsampling,
+        _schedule(folder / "scheduler" / diffusers_folder.SCHEDULER, chosen.stepper),
+        chosen,
+        image_size or _trained_at(unet_folder) * autoencoder.downsampling,
     )
     tokenizer = load_tokenizer(str(folder / "tokenizer"), text_encoder.max_position_embeddings)
     return cls(programs, {UNET: unet_params, **frozen}, tokenizer, devices)
+
+
+def _schedule(file: Path, stepper: str) -> NoiseSchedule:
+    """A pipeline's, where its file says nothing as diffusers has it: each of its schedulers has a spacing of its own,
+    and the pipeline makes the offset 1 whatever the file says."""
+    schedule, values = diffusers_folder.load_schedule(file), read_json(file)
+    if schedule.is_flow:
+        return schedule
+    spacing = schedule.timestep_spacing
+    if "timestep_spacing" not in values:
+        spacing = "leading" if stepper in ("ddim", "ddpm") else "linspace"
+    return dataclasses.replace(schedule, timestep_spacing=spacing, steps_offset=1)
+
+
+def _trained_at(unet_folder: Path) -> int:
+    """Side of the latents that a U-Net of diffusers makes."""
+    values = read_json(unet_folder / "config.json")
+    side, version = values.get("sample_size", 64), re.match(r"(\d+)\.(\d+)", str(values.get("_diffusers_version", "")))
+    if type(side) is not int:
+        raise UserError(f"{unet_folder}/config.json: sample_size is {side!r:.60}; give the image size")
+    # Before 0.9 the configs of Stable Diffusion 1.x said 32, and diffusers still takes that for 64.
+    return 64 if version and tuple(map(int, version.groups())) < (0, 9) and side < 64 else side
