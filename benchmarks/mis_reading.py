@@ -86,7 +86,7 @@ def read_sets(data: ConfigDict, seed: int) -> tuple[float, float]:
     """Sets a second that are read of the data set in its first epoch, and seconds of processors that a set takes."""
     size = data.batch_size
     examples = open_examples(data, split="train", seed=seed)
-    ready = batches(make_dataset(examples, batch_size=size), 0, data.prefetch, data.threads)
+    ready = batches(make_dataset(examples, batch_size=size, threads=data.threads), 0, data.prefetch)
     next(ready)  # threads start
     whole = examples.epoch_length // size - data.prefetch - 2  # what is made ahead is of this epoch, too
     count, start, processors = 0, time.perf_counter(), time.process_time()

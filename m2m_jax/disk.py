@@ -115,8 +115,9 @@ def write(path: Path, data: bytes) -> None:
             with new_file(path) as aside:
                 aside.write_bytes(data)
             return
-        except FileNotFoundError:  # taken for a leftover by another
-            if not tries_left or not path.parent.is_dir():
+        except OSError as error:  # taken for a leftover by another process, perhaps of another host
+            gone = error.errno in (errno.ENOENT, errno.ESTALE)
+            if not gone or not tries_left or not path.parent.is_dir():
                 raise
 
 

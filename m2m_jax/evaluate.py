@@ -45,7 +45,7 @@ def main(argv):
         raise UserError("config.data.images_per_set is 1: there is no context to evaluate")
     runtime.start()
     examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
-    dataset = make_dataset(examples, batch_size=config.eval.batch_size)
+    dataset = make_dataset(examples, batch_size=config.eval.batch_size, threads=config.data.threads)
     samplers = {path: Sampler.from_checkpoint(path) for path in CHECKPOINTS.value}
     require_comparable(samplers, config.data.image_size)
     warn_of_one_set(examples.num_sets, SPLIT.value)
@@ -103,7 +103,7 @@ def losses(sampler: Sampler, dataset, config) -> dict[str, list[float | None]]:
             clean_timestep=sampler.clean_timestep,
         )
 
-    stream = batches(dataset, 0, config.data.prefetch, config.data.threads)
+    stream = batches(dataset, 0, config.data.prefetch)
     found = [
         of_batch(sampler.unet_params, sampler.frozen, held_out_inputs(next(stream)), np.uint32(i))
         for i in range(BATCHES.value)

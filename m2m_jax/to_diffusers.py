@@ -56,8 +56,8 @@ def scaling_factor(config, autoencoder_config: AutoencoderConfig, params: Params
     encode = jax.jit(lambda params, images: merge(graphdef, params).posterior(pixels_to_float(images))[0])
     data = config.data
     examples = open_examples(data, split=data.train_split, seed=config.seed)
-    dataset = make_dataset(examples, batch_size=data.batch_size)
-    stream = batches(dataset, 0, prefetch=data.prefetch, threads=data.threads)
+    dataset = make_dataset(examples, batch_size=data.batch_size, threads=data.threads)
+    stream = batches(dataset, 0, data.prefetch)
     latents = [np.asarray(encode(params, next(stream)["images_bnhwc"])) for _ in range(SCALING_BATCHES)]
     return float(1.0 / np.std(latents))
 

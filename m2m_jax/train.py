@@ -80,7 +80,8 @@ def train(config, workdir, interruption, watchdog, stack):
 
     # Data
     def batched(examples, batch_size):
-        return make_dataset(examples, batch_size=batch_size, rows=sharding.local_rows(mesh, batch_size))
+        rows = sharding.local_rows(mesh, batch_size)
+        return make_dataset(examples, batch_size=batch_size, rows=rows, threads=config.data.threads)
 
     options = {"seed": config.seed, "tokenizer": task.tokenizer, "with_images": task.needs_images}
     train_examples = open_examples(config.data, split=config.data.train_split, **options)
@@ -90,7 +91,7 @@ def train(config, workdir, interruption, watchdog, stack):
 
     # Optimizer, state; restored where the workdir holds a checkpoint
     setup = set_up(task, config, mesh)
-    frozen = jax.device_put(task.frozen, sharding.replicated(mesh))
+    frozen = sharding.replicate(task.frozen, mesh)
     # A new run makes its parameters first: where it cannot start, nothing is written.
     params = None if (workdir / FOLDER).exists() else task.init()
     try:
@@ -159,7 +160,7 @@ def train(config, workdir, interruption, watchdog, stack):
 
     # Loop
     def stream_from(batch_index):
-        return batches(train_data, batch_index, config.data.prefetch, config.data.threads)
+        return batches(train_data, batch_index, config.data.prefetch)
 
     divergence = Divergence(config, train_examples, checkpoints, writer.message)
     throughput = Throughput(config)
@@ -206,9 +207,7 @@ def train(config, workdir, interruption, watchdog, stack):
                 state = start_state()
                 step = int(state.step)
                 skipped_batches += bad_step - step
-                state = state.replace(
-                    skipped_batches=jax.device_put(np.int32(skipped_batches), sharding.replicated(mesh))
-                )
+                state = state.replace(skipped_batches=sharding.replicate(np.int32(skipped_batches), mesh))
             writer.rewind(step)
             if example_log:
                 example_log.rewind(step)

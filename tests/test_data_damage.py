@@ -279,7 +279,7 @@ def test_folders_are_skipped(folder, capsys):
     # On one process, on two, and resumed in the middle.
     whole = pipeline.make_dataset(_examples(config), batch_size=8)
     parts = [pipeline.make_dataset(_examples(config), batch_size=8, rows=rows) for rows in (range(4), range(4, 8))]
-    resumed = pipeline.batches(pipeline.make_dataset(_examples(config), batch_size=8), 2, prefetch=2, threads=2)
+    resumed = pipeline.batches(pipeline.make_dataset(_examples(config), batch_size=8), 2, prefetch=2)
     count = 0
     for step in range(2, 6):
         expected, from_step, shares = whole[step], next(resumed), [part[step] for part in parts]

@@ -24,8 +24,8 @@ def _examples(config, *, split="train", seed=3, augment=True):
     return pipeline.open_examples(config, split=split, seed=seed, augment=augment)
 
 
-def _dataset(config, *, batch_size=8, rows=None, **options):
-    return pipeline.make_dataset(_examples(config, **options), batch_size=batch_size, rows=rows)
+def _dataset(config, *, batch_size=8, rows=None, threads=2, **options):
+    return pipeline.make_dataset(_examples(config, **options), batch_size=batch_size, rows=rows, threads=threads)
 
 
 def _assert_equal(batch, expected):
@@ -56,21 +56,21 @@ def test_a_batch_says_which_sets_it_holds(config):
 @pytest.mark.parametrize("augment", [False, True])
 def test_same_batches_from_any_start(config, augment):
     dataset = _dataset(config, augment=augment)
-    from_start = pipeline.batches(dataset, 0, prefetch=2, threads=2)
+    from_start = pipeline.batches(dataset, 0, prefetch=2)
     run = [next(from_start) for _ in range(6)]
-    fresh = _dataset(config, augment=augment)
-    resumed = pipeline.batches(fresh, 3, prefetch=3, threads=1)
+    fresh = _dataset(config, augment=augment, threads=1)
+    resumed = pipeline.batches(fresh, 3, prefetch=3)
     for step in (3, 4, 5):
         _assert_equal(next(resumed), run[step])
         _assert_equal(fresh[step], run[step])
-    foreground = pipeline.batches(fresh, 2, prefetch=0, threads=1)
+    foreground = pipeline.batches(fresh, 2, prefetch=0)
     _assert_equal(next(foreground), run[2])
 
 
 def test_far_steps_cost_no_more(config):
     dataset = _dataset(config)
     step = 10**9
-    batch = next(pipeline.batches(dataset, step, prefetch=1, threads=1))
+    batch = next(pipeline.batches(dataset, step, prefetch=1))
     assert batch["example_index_b"][0] == 8 * step
 
 
@@ -199,4 +199,4 @@ def test_errors_of_the_background_threads_arrive(config, monkeypatch):
     dataset = _dataset(config)
     monkeypatch.setattr(pipeline, "decode_image", fail)
     with pytest.raises(UserError, match="this image is broken"):
-        next(pipeline.batches(dataset, 0, prefetch=2, threads=2))
+        next(pipeline.batches(dataset, 0, prefetch=2))

@@ -114,7 +114,15 @@ def main(argv):
         if len(missing) < len(mine):
             say(f"{len(mine) - len(missing)} of {len(mine)} shards are there already")
         done = make(output, missing, captions, generator, make_set, lambda: interruption.requested(0))
-        manifest = work_sharing.wait_for_all(lambda: build_folder.finish(output, build), interruption) if done else None
+
+        def finished() -> mis.Manifest | None:
+            if index == 0 or not jax.distributed.is_initialized():
+                return build_folder.finish(output, build)
+            # Of processes that JAX joined the first writes it, and all wait for it.
+            written = build_folder.all_there(output, build) and (mis.folder(output) / mis.MANIFEST).exists()
+            return mis.read_manifest(output) if written else None
+
+        manifest = work_sharing.wait_for_all(finished, interruption) if done else None
         if manifest is None and interruption.requested(0):
             say(f"stopped; go on with: {build.command}")
             return interruption.exit_code()

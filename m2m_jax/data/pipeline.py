@@ -5,6 +5,7 @@ function of (seed, i). Batch s holds the examples s * B to (s + 1) * B - 1, what
 run resumes from its step alone, also on another number of hosts.
 """
 
+import concurrent.futures
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -337,29 +338,28 @@ def open_examples(
     )
 
 
-def make_dataset(examples: SetExamples, *, batch_size: int, rows: Sequence[int] | None = None) -> grain.MapDataset:
+def make_dataset(
+    examples: SetExamples, *, batch_size: int, rows: Sequence[int] | None = None, threads: int = 1
+) -> grain.MapDataset:
     """This process's share of every batch: dataset[s] is that of step s, for any s >= 0.
 
     batch_size: sets a batch, B, all processes together.
     rows: which of them, 0 to B - 1, are this process's; None: all.
+    threads: that read and decode, of however many batches at once.
     Elements, with b = len(rows): {"images_bnhwc": uint8 [b, N, S, S, 3], "example_index_b": int64 [b],
     "record_index_b": int64 [b], the records of the source that they were made from, "substituted_b": bool [b], which of
     them stand in the place of damaged ones}; of precomputed latents "latents_bnhwc": float32 [b, N, h, w, c] in the
     place of the images or beside them; of captions "token_ids_bns": int32 [b, N, s].
     """
     rows = tuple(range(batch_size) if rows is None else rows)
-    share = len(rows)
+    # Not Grain's threads: they make a batch each, one example after another.
+    pool = concurrent.futures.ThreadPoolExecutor(threads, "examples")
 
-    def global_index(local_index: int) -> int:
-        step, position = divmod(local_index, share)
-        return step * batch_size + rows[position]
+    def batch(step: int) -> dict:
+        made = list(pool.map(lambda row: examples[int(step) * batch_size + row], rows))
+        return {_BATCHED[name]: np.stack([example[name] for example in made]) for name in made[0]}
 
-    return (
-        grain.MapDataset.range(_ENDLESS // batch_size * share)
-        .map(lambda local_index: examples[global_index(int(local_index))])
-        .batch(share, drop_remainder=True)
-        .map(lambda batch: {_BATCHED[name]: value for name, value in batch.items()})
-    )
+    return grain.MapDataset.range(_ENDLESS // batch_size).map(batch)
 
 
 def inputs(batch: dict) -> dict:
@@ -372,10 +372,7 @@ def held_out_inputs(batch: dict) -> dict:
     return inputs(batch) | {"record_index_b": batch["record_index_b"].astype(np.int32)}
 
 
-def batches(dataset: grain.MapDataset, start_step: int, prefetch: int, threads: int) -> Iterator[dict]:
-    """Batches from `start_step` on, made ahead of use in the background.
-
-    prefetch: batches made ahead; 0 makes each when it is asked for. threads: that make them, >= 1.
-    """
-    options = grain.ReadOptions(num_threads=threads if prefetch else 0, prefetch_buffer_size=prefetch)
+def batches(dataset: grain.MapDataset, start_step: int, prefetch: int) -> Iterator[dict]:
+    """Batches from `start_step` on, so many of them made ahead of use in the background (0: none)."""
+    options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
     return iter(dataset[start_step:].to_iter_dataset(options))

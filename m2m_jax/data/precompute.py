@@ -17,8 +17,8 @@ shards of a split where each is told its --process_index and --process_count; pr
 (`runtime.py`) know theirs, and end when all shards are there. Layout of the folder: `precomputed.py`.
 """
 
-import collections
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -102,18 +102,12 @@ def main(argv):
             images = sum(source.num_images[i] for i in indices)
             rate = images / (time.monotonic() - started)
             print(f"{path.name}: {len(indices)} sets, {images} images, {rate:.0f} images/s", flush=True)
-        left = collections.deque(shards.items())
-        if not work_sharing.wait_for_all(lambda: _all_there(left), interruption) and interruption.requested(0):
+        names = {path.name for path in shards}  # a shard has its name when it is whole
+        whole = work_sharing.wait_for_all(lambda: names <= set(os.listdir(output)), interruption)
+        if not whole and interruption.requested(0):
             print(f"stopped; go on with: {manifest.command}", flush=True)
             return interruption.exit_code()
     return 0
-
-
-def _all_there(left: collections.deque[tuple[Path, range]]) -> bool:
-    """Whether these shards are there; takes those that are out of the list, as looking costs time."""
-    while left and count_records(left[0][0]) == len(left[0][1]):
-        left.popleft()
-    return not left
 
 
 def check_flags(config: ConfigDict, output: Path) -> None:

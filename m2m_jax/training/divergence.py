@@ -99,12 +99,14 @@ class Divergence:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         prefix = "gradient_norm/"
         modules = ", ".join(f"{k.removeprefix(prefix)} {v:.3g}" for k, v in values.items() if k.startswith(prefix))
-        batch = make_dataset(self._examples, batch_size=self._batch_size)[step - 1 + int(values["skipped_batches"])]
-        ids = self._examples.set_ids(batch["record_index_b"])
-        more = f" and {len(ids) - _NAMED_SETS} more" if len(ids) > _NAMED_SETS else ""
+        # Not all of a large batch: it would be read on every host.
+        named = range(min(self._batch_size, _NAMED_SETS))
+        dataset = make_dataset(self._examples, batch_size=self._batch_size, rows=named)
+        ids = self._examples.set_ids(dataset[step - 1 + int(values["skipped_batches"])]["record_index_b"])
+        more = f" and {self._batch_size - len(ids)} more" if self._batch_size > len(ids) else ""
         return (
             f"step {step}: the loss is {values['loss']:.4g} and the norm of the gradient {values['gradient_norm']:.3g} "
-            f"({modules}), of the sets {', '.join(ids[:_NAMED_SETS])}{more}"
+            f"({modules}), of the sets {', '.join(ids)}{more}"
         )
 
     def _kept(self) -> str:

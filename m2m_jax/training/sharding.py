@@ -159,15 +159,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """NumPy arrays that every process holds alike, on every device.
+
+    `jax.device_put` would first gather them from all processes, to compare them: as often as there are processes.
+    """
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index]), tree)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+
 def on_this_process(params: Params, mesh: Mesh) -> Params:
     """Whole arrays: on the first device of this process where it has all of them, else in its own memory.
 
     All processes must call. One after another: gathered together they would need room on every device.
     """
-    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
     def whole(x: jax.Array) -> jax.Array | np.ndarray:
-        return x.addressable_data(0) if x.is_fully_replicated else np.asarray(gather(x).addressable_data(0))
+        return x.addressable_data(0) if x.is_fully_replicated else np.asarray(_gather(mesh)(x).addressable_data(0))
 
     return {name: whole(x) for name, x in params.items()}
 

@@ -28,7 +28,8 @@ def start(directory: str | Path, build: Build) -> None:
     path = mis.folder(directory) / mis.BUILD
     with disk.errors(f"--output={directory}"):
         if not path.exists():
-            others = [name for name in _names(path.parent) if not name.endswith(disk.UNFINISHED)]
+            # Another process may have begun meanwhile.
+            others = [x for x in _names(path.parent) if not x.endswith(disk.UNFINISHED) and x != mis.BUILD]
             if others:
                 raise UserError(f"{path.parent} holds {others[0]}, and no build of this program: name another --output")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,8 @@ def finish(directory: str | Path, build: Build) -> Manifest | None:
 
     The same whoever calls it: several processes may, at once. Raises UserError where the rules have dropped all sets.
     """
+    if not all_there(directory, build):
+        return None
     shards, reports = build.shards, []
     for shard in shards:
         try:
@@ -78,6 +81,12 @@ def finish(directory: str | Path, build: Build) -> Manifest | None:
         _write_json(path / mis.MANIFEST, manifest)
         disk.remove_leftovers(path)
     return manifest
+
+
+def all_there(directory: str | Path, build: Build) -> bool:
+    """Whether all shards and their reports have their names, by one look at the folder, however many there are."""
+    names = set(_names(mis.folder(directory)))
+    return all({shard.name, mis.report_path(directory, shard).name} <= names for shard in build.shards)
 
 
 class ShardWriter:
