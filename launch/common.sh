@@ -58,7 +58,7 @@ environment() {
       # Collectives run while the next layers are computed. (The documentation of JAX: GPU performance tips.)
       echo XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true
       # The default, 0.75, leaves a quarter of the memory unused.
-      echo XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+      echo XLA_CLIENT_MEM_FRACTION=0.92
       ;;
     # libtpu's own defaults schedule collectives beside the computation: no flag of it is set.
     tpu) echo JAX_PLATFORMS=tpu,cpu ;;

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-from jax._src import distributed
 
 from m2m_jax.errors import UserError
 
@@ -31,7 +30,8 @@ def start() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "m2m_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    chosen = "JAX_NUM_CPU_DEVICES" in os.environ
+    if not chosen and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = min(os.cpu_count() or 1, MAX_CPU_DEVICES)
         jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))
     _join_processes()
@@ -88,6 +88,8 @@ def _saying_who_is_missing(processes: str, seconds: int) -> Iterator[None]:
     )
     told = threading.Timer(seconds, print, [line], {"file": sys.stderr, "flush": True})
     told.daemon = True
+    from jax._src import distributed  # private: who samples, perhaps with another JAX, needs none of it
+
     library = distributed._jax
     start_service = library.get_distributed_runtime_service
     library.get_distributed_runtime_service = functools.partial(start_service, cluster_register_timeout=seconds)

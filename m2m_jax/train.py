@@ -8,7 +8,7 @@ M2M. It resumes by itself where the workdir holds a checkpoint. The workdir rece
     tensorboard/       the same, and the sample grids
     samples/           the sample grids as PNG
     examples/          with `config.data.log_examples`: which sets each process saw at which step
-    profile/           a trace of `config.profile.steps`, for TensorBoard or Perfetto
+    profile/PROCESS/   a trace of `config.profile.steps`, for TensorBoard or Perfetto
 
 Exit codes, and what the scripts in launch/ do:
 
@@ -164,7 +164,7 @@ def train(config, workdir, interruption, watchdog, stack):
 
     divergence = Divergence(config, train_examples, checkpoints, writer.message)
     throughput = Throughput(config)
-    profiler = Profiler(config.profile.steps, workdir / "profile")
+    profiler = Profiler(config.profile.steps, workdir / "profile" / str(jax.process_index()))
     stack.callback(profiler.close)
     stream, step, compiled = stream_from(first_step + skipped_batches), first_step, None
     substituted = 0  # sets of this process since the last line of the log

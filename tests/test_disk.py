@@ -68,7 +68,9 @@ def test_a_name_that_is_too_long_is_a_line(tmp_path):
         disk.write(tmp_path / ("a" * 300), b"")
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), UserError("out is a file")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("division by zero"), UserError("out is a file"), TimeoutError("1200 s")]
+)
 def test_what_the_disk_did_not_say_stays(error):
     with pytest.raises(type(error), match=str(error)), disk.errors("out"):
         raise error

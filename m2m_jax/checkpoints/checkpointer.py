@@ -110,6 +110,9 @@ class Checkpointer:
         handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_WRITERS) for name in ARRAYS}
         handlers |= {ABOUT: ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        # It asks JAX whether it is preempted, of the step that is saved, from the background: JAX would take that for
+        # the step that this process is at, and `Interruption` could miss the one that all stop after.
+        self._manager.reached_preemption = lambda step: False
         for step in self._manager.all_steps():
             if not checksums.damage(self._folder / str(step), [ABOUT]):
                 score = read_about(self._folder, step).get("score")

@@ -1,6 +1,6 @@
 """Reads checkpoints: what is in one, and all of it that sampling needs. `checkpointer.py` writes them, and says how.
 
-Nothing here waits for other processes.
+Processes that JAX joined must restore together: Orbax has them wait for each other.
 """
 
 from __future__ import annotations

@@ -129,8 +129,8 @@ def _load(folder: Path, name: str, manifest: Mapping[str, Any]) -> Callable:
         exported = jax.export.deserialize(bytearray(path.read_bytes()))
     except ValueError as error:
         raise UserError(
-            f"{path} was exported by jax {manifest['jax']} and this is {jax.__version__}, which can't read it: "
-            f"install jax {manifest['jax']} or newer"
+            f"{path} was exported by jax {manifest['jax']} and this is {jax.__version__}, which can't read it "
+            f"({_one_line(error)}): install jax {manifest['jax']}, or export the checkpoint again"
         ) from error
     except Exception as error:  # FlatBuffers' reader trusts what it reads
         raise UserError(f"{path} is damaged ({_one_line(error)}): export the bundle again") from error

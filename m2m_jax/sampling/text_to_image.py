@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,15 @@ class TextPrograms:
         return latents_bnhwc, self.models.decode(params, latents_bnhwc)
 
 
+@functools.cache
+def _compiled(programs: TextPrograms, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Once for all generators of a run, whose previews each make one. Each device runs the program by itself: left to
+    XLA they exchange halves of the guided batch at every step."""
+    shared, split = PartitionSpec(), PartitionSpec("data")
+    specs = (shared, split, shared, split, shared, shared)
+    return jax.jit(jax.shard_map(programs.generate, mesh=mesh, in_specs=specs, out_specs=split))
+
+
 class TextToImage:
     """A text-to-image model with its parameters in place.
 
@@ -123,16 +132,7 @@ class TextToImage:
         self.num_devices = self._mesh.size
         self._tokenizer, self._empty_ids_1s = tokenizer, tokenizer([""])
         self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
-        shared, split = PartitionSpec(), PartitionSpec("data")
-        # Each device runs the program by itself. Left to XLA they exchange halves of the guided batch at every step.
-        self._generate = jax.jit(
-            jax.shard_map(
-                programs.generate,
-                mesh=self._mesh,
-                in_specs=(shared, split, shared, split, shared, shared),
-                out_specs=split,
-            )
-        )
+        self._generate = _compiled(programs, self._mesh)
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
