@@ -1,6 +1,6 @@
 """The plans of docs/plans: the full-size models on every topology, each compiled by `m2m_jax.plan`, and their table.
 
-    python -m benchmarks.plans                         all that are not there yet: 15 to 40 minutes of a core each
+    python -m benchmarks.plans                         all that are not there yet: 17 to 45 minutes of a core each
     python -m benchmarks.plans --only=v5p_self5        one of them
     python -m benchmarks.plans --table                 only the table, in docs/planning.md
 
