@@ -16,8 +16,8 @@ kernels: one kind of CPU does. For GPUs XLA takes the kernels that it finds fast
 Shards appear whole: a build that was interrupted, or killed, goes on with the first shard that is missing. SIGTERM and
 Ctrl-C end it after the images being made; the shard that was begun is left out. Several processes, also on several
 hosts with one file system, share the shards where each is told its --process_index and --process_count; processes that
-M2M_PROCESSES joins (`runtime.py`) know theirs. Whichever ends last writes the manifest. A folder that holds another
-build is refused. Layout of the folder: `mis.py`.
+M2M_PROCESSES joins (`runtime.py`) know theirs. Whichever ends last writes the manifest; of joined ones the first does.
+A folder that holds another build is refused. Layout of the folder: `mis.py`.
 
 Cleaning: the flags that are named like rules of `captions.CaptionRules` and `cleaning.SetRules`, which say what
 they mean. How many each rule dropped stands in the manifest.
