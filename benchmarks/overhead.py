@@ -57,7 +57,7 @@ class Training:
         self.mesh = sharding.make_mesh(config.mesh)
         self.task = SetDiffusion(config)
         self.setup = set_up(self.task, config, self.mesh)
-        self.frozen = jax.device_put(self.task.frozen, sharding.replicated(self.mesh))
+        self.frozen = sharding.replicate(self.task.frozen, self.mesh)
         self.checkpoints = Checkpointer(workdir, keep=config.checkpoint.keep)
         examples = open_examples(config.data, split=config.data.train_split, seed=config.seed)
         dataset = make_dataset(examples, batch_size=config.data.batch_size, threads=config.data.threads)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_fixtures import build_emoji
+from parity_fixtures import change_config
 from run_fixtures import config_argument, load_config, make_autoencoder, run
 from text_fixtures import CLIP_LENGTH, SAMPLE_SIZE, SD_AUTOENCODER, make_bert, make_stable_diffusion
 
@@ -112,19 +113,16 @@ def test_options_that_make_no_images_are_refused(options, words, folder):
         TextToImage.open(folder, **SETTINGS | options)
 
 
-def rewrite(file, **fields):
-    """Replaces fields of a JSON object; None removes one."""
-    values = json.loads(file.read_text()) | fields
-    file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
-
-
 @pytest.mark.parametrize(
     ("stepper", "given", "spacing"),
     [("ddim", None, "leading"), ("euler", None, "linspace"), ("euler", "trailing", "trailing")],
 )
 def test_what_a_schedule_does_not_say_is_as_in_the_pipeline(stepper, given, spacing, folder, tmp_path):
     there = shutil.copytree(folder, tmp_path / "pipeline")
-    rewrite(there / "scheduler" / "scheduler_config.json", timestep_spacing=given, steps_offset=None)
+    values = json.loads((there / "scheduler" / "scheduler_config.json").read_text())
+    del values["steps_offset"], values["timestep_spacing"]
+    values |= {"timestep_spacing": given} if given else {}
+    (there / "scheduler" / "scheduler_config.json").write_text(json.dumps(values))
     schedule = TextToImage.open(there, **SETTINGS | {"stepper": stepper}).about["schedule"]
     assert (schedule["timestep_spacing"], schedule["steps_offset"]) == (spacing, 1)
 
@@ -132,7 +130,7 @@ def test_what_a_schedule_does_not_say_is_as_in_the_pipeline(stepper, given, spac
 @pytest.mark.parametrize(("version", "image_size"), [("0.8.0.dev0", 128), ("0.10.2", 16), (None, 16)])
 def test_old_unets_say_half_of_their_size(version, image_size, folder, tmp_path):
     there = shutil.copytree(folder, tmp_path / "pipeline")
-    rewrite(there / "unet" / "config.json", _diffusers_version=version)
+    change_config(there / "unet", **({"_diffusers_version": version} if version else {}))
     assert TextToImage.open(there, **SETTINGS).image_size == image_size
 
 
