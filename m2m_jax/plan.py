@@ -58,6 +58,8 @@ def main(argv) -> int:
     config = CONFIG.value
     config.data.path = config.data.path or NOT_READ
     validate(config)
+    if config.mesh.slice == 1:
+        config.mesh.slice = SLICES.value
     prepare()
     if JOB.value == "build_mis":
         build = plan_build(config, TOPOLOGY.value, SLICES.value, CAPTIONS.value, MFU.value)
@@ -73,8 +75,9 @@ def main(argv) -> int:
         raise UserError("--hlo is of one training step that is compiled: for TPUs, without --search")
     if gpus:
         chip, per_node = gpus
-        workload = count_flops(config, "gpu")
-        return _report(plan_by_formula(config, chip, per_node * SLICES.value, SLICES.value, workload), workload, [])
+        devices = per_node * SLICES.value
+        workload = count_flops(config, devices, "gpu")
+        return _report(plan_by_formula(config, chip, devices, workload), workload, [])
     machine = get_machine(TOPOLOGY.value, SLICES.value)
     print(f"compiling for {len(machine.devices)} devices; Stable Diffusion takes many minutes", file=sys.stderr)
     if samples:
@@ -82,7 +85,7 @@ def main(argv) -> int:
         as_json = json.dumps(dataclasses.asdict(sampling), indent=1)
         print(as_json if JSON.value else sampling_as_text(sampling, TOPOLOGY.value))
         return 0 if sampling.fits else 1
-    workload = count_flops(config)
+    workload = count_flops(config, len(machine.devices))
 
     overrides = []
     if SEARCH.value:

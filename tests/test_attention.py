@@ -255,15 +255,22 @@ def test_cudnn_refuses_float32_and_what_it_cannot_run():
         prefix_cudnn(*qkv(layout, jnp.bfloat16), layout)  # there is no cuDNN here
 
 
-@pytest.mark.parametrize("axes", [{}, {"data": 2, "tensor": 2, "context": 2}, {"data": 2, "context": 4}])
-def test_prefix_cudnn_lowers_to_its_kernels(axes, monkeypatch):
+@pytest.mark.parametrize(
+    ("axes", "h", "queries", "keys"),
+    [
+        ({}, 4, "2x128x4x64", "2x64x4x64"),
+        ({"data": 2, "tensor": 2, "context": 2}, 4, "1x128x1x64", "1x64x1x64"),
+        ({"data": 2, "context": 4}, 5, "1x32x5x64", "1x64x5x64"),
+    ],
+)
+def test_prefix_cudnn_lowers_to_its_kernels(axes, h, queries, keys, monkeypatch):
     """A call for each run of keys that is seen, forward and backward. Lowered, not compiled: that takes a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
     layout = SetLayout.training(3)
-    q_bqthd = jax.ShapeDtypeStruct((2, layout.num_images, 64, 4, 64), jnp.bfloat16)
-    k_bkshd = jax.ShapeDtypeStruct((2, len(layout.clean), 64, 4, 64), jnp.bfloat16)
+    q_bqthd = jax.ShapeDtypeStruct((2, layout.num_images, 64, h, 64), jnp.bfloat16)
+    k_bkshd = jax.ShapeDtypeStruct((2, len(layout.clean), 64, h, 64), jnp.bfloat16)
 
     def loss(q_bqthd, k_bkshd, v_bkshd):
         return prefix_cudnn(q_bqthd, k_bkshd, v_bkshd, layout).astype(jnp.float32).sum()
@@ -274,9 +281,9 @@ def test_prefix_cudnn_lowers_to_its_kernels(axes, monkeypatch):
         config.update(axes)
         gradient = sharding.traced_on(sharding.make_mesh(config), gradient)
     text = jax.jit(gradient).trace(q_bqthd, k_bkshd, k_bkshd).lower(lowering_platforms=("cuda",)).as_text()
-    # Under a mesh each call is a device's own, of one set and its heads: cuDNN's partitioner refuses to split rows.
+    # Under a mesh each call is a device's own, of its set, heads and tokens: cuDNN's partitioner refuses to split rows.
     assert "CustomSPMDPartitioning" not in text
     assert text.count("__cudnn$fmhaSoftmax(") == 2
     assert text.count("__cudnn$fmhaSoftmaxBackward(") == 2
-    if axes:
-        assert "tensor<1x64x1x64xbf16>" in text
+    # Clean 0 and noised 1 share a call, for they see clean 0 alone.
+    assert f": (tensor<{queries}xbf16>, tensor<{keys}xbf16>, tensor<{keys}xbf16>)" in text

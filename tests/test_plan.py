@@ -38,6 +38,10 @@ def _mesh_config(**axes):
     return config
 
 
+def _abstract_mesh(devices, **axes):
+    return sharding.abstract_mesh(_mesh_config(**axes), devices)
+
+
 def test_state_bytes_follow_the_shardings():
     config = default_config()
     config.task = "autoencoder"
@@ -197,12 +201,12 @@ def test_image_set_attention_executes_the_allowed_products_or_more():
     )  # fmt: skip
     layout = SetLayout.training(4)
     pairs = layout.mask_qk().sum()
-    found = attention_flops(config, 4, side=8)
+    found = attention_flops(config, 4, 8, None, mesh := _abstract_mesh(1))
     # Three blocks of 64 tokens at the top and one of 16 in the middle, two products of two FLOPs each.
     an_image = 4 * (3 * 64**2 * 16 + 16**2 * 32)
     assert found == AttentionFlops(pairs * an_image, pairs * an_image, 7 * an_image, calls=8)
     dense = UNetConfig(**{**vars(config), "attention_backend": "dense"})
-    assert attention_flops(dense, 4, side=8).executed == found.allowed * layout.mask_qk().size / pairs
+    assert attention_flops(dense, 4, 8, None, mesh).executed == found.allowed * layout.mask_qk().size / pairs
 
 
 @pytest.mark.parametrize(
@@ -215,8 +219,30 @@ def test_the_kernel_computes_little_that_is_forbidden(images, tokens, most):
     The 257 tokens of DINOv2 end within a block of 128, which costs most where sets are small.
     """
     config = UNetConfig(attention_backend="splash", cross_attention_dim=tokens and 1024)
-    found = attention_flops(config, images, side=64, tokens=tokens)
+    found = attention_flops(config, images, 64, tokens, _abstract_mesh(1))
     assert 1 <= found.executed / found.allowed < most
+
+
+@pytest.mark.parametrize(
+    ("axes", "most"), [({"context": 2}, 1.001), ({"tensor": 2}, 1.001), ({"context": 4, "tensor": 2}, 1.02)]
+)
+def test_devices_that_share_a_set_share_its_attention(axes, most):
+    """25 images at 512 px: a level has 5, 10 or 20 heads, and where these do not divide tokens do. Shares of the lowest
+    level's 64 tokens are less than a block."""
+    config = UNetConfig(attention_backend="splash")
+    alone, shared = (attention_flops(config, 25, 64, None, _abstract_mesh(8, **some)) for some in ({}, axes))
+    assert shared.allowed == alone.allowed
+    assert 1 <= shared.executed / alone.executed < most
+    assert 1 <= shared.within_images / alone.within_images < most
+
+
+def test_what_no_axis_divides_every_device_computes():
+    config = UNetConfig(
+        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), num_attention_heads=(1,),
+        attention_backend="splash",
+    )  # fmt: skip
+    alone, shared = (attention_flops(config, 4, 3, None, _abstract_mesh(8, **some)) for some in ({}, {"context": 2}))
+    assert shared.executed == 2 * alone.executed
 
 
 def test_kernels_count_as_often_as_they_are_called():
@@ -232,10 +258,10 @@ def test_model_flops_do_not_depend_on_remat_or_batch():
     config.task = "autoencoder"
     config.data.images_per_set = 1
     config.autoencoder.block_out_channels = (16, 16)
-    one = count_flops(config).model_flops
+    one = count_flops(config, 1).model_flops
     assert one > 0
     config.data.batch_size, config.train.accumulation, config.model.remat = 64, 4, "blocks"
-    assert count_flops(config).model_flops == one
+    assert count_flops(config, 1).model_flops == one
 
 
 # GPUs

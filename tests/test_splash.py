@@ -17,7 +17,6 @@ from m2m_jax.configuration import default_config
 from m2m_jax.errors import UserError
 from m2m_jax.training import sharding
 
-HEADS = ("tensor", "context")
 interpreted = functools.partial(splash, interpret=True)
 
 # (layout, tokens of a query image, tokens of a key image)
@@ -148,24 +147,38 @@ def make_mesh(**axes):
     return sharding.make_mesh(config)
 
 
-@pytest.mark.parametrize(("axes", "h", "share"), [({"fsdp": 2}, 1, "2x1"), ({"tensor": 2, "context": 2}, 4, "8x1")])
-def test_each_device_of_a_mesh_runs_it_for_its_own_sets_and_heads(axes, h, share):
+# (axes, heads, what splits heads, what splits tokens, sets x heads x tokens of the two images that see any, a device)
+SPLIT = [
+    ({"fsdp": 2}, 1, None, None, "2x1x512"),
+    ({"tensor": 2}, 4, "tensor", None, "4x2x512"),
+    ({"tensor": 2, "context": 2}, 4, ("tensor", "context"), None, "8x1x512"),
+    ({"tensor": 2, "context": 2}, 2, "tensor", "context", "8x1x256"),
+    ({"tensor": 2, "context": 2}, 1, None, ("context", "tensor"), "8x1x128"),
+]
+
+
+@pytest.mark.parametrize(("axes", "h", "heads", "tokens", "share"), SPLIT)
+def test_each_device_of_a_mesh_runs_it_for_its_own_sets_heads_and_tokens(axes, h, heads, tokens, share):
     mesh, layout = make_mesh(**axes), SetLayout.training(3, encoded=True)
-    inputs = qkv(layout, 16, 16, b=16, h=h)
+    inputs = qkv(layout, 256, 48, b=16, h=h)
     expected = jax.jit(outputs_and_gradients(dense, layout))(*inputs)
     run = jax.jit(sharding.traced_on(mesh, outputs_and_gradients(interpreted, layout)))
-    placed = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, None, None, HEADS)))
+    of_queries, of_keys = (
+        NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, None, axes, heads)) for axes in (tokens, None)
+    )
+    placed = jax.device_put(inputs, (of_queries, of_keys, of_keys))
     found = run(*placed)
     assert_near(found, expected, 1e-5)
-    for x in jax.tree.leaves(found):
-        assert x.sharding.is_equivalent_to(
-            NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES, None, None, HEADS)), x.ndim
-        )
+    out, gradients = found
+    for x, where in ((out, of_queries), *zip(gradients, (of_queries, of_keys, of_keys), strict=True)):
+        assert x.sharding.is_equivalent_to(where, x.ndim)
     program = run.lower(*placed).compile().as_text()
-    assert "all-gather" not in program and "all-reduce" not in program
+    # The gradients of keys and values alone are sums over all tokens.
+    assert ("all-reduce(" in program) == (tokens is not None)
+    assert "all-gather" not in program
 
     abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in placed]
     text = tpu_program(sharding.traced_on(mesh, outputs_and_gradients(splash, layout)), *abstract)
     calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
     assert len(calls) == 3
-    assert all(f"tensor<{share}x" in call for call in calls)  # sets, heads
+    assert all(f"tensor<{share}x" in call for call in calls)

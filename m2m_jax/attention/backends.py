@@ -4,6 +4,7 @@ All take `q_bqthd` (queries of the images of the stack, t tokens an image) and `
 images, s tokens an image), and return `[b, q, t, h, d]`. A query image that sees no key gets zeros.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -53,9 +54,11 @@ def prefix_cudnn(q_bqthd: jax.Array, k_bkshd: jax.Array, v_bkshd: jax.Array, lay
     cuDNN is never given a mask, with which it is slow or fails: what a call is given, all of its queries see.
 
     Raises:
-      UserError: as `prefix`; or cuDNN is not there, or takes no such dtype or width of a head.
+      UserError: as `prefix` and `split_over_mesh`; or cuDNN is not there, or takes no such dtype or width of a head.
     """
-    return _over_slices(_attend_by_cudnn, q_bqthd, k_bkshd, v_bkshd, layout)
+    # Left to cuDNN's own partitioner, a mesh that splits rows (context) does not compile.
+    run = functools.partial(_over_slices, _attend_by_cudnn, layout=layout)
+    return split_over_mesh(run, "prefix_cudnn", q_bqthd, k_bkshd, v_bkshd)
 
 
 def _attend_by_cudnn(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array) -> jax.Array:
@@ -64,14 +67,8 @@ def _attend_by_cudnn(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array) ->
             f"attention backend 'prefix_cudnn' computes in 16 bits, not in {q_bthd.dtype}; "
             "set model.dtype='bfloat16' or model.attention_backend='prefix'"
         )
-
-    def kernel(q_bthd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q_bthd, k_bthd, v_bthd, implementation="cudnn")
-
-    b, _, h, _ = q_bthd.shape
     try:
-        # Left to cuDNN's own partitioner, a mesh that splits rows (context) does not compile.
-        return split_over_mesh(kernel, "prefix_cudnn", b, h, axis_of_heads=2)(q_bthd, k_bthd, v_bthd)
+        return jax.nn.dot_product_attention(q_bthd, k_bthd, v_bthd, implementation="cudnn")
     except (NotImplementedError, RuntimeError) as error:  # that it refuses a shape, or that there is none
         raise UserError(
             f"attention backend 'prefix_cudnn' can't attend from {q_bthd.shape} to {k_bthd.shape}: {error} "

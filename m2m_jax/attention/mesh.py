@@ -1,4 +1,4 @@
-"""Kernels under a mesh: XLA can't partition them, so each device runs one for its own sets and heads."""
+"""Kernels under a mesh: XLA can't partition them, so each device runs one for its own sets, heads and tokens."""
 
 from __future__ import annotations
 
@@ -6,35 +6,60 @@ import math
 from collections.abc import Callable
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from m2m_jax.errors import UserError
 
 WITHIN_IMAGES = ("tensor", "context")  # axes of the mesh that do not split sets: training/sharding.py
 
 
-def split_over_mesh(kernel: Callable, backend: str, num_sets: int, num_heads: int, *, axis_of_heads: int) -> Callable:
-    """`kernel` of arrays whose first axis is that of sets, run by each device for the sets and heads that it has.
+def split_over_mesh(
+    backend: Callable, name: str, q_bqthd: jax.Array, k_bkshd: jax.Array, v_bkshd: jax.Array
+) -> jax.Array:
+    """`backend` of these, run by each device for the sets, heads and tokens of queries that it has.
 
     The mesh is that under which the caller is traced (`training/sharding.py: traced_on`); without one there is nothing
-    to split. Its axes that split an image's channels or rows split heads here; where these do not divide, each device
-    computes all heads, as their rows and keys must meet.
+    to split. Where tokens are split a device has as many of every image, so the mask is the same for all, and so is
+    their work; each gets the keys and values of all tokens.
 
     Raises:
-      UserError: sets that the devices of the mesh can't share evenly; names `backend`.
+      UserError: sets that the devices of the mesh can't share evenly; names the backend.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return kernel
-    sets = tuple(axis for axis in mesh.axis_names if axis not in WITHIN_IMAGES)
-    heads = tuple(axis for axis in mesh.axis_names if axis in WITHIN_IMAGES)
-    shares_of_sets, shares_of_heads = (math.prod(mesh.shape[axis] for axis in axes) for axes in (sets, heads))
-    if num_sets % shares_of_sets:
+        return backend(q_bqthd, k_bkshd, v_bkshd)
+    # An axis that is in no spec costs a sum of gradients, even one of a single device.
+    sets = tuple(axis for axis in mesh.axis_names if axis not in WITHIN_IMAGES or mesh.shape[axis] == 1)
+    num_sets, shares = q_bqthd.shape[0], math.prod(mesh.shape[axis] for axis in sets)
+    if num_sets % shares:
         raise UserError(
-            f"attention backend '{backend}' has {num_sets} sets for {shares_of_sets} devices of the mesh; give it a "
+            f"attention backend '{name}' has {num_sets} sets for {shares} devices of the mesh; give it a "
             "multiple of them, or set model.attention_backend='prefix'"
         )
-    between = (None,) * (axis_of_heads - 1)
-    spec = PartitionSpec(sets, *between, None if num_heads % shares_of_heads else heads)
+    heads, tokens = axes_of_heads_and_tokens(mesh, q_bqthd.shape[3], q_bqthd.shape[2])
+    of_queries, of_keys = PartitionSpec(sets, None, tokens, heads), PartitionSpec(sets, None, None, heads)
     # What varies over the mesh is not tracked through a kernel.
-    return jax.shard_map(kernel, in_specs=spec, out_specs=spec, check_vma=False)
+    run = jax.shard_map(backend, in_specs=(of_queries, of_keys, of_keys), out_specs=of_queries, check_vma=False)
+    return run(q_bqthd, k_bkshd, v_bkshd)
+
+
+def axes_of_heads_and_tokens(
+    mesh: AbstractMesh, num_heads: int, tokens: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of the mesh that split the heads, and those that split the tokens of every image of queries.
+
+    Heads where an axis divides them, for then each device has its keys and values alone; else tokens, as `context`
+    splits rows. An axis that divides neither is in none: all devices along it compute the same.
+    """
+    of_heads, of_tokens = (), ()
+    for axis in ("tensor", "context"):
+        size = mesh.shape.get(axis, 1)
+        if size == 1:
+            continue
+        if num_heads % size == 0:
+            of_heads += (axis,)
+            num_heads //= size
+        elif tokens % size == 0:
+            of_tokens = (axis, *of_tokens)  # rows first: they lie so in memory
+            tokens //= size
+    return of_heads, of_tokens

@@ -42,6 +42,14 @@ def splash(
             f"attention backend 'splash' computes in float32 or bfloat16, not {q_bqthd.dtype}; "
             "set model.dtype to one of them, or model.attention_backend='prefix'"
         )
+    return split_over_mesh(
+        functools.partial(_of_one_device, layout=layout, interpret=interpret), "splash", q_bqthd, k_bkshd, v_bkshd
+    )
+
+
+def _of_one_device(
+    q_bqthd: jax.Array, k_bkshd: jax.Array, v_bkshd: jax.Array, *, layout: SetLayout, interpret: bool
+) -> jax.Array:
     b, _, t, h, d = q_bqthd.shape
     runs = _runs(layout)
     seeing = [(start, stop) for start, stop, sees in runs if sees]
@@ -52,7 +60,6 @@ def splash(
     q_bqthd = jnp.concatenate([q_bqthd[:, start:stop] for start, stop in seeing], axis=1) * d**-0.5
     num_queries = q_bqthd.shape[1]
     kernel = jax.vmap(_kernel(layout, t, k_bkshd.shape[2], interpret))
-    kernel = split_over_mesh(kernel, "splash", b, h, axis_of_heads=1)
     out_bhtd = kernel(_sequence(q_bqthd), _sequence(k_bkshd), _sequence(v_bkshd))
     out_bqthd = out_bhtd[:, :, : num_queries * t].reshape(b, h, num_queries, t, d).transpose(0, 2, 3, 1, 4)
 

@@ -9,21 +9,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from m2m_jax.attention.backends import BACKENDS
 from m2m_jax.attention.layout import SetLayout
+from m2m_jax.attention.mesh import WITHIN_IMAGES, axes_of_heads_and_tokens
 from m2m_jax.attention.splash import visited_pairs
+from m2m_jax.models.transformer import ONE_IMAGE
 from m2m_jax.models.unet import UNetConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionFlops:
-    """Of the two products of attention, forward, of one set.
+    """Of the two products of attention, forward, of one set, on all devices that share it.
 
     Attributes:
       allowed: of Image-Set Attention, of the pairs of images that the mask allows.
       executed: of those that the backend computes.
-      within_images: of attn1.
+      within_images: of attn1, of those that the backend computes.
       calls: attentions in the network, each of both.
     """
 
@@ -33,21 +36,29 @@ class AttentionFlops:
     calls: int = 0
 
 
-def attention_flops(config: UNetConfig, num_images: int, side: int, tokens: int | None = None) -> AttentionFlops:
+def attention_flops(
+    config: UNetConfig, num_images: int, side: int, tokens: int | None, mesh: AbstractMesh
+) -> AttentionFlops:
     """Of a set of `num_images` in training, with latents of `side` by `side`.
 
-    tokens: of an image of an encoder; None: the network's own features are attended to.
+    Args:
+      tokens: of an image of an encoder; None: the network's own features are attended to.
+      mesh: whose axes may split a set; see `attention/mesh.py`.
     """
     layout = SetLayout.training(num_images, config.clean_sees, config.attends_to_encoded)
     has_sets = config.attn2 == "image_set"
     total = AttentionFlops()
-    for count, t, channels, _ in attentions(config, side):
+    for count, t, channels, num_heads in attentions(config, side):
         s = tokens or t
+        split = axes_of_heads_and_tokens(mesh, num_heads, t)
+        heads, rows = (math.prod(mesh.shape[axis] for axis in axes) for axes in split)
+        devices = math.prod(mesh.shape[axis] for axis in WITHIN_IMAGES) // heads  # that compute a head
         a_pair = count * 4 * channels  # of tokens: two products of two FLOPs a channel
         total = AttentionFlops(
             total.allowed + has_sets * a_pair * int(layout.mask_qk().sum()) * t * s,
-            total.executed + has_sets * a_pair * _computed_pairs(config, layout, t, s),
-            total.within_images + a_pair * layout.num_images * t * t,
+            total.executed + has_sets * a_pair * devices * _computed_pairs(config, layout, t // rows, s),
+            total.within_images
+            + a_pair * devices * layout.num_images * _computed_pairs(config, ONE_IMAGE, t // rows, t),
             total.calls + count * (1 + has_sets),
         )
     return total

@@ -130,8 +130,6 @@ def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> tuple
     Returns the plan, and the compiled program's text: nothing where it is too large to be compiled. Raises UserError
     for a mesh or a batch size that does not go with the machine.
     """
-    config = ConfigDict(config.to_dict())
-    config.mesh.slice = machine.slices if config.mesh.slice == 1 else config.mesh.slice
     mesh = sharding.make_mesh(config.mesh, machine.devices)
     parts, batch_size = config.train.accumulation, config.data.batch_size
     sharding.check_batch_size(batch_size, mesh, "data.batch_size", parts=parts)

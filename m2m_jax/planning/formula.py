@@ -34,17 +34,16 @@ NOTE = (
 )
 
 
-def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, nodes: int, workload: Workload) -> Plan:
+def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, workload: Workload) -> Plan:
     """A plan like that of `compile.make_plan`, with `NOTE` among its notes.
 
     Args:
-      devices: of all nodes together; config.mesh.slice is the number of nodes.
+      devices: of all nodes together, of which there are config.mesh.slice.
 
     Raises:
       UserError: the config splits tensors or rows; or does not go with so many devices.
     """
     config = ConfigDict(config.to_dict())
-    config.mesh.slice = nodes if config.mesh.slice == 1 else config.mesh.slice
     mesh = sharding.abstract_mesh(config.mesh, devices)
     if mesh.shape["tensor"] * mesh.shape["context"] > 1:
         raise UserError("GPUs are planned by formula, which knows config.mesh.data, .fsdp and .slice alone")

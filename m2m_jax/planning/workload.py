@@ -21,6 +21,7 @@ from m2m_jax.planning.attention import AttentionFlops, attention_flops
 from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.tasks.text_to_image import TextToImageTask
+from m2m_jax.training.sharding import abstract_mesh
 
 Task = SetDiffusion | Autoencoding | TextToImageTask
 NOT_READ = "(not read)"
@@ -114,15 +115,19 @@ def _lowered_gradient(task: Task, config: ConfigDict) -> jax.stages.Lowered:
     return jax.jit(gradient).lower(task.shapes, task.frozen, batch_shapes(config, task, 1), step)
 
 
-def count_flops(config: ConfigDict, platform: str = PLATFORM) -> Workload:
-    """Of one set of a run of `config` on "tpu" or "gpu"; see `count_model_flops`."""
+def count_flops(config: ConfigDict, devices: int, platform: str = PLATFORM) -> Workload:
+    """Of one set of a run of `config` on so many devices of "tpu" or "gpu"; see `count_model_flops`.
+
+    Raises UserError where `config.mesh` does not go with so many.
+    """
     task, flops = _plain_task(config), count_model_flops(config)
     if config.task == "autoencoder":
         return Workload(flops, AttentionFlops())
     backend = resolve(config.model.attention_backend, platform, config.model.dtype)
     unet_config = dataclasses.replace(task.unet_config, attention_backend=backend)
     side = task.models.latent_shape(config.data.image_size)[0]
-    attention = attention_flops(unet_config, config.data.images_per_set, side, task.models.context_tokens)
+    mesh = abstract_mesh(config.mesh, devices)
+    attention = attention_flops(unet_config, config.data.images_per_set, side, task.models.context_tokens, mesh)
     return Workload(flops, attention)
 
 
