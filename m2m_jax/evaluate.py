@@ -6,7 +6,7 @@ The config says what the sets are: its data source, images a set, augmentation, 
 all but the parameters and what its checkpoint says of them is ignored. For the last image of each set: the denoising
 loss with the images before it as context, with those of another set in their place, and with fewer of its own
 (`tasks/evaluation.py`). Losses of runs with different autoencoders or noise schedules are not of one kind, and
-refused.
+refused. All devices of `config.mesh` share each batch; a launch of several processes makes the same table.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from m2m_jax import disk, runtime
 from m2m_jax.config_flag import check_arguments, define_config_flag
@@ -28,6 +29,7 @@ from m2m_jax.models.unet import unet_structure
 from m2m_jax.program import run_program
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.tasks.evaluation import as_text, context_losses, warn_of_one_set
+from m2m_jax.training import sharding
 
 CONFIG = define_config_flag()
 CHECKPOINTS = flags.DEFINE_list("checkpoints", None, "Workdirs of runs, or WORKDIR/checkpoints/STEP.", required=True)
@@ -44,8 +46,11 @@ def main(argv):
     if config.data.images_per_set < 2:
         raise UserError("config.data.images_per_set is 1: there is no context to evaluate")
     runtime.start()
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
     examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
-    dataset = make_dataset(examples, batch_size=config.eval.batch_size, threads=config.data.threads)
+    rows = sharding.local_rows(mesh, config.eval.batch_size)
+    dataset = make_dataset(examples, batch_size=config.eval.batch_size, rows=rows, threads=config.data.threads)
     samplers = {path: Sampler.from_checkpoint(path) for path in CHECKPOINTS.value}
     require_comparable(samplers, config.data.image_size)
     warn_of_one_set(examples.num_sets, SPLIT.value)
@@ -53,7 +58,9 @@ def main(argv):
     table = {}
     for path, sampler in samplers.items():
         table[path] = {"step": sampler.step, "parameters": sum(x.size for x in sampler.unet_params.values())}
-        table[path] |= losses(sampler, dataset, config)
+        table[path] |= losses(sampler, dataset, config, mesh)
+    if jax.process_index():
+        return
     sets = BATCHES.value * config.eval.batch_size
     again = f" ({examples.num_sets} different ones, again and again)" if examples.num_sets < sets else ""
     print(f"{sets} sets of {config.data.images_per_set} images{again}, {SPLIT.value} split; loss of the last image")
@@ -83,7 +90,7 @@ def require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:
             raise UserError(f"{path} and {first} have different autoencoders: their losses are not of one kind")
 
 
-def losses(sampler: Sampler, dataset, config) -> dict[str, list[float | None]]:
+def losses(sampler: Sampler, dataset, config, mesh: Mesh) -> dict[str, list[float | None]]:
     """{name: [mean, standard error of it]} over the batches; of one batch there is no error."""
     unet_config, models, schedule = sampler.static.unet_config, sampler.models, sampler.schedule
     graphdef = unet_structure(unet_config)[0]
@@ -103,11 +110,12 @@ def losses(sampler: Sampler, dataset, config) -> dict[str, list[float | None]]:
             clean_timestep=sampler.clean_timestep,
         )
 
+    params = sharding.replicate(jax.tree.map(np.asarray, (sampler.unet_params, sampler.frozen)), mesh)
     stream = batches(dataset, 0, config.data.prefetch)
-    found = [
-        of_batch(sampler.unet_params, sampler.frozen, held_out_inputs(next(stream)), np.uint32(i))
-        for i in range(BATCHES.value)
-    ]
+    found = []
+    for i in range(BATCHES.value):
+        batch = sharding.make_global_batch(mesh, held_out_inputs(next(stream)), config.eval.batch_size)
+        found.append(of_batch(*params, batch, np.uint32(i)))
     values = {name: np.array([float(one[name]) for one in found]) for name in found[0]}
     return {name: [x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else None] for name, x in values.items()}
 

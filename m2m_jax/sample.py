@@ -31,10 +31,11 @@ def main(argv):
     runtime.start()
 
     def load(num_sets: int) -> Sampler:
-        devices = tuple(jax.devices()[:num_sets])
+        devices = tuple(jax.local_devices()[:num_sets])
         return Sampler.from_checkpoint(CHECKPOINT.value, devices=devices, **settings)
 
-    print(run(job, load, {"checkpoint": CHECKPOINT.value}))
+    if written := run(job, load, {"checkpoint": CHECKPOINT.value}):
+        print(written)
 
 
 if __name__ == "__main__":

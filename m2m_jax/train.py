@@ -40,6 +40,7 @@ from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
 from m2m_jax.models.parameters import count, fingerprint
 from m2m_jax.program import run_program
+from m2m_jax.tasks import sample_grid
 from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.tasks.evaluation import warn_of_one_set
 from m2m_jax.tasks.set_diffusion import SetDiffusion
@@ -54,7 +55,6 @@ from m2m_jax.training.setup import set_up
 from m2m_jax.training.throughput import Throughput
 from m2m_jax.training.watchdog import Watchdog
 
-PREVIEW_SETS = 8  # in a sample grid
 TASKS = {"autoencoder": Autoencoding, "set_diffusion": SetDiffusion, "text_to_image": TextToImageTask}
 
 CONFIG = define_config_flag()
@@ -79,8 +79,8 @@ def train(config, workdir, interruption, watchdog, stack):
     task = TASKS[config.task](config)
 
     # Data
-    def batched(examples, batch_size):
-        rows = sharding.local_rows(mesh, batch_size)
+    def batched(examples, batch_size, rows=None):
+        rows = sharding.local_rows(mesh, batch_size) if rows is None else rows
         return make_dataset(examples, batch_size=batch_size, rows=rows, threads=config.data.threads)
 
     options = {"seed": config.seed, "tokenizer": task.tokenizer, "with_images": task.needs_images}
@@ -88,6 +88,9 @@ def train(config, workdir, interruption, watchdog, stack):
     eval_examples = open_examples(config.data, split=config.data.eval_split, whole_captions=True, **options)
     train_data = batched(train_examples, config.data.batch_size)
     eval_data = batched(eval_examples, config.eval.batch_size)
+    grid_size = min(sample_grid.SETS, config.eval.batch_size)
+    grid_rows = sample_grid.rows_of_process(grid_size)
+    grid_data = batched(eval_examples, config.eval.batch_size, grid_rows)
 
     # Optimizer, state; restored where the workdir holds a checkpoint
     setup = set_up(task, config, mesh)
@@ -127,12 +130,15 @@ def train(config, workdir, interruption, watchdog, stack):
 
     eval_step = jax.jit(sharding.traced_on(mesh, evaluate_batch))
 
-    def write_samples(step, ema_params, sets):
+    def write_samples(step, ema_params):
         try:
-            grid = task.preview(ema_params, sets, step)
+            samples = task.samples(ema_params, inputs(grid_data[0]), grid_rows, step)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+            samples = None
+        samples = sample_grid.gather(samples, grid_size)
+        if samples is None:
             # A picture is not worth a run.
             elsewhere = "; `python -m m2m_jax.sample` makes one from the checkpoint, on another machine"
             writer.message(
@@ -140,8 +146,10 @@ def train(config, workdir, interruption, watchdog, stack):
                 + (elsewhere if config.task == "set_diffusion" else "")
             )
             return
-        writer.image(step, "samples", np.asarray(grid))
-        write_png(workdir / "samples" / f"{step:07d}.png", grid)
+        if jax.process_index() == 0:
+            grid = task.sheet(samples)
+            writer.image(step, "samples", np.asarray(grid))
+            write_png(workdir / "samples" / f"{step:07d}.png", grid)
 
     def evaluate(step):
         held_out = [eval_data[i] for i in range(config.eval.batches)]
@@ -153,9 +161,7 @@ def train(config, workdir, interruption, watchdog, stack):
         writer.scalars(step, means)
         shown = {name: value for name, value in means.items() if "/loss_by" not in name}
         writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        ema_params = sharding.on_this_process(state.ema_params, mesh)
-        if jax.process_index() == 0:
-            write_samples(step, ema_params, {name: x[:PREVIEW_SETS] for name, x in held_out[0].items()})
+        write_samples(step, sharding.on_this_process(state.ema_params, mesh))
         return task.score(means)
 
     # Loop

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from data_fixtures import write_image_folder
+from jax.experimental import multihost_utils
 from model_fixtures import random_params
 from run_fixtures import config_argument, load_config, make_autoencoder, run
 from text_fixtures import make_bert
@@ -38,10 +39,14 @@ def config_of(file, folders, **changes):
     return config
 
 
-def preview(task, batch, at_once):
-    """The grid, of so many images at once."""
-    with mock.patch.object(sample_grid, "PIXELS_AT_ONCE", at_once * SIZE**2):
-        return np.asarray(task.preview(random_params(task.shapes), batch, step=1), int)
+def preview(task, batch, at_once, num_devices=1):
+    """The grid, of so many images at once on each of so many devices."""
+    devices = jax.local_devices()[:num_devices]
+    with (
+        mock.patch.object(sample_grid, "PIXELS_AT_ONCE", at_once * SIZE**2),
+        mock.patch.object(jax, "local_devices", return_value=devices),
+    ):
+        return np.asarray(task.sheet(task.samples(random_params(task.shapes), batch, range(SETS), step=1)), int)
 
 
 def assert_alike_in_pieces(task, batch, generator, method):
@@ -65,6 +70,7 @@ def test_as_many_at_once_as_have_the_pixels_of_one_large_image():
     assert pieces(8, 32) == [slice(0, 256)]
     assert pieces(8, 256) == [slice(0, 4), slice(4, 8)]
     assert pieces(3, 512) == pieces(3, 768) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert pieces(3, 512, num_devices=2) == [slice(0, 2), slice(2, 4)]
     assert pieces(0, 32) == []
 
 
@@ -72,6 +78,30 @@ def test_as_many_at_once_as_have_the_pixels_of_one_large_image():
 def test_sets_in_pieces_are_those_made_at_once(batch, folders):
     task = SetDiffusion(config_of("emoji", folders, **{"data.images_per_set": 3}))
     assert_alike_in_pieces(task, batch, SetSampler, "sample_sets")
+
+
+@pytest.mark.parametrize("batch", [{"images_bnhwc": images(3)}, {"latents_bnhwc": latents(3)}])
+def test_devices_that_share_the_sets_make_those_of_one(batch, folders):
+    task = SetDiffusion(config_of("emoji", folders, **{"data.images_per_set": 3}))
+    one, two = (preview(task, batch, 1, num_devices) for num_devices in (1, 2))
+    assert one.std() > 1 and np.abs(one - two).max() <= 1
+
+
+def test_processes_make_as_many_sets_each_and_all_in_order(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    of_process = []
+    for process in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        of_process.append(sample_grid.rows_of_process(8))
+    assert of_process == [[0, 3, 6], [1, 4, 7], [2, 5, 0]]
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.array([x] * 3))
+    assert sample_grid.gather(None, 8) is None
+    monkeypatch.setattr(
+        multihost_utils,
+        "process_allgather",
+        lambda x: {"rows_b": np.array(of_process)} if isinstance(x, dict) else np.array([x] * 3),
+    )
+    assert sample_grid.gather({"rows_b": np.array(of_process[0])}, 8)["rows_b"].tolist() == list(range(8))
 
 
 def test_single_images_in_pieces_are_those_made_at_once(folders):
@@ -111,7 +141,7 @@ def test_a_sampler_that_nobody_holds_is_gone_with_its_parameters(folders):
 
 def failing(words):
     error = jax.errors.JaxRuntimeError(words)
-    return mock.patch.object(SetDiffusion, "preview", side_effect=error)
+    return mock.patch.object(SetDiffusion, "samples", side_effect=error)
 
 
 def test_a_run_without_memory_for_a_grid_goes_on(tmp_path, folders):

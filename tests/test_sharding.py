@@ -173,4 +173,4 @@ def test_whole_arrays_for_one_process():
     np.testing.assert_array_equal(found["split"], x)
     np.testing.assert_array_equal(found["copied"], x)
     assert isinstance(found["split"], np.ndarray)
-    assert found["copied"].devices() == {jax.local_devices()[0]}
+    assert found["copied"].is_fully_replicated and found["copied"].devices() == set(jax.local_devices())

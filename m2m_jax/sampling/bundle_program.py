@@ -31,6 +31,7 @@ def main() -> None:
     try:
         job = Job(**options)
         runtime.start()
-        print(run(job, lambda num_sets: Bundle(folder), {}))
+        if written := run(job, lambda num_sets: Bundle(folder), {}):
+            print(written)
     except UserError as error:
         refuse(error)

@@ -13,11 +13,13 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from m2m_jax import disk
 from m2m_jax.errors import UserError
@@ -43,7 +45,7 @@ class Job:
     num_context: int | None = _option(None, "Use so many of each set's images, the first by name.")
     num_images: int = _option(4, "Images to generate for each set.")
     seed: int = _option(0, "Of the first set; each further one has the next. The same seed gives the same images.")
-    batch_size: int = _option(16, "Sets sampled at once, on all devices together.")
+    batch_size: int = _option(16, "Sets that a process samples at once, on all of its devices together.")
     contact_sheet: bool = _option(True, "Write contact_sheet.png.")
     html: bool = _option(False, "Write index.html, a page of everything that opens from disk.")
 
@@ -111,36 +113,37 @@ class Job:
         return files
 
 
-def run(job: Job, load: Callable[[int], SetSampler], about: dict[str, Any]) -> Path:
+def run(job: Job, load: Callable[[int], SetSampler], about: dict[str, Any]) -> Path | None:
     """Does the job and returns the file to look at.
 
+    Processes that JAX joined share the sets and must all call; the first writes what all have made, and the others
+    return None.
+
     Args:
-      load: (number of sets) -> the sampler; called once it is known that there is something to do.
+      load: (number of sets that this process samples) -> the sampler; called once it is known that there is something
+        to do.
       about: where the model came from, for the record of each set.
     """
     sets = job.find_sets()
-    sampler = load(len(sets))
-    contexts = {name: sampler.read(files) for name, files in sets.items()}
-    seeds = {name: (job.seed + number) % (MAX_SEED + 1) for number, name in enumerate(sets)}
-    output, names = Path(job.output), list(sets)
+    sampler = load(-(-len(sets) // jax.process_count()))
+    if jax.process_index():
+        for _ in _sample_sets(job, sampler, sets):
+            pass
+        return None
+    output = Path(job.output)
     with disk.errors(f"--output={output}"), disk.folder_aside(output) as aside:
         rows, records = [], {}
-        for start in range(0, len(names), job.batch_size):
-            batch = names[start : start + job.batch_size]
-            which = f"set {start + 1}" if len(batch) == 1 else f"sets {start + 1} to {start + len(batch)}"
-            given, seed_b = [contexts[name] for name in batch], np.array([seeds[name] for name in batch])
-            images, seconds = _sample(sampler, given, seed_b, job.num_images, f"{which} of {len(names)}")
-            for name, new_images in zip(batch, images, strict=True):
-                records[name] = {
-                    **about,
-                    **sampler.about,
-                    "context": [str(file) for file in sets[name]],
-                    "num_images": job.num_images,
-                    "seed": seeds[name],
-                    "seconds_per_image": round(seconds, 4),
-                }
-                _write_set(aside / name, new_images, records[name])
-                rows.append(Row(name, [context(list(contexts[name])), generated(list(new_images))]))
+        for name, seed, new_images, seconds in _sample_sets(job, sampler, sets):
+            records[name] = {
+                **about,
+                **sampler.about,
+                "context": [str(file) for file in sets[name]],
+                "num_images": job.num_images,
+                "seed": seed,
+                "seconds_per_image": round(seconds, 4),
+            }
+            _write_set(aside / name, new_images, records[name])
+            rows.append(Row(name, [context(list(sampler.read(sets[name]))), generated(list(new_images))]))
         if job.contact_sheet:
             write_png(aside / "contact_sheet.png", contact_sheet(rows))
         if job.html:
@@ -149,18 +152,42 @@ def run(job: Job, load: Callable[[int], SetSampler], about: dict[str, Any]) -> P
     return output / ("index.html" if job.html else "contact_sheet.png" if job.contact_sheet else "")
 
 
+def _sample_sets(
+    job: Job, sampler: SetSampler, sets: dict[str, list[Path]]
+) -> Iterator[tuple[str, int, np.ndarray, float]]:
+    """(name, seed, images uint8 [num_images, size, size, 3], seconds an image) of each set, on every process alike."""
+    process, count = jax.process_index(), jax.process_count()
+    numbered = [(name, (job.seed + number) % (MAX_SEED + 1)) for number, name in enumerate(sets)]
+    for start in range(0, len(numbered), job.batch_size * count):
+        batch = numbered[start : start + job.batch_size * count]
+        which = f"set {start + 1}" if len(batch) == 1 else f"sets {start + 1} to {start + len(batch)}"
+        own, began = batch[process::count], time.monotonic()
+        # The first process has as many as any.
+        images = np.zeros((len(batch[::count]), job.num_images, *(sampler.image_size,) * 2, 3), np.uint8)
+        if own:
+            contexts, seed_b = [sampler.read(sets[name]) for name, _ in own], np.array([seed for _, seed in own])
+            images[: len(own)] = _sample(sampler, contexts, seed_b, job.num_images, f"{which} of {len(sets)}")
+        if count > 1:
+            gathered = multihost_utils.process_allgather(images)  # [process, set of it, ...]
+            images = np.swapaxes(gathered, 0, 1).reshape(-1, *images.shape[1:])
+        seconds = (time.monotonic() - began) / (len(batch) * job.num_images)
+        for (name, seed), new_images in zip(batch, images, strict=False):
+            yield name, seed, new_images, seconds
+
+
 def _sample(
     sampler: SetSampler, contexts: list[np.ndarray], seed_b: np.ndarray, num_images: int, which: str
-) -> tuple[np.ndarray, float]:
-    """(uint8 [sets, num_images, size, size, 3], seconds an image), telling how far it is."""
-    start, images = time.monotonic(), []
+) -> np.ndarray:
+    """uint8 [sets, num_images, size, size, 3]; the first process tells how far it is."""
+    start, images, tells = time.monotonic(), [], jax.process_index() == 0
     # A step's progress overwrites itself, which only a terminal can show.
-    on_step = step_line(sys.stdout, which) if sys.stdout.isatty() else None
+    on_step = step_line(sys.stdout, which) if tells and sys.stdout.isatty() else None
     for images_bhwc in sampler.stream_sets(contexts, num_images, seed_b, on_step):
         images.append(images_bhwc)
         seconds = (time.monotonic() - start) / (len(images) * len(contexts))
-        print(f"{which}: image {len(images)} of {num_images}, {seconds:.2f} s each", flush=True)
-    return np.stack(images, axis=1), seconds
+        if tells:
+            print(f"{which}: image {len(images)} of {num_images}, {seconds:.2f} s each", flush=True)
+    return np.stack(images, axis=1)
 
 
 def step_line(stream: TextIO, which: str) -> OnStep:

@@ -36,7 +36,7 @@ class Sampler(SetSampler):
       clean_timestep: what the U-Net is told about context images, as in training.
       image_size: pixels along each side.
       step: training step of the parameters.
-      devices: that share the sets of a batch; None: JAX's first.
+      devices: of this process, that share the sets of a batch; None: its first.
     """
 
     unet_config: UNetConfig
@@ -130,7 +130,7 @@ class Sampler(SetSampler):
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
-        return Mesh(np.array(self.devices or jax.devices()[:1]), ("data",))
+        return Mesh(np.array(self.devices or jax.local_devices()[:1]), ("data",))
 
     @property
     def about(self) -> dict[str, Any]:

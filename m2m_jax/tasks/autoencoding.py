@@ -1,7 +1,7 @@
 """The task of the first stage: a KL autoencoder of single images."""
 
 import dataclasses
-import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,7 @@ from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.parameters import Params, abstract, merge, split
-from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
-from m2m_jax.tasks.sample_grid import images_in_pieces
+from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, side_by_side
 
 
 class Autoencoding:
@@ -85,15 +84,18 @@ class Autoencoding:
         """Which checkpoint is best, by the means over an evaluation's batches: lower is better."""
         return -means["eval/psnr_db"]
 
-    def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
-        """Held-out images above their reconstructions."""
+    def samples(self, params: Params, batch: dict, number_b: Sequence[int], step: int) -> Samples:
+        """Held-out images, and their reconstructions."""
         images_bhwc = np.asarray(batch["images_bnhwc"])[:, 0]
         rebuilt_bhwc = images_in_pieces(
             lambda some_bhwc: _reconstruct(self.graphdef, params, some_bhwc), images_bhwc, images_bhwc.shape[1]
         )
-        width = math.gcd(len(images_bhwc), 8)
-        pairs = zip(*(x.reshape(-1, width, *x.shape[1:]) for x in (images_bhwc, rebuilt_bhwc)), strict=True)
-        return contact_sheet([Row("", [Group("held out", list(a)), Group("rebuilt", list(b))]) for a, b in pairs])
+        return {"held_out_bhwc": images_bhwc, "rebuilt_bhwc": rebuilt_bhwc}
+
+    @staticmethod
+    def sheet(samples: Samples) -> Image.Image:
+        """Those beside these."""
+        return side_by_side({"held out": samples["held_out_bhwc"], "rebuilt": samples["rebuilt_bhwc"]})
 
     @property
     def metadata(self) -> dict:

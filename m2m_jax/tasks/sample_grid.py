@@ -1,22 +1,67 @@
-"""How much of a sample grid is computed at once: beside the state of training there is no room for all of it."""
+"""The sample grid of an evaluation: all processes make it, each in pieces, as beside the state there is little room."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from PIL import Image
 
-PIXELS_AT_ONCE = 512 * 512
+from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
+
+SETS = 8
+PIXELS_AT_ONCE = 512 * 512  # on a device
+
+Samples = dict[str, np.ndarray]  # uint8 images, [sets, ...]
 
 
-def pieces(count: int, image_size: int) -> list[slice]:
-    """Of `count` images, which are made together: as many as have, in all, the pixels of one of 512 px a side."""
-    at_once = max(PIXELS_AT_ONCE // image_size**2, 1)
+def rows_of_process(num_sets: int) -> list[int]:
+    """Which sets of a grid of `num_sets` this process makes.
+
+    As many as any other, so that `gather` can gather them: where they are not enough for all, some are made twice.
+    """
+    process, count = jax.process_index(), jax.process_count()
+    return [(process + count * i) % num_sets for i in range(-(-num_sets // count))]
+
+
+def gather(samples: Samples | None, num_sets: int) -> Samples | None:
+    """Of all processes, which must all call: those of `rows_of_process`, in order. None where one of them has None."""
+    if jax.process_count() == 1:
+        return samples
+    if not multihost_utils.process_allgather(np.bool_(samples is not None)).all():
+        return None
+    gathered = multihost_utils.process_allgather(samples)  # [process, sets of it, ...]
+    return {name: np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:num_sets] for name, x in gathered.items()}
+
+
+def pieces(count: int, image_size: int, num_devices: int = 1) -> list[slice]:
+    """Of `count` images, which are made together: on each device as many as have, in all, the pixels of one of 512 px
+    a side."""
+    at_once = max(PIXELS_AT_ONCE // image_size**2, 1) * num_devices
     return [slice(start, start + at_once) for start in range(0, count, at_once)]
 
 
-def images_in_pieces(make: Callable[[np.ndarray], jax.Array], of_khwc: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 images [k, image_size, image_size, 3] of latents, or of other images; k may be 0. make: those of some."""
+def images_in_pieces(
+    make: Callable[[np.ndarray], jax.Array], of_khwc: np.ndarray, image_size: int, num_devices: int = 1
+) -> np.ndarray:
+    """uint8 images [k, image_size, image_size, 3] of latents, or of other images; k may be 0.
+
+    make: those of some, a multiple of `num_devices`.
+    """
     images_khwc = np.empty((len(of_khwc), image_size, image_size, 3), np.uint8)
-    for piece in pieces(len(of_khwc), image_size):
-        images_khwc[piece] = make(of_khwc[piece])
+    for piece in pieces(len(of_khwc), image_size, num_devices):
+        some_khwc = of_khwc[piece]
+        padding = np.zeros((-len(some_khwc) % num_devices, *some_khwc.shape[1:]), some_khwc.dtype)
+        images_khwc[piece] = np.asarray(make(np.concatenate([some_khwc, padding])))[: len(some_khwc)]
     return images_khwc
+
+
+def side_by_side(images: Mapping[str, np.ndarray]) -> Image.Image:
+    """Groups of as many images, uint8 [b, h, w, 3] each, with their titles; in rows of 8 where 8 divide them."""
+    b = len(next(iter(images.values())))
+    width = math.gcd(b, 8)
+    starts = range(0, b, width)
+    return contact_sheet(
+        [Row("", [Group(title, list(x[i : i + width])) for title, x in images.items()]) for i in starts]
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generate
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.evaluation import context_losses
-from m2m_jax.tasks.sample_grid import images_in_pieces, pieces
+from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces
 
 
 class SetDiffusion:
@@ -115,19 +116,29 @@ class SetDiffusion:
         """Which checkpoint is best, by the means over an evaluation's batches: lower is better."""
         return means["eval/loss_own_context"]
 
-    def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
-        """Held-out sets: their context, and as many images again generated from it (for single images: a grid)."""
+    def samples(self, params: Params, batch: dict, number_b: Sequence[int], step: int) -> Samples:
+        """Of held-out sets their context, and as many images again generated from it; on all devices of this process.
+
+        number_b: of each set in the grid, of which its noise depends.
+        """
         b, n = batch.get("images_bnhwc", batch.get("latents_bnhwc")).shape[:2]
         num_context, num_new = n - 1, max(n - 1, 1)
         sampler = self.sampler(params, step)
         settings = dataclasses.replace(sampler.settings, cache_size=max(num_context + num_new - 1, 1))
-        sampler = dataclasses.replace(sampler, settings=settings)
-        context_bmhwc, seed_b = self._context_images(sampler, batch), np.arange(b)
-        generated_bnhwc = np.concatenate(
-            [sampler.sample_sets(context_bmhwc[k], num_new, seed_b[k]) for k in pieces(b, sampler.image_size)]
-        )
-        if n == 1:
-            grid_rnhwc = generated_bnhwc.reshape(-1, math.gcd(b, 8), *generated_bnhwc.shape[2:])
+        sampler = dataclasses.replace(sampler, settings=settings, devices=tuple(jax.local_devices()))
+        context_bmhwc, seed_b = self._context_images(sampler, batch), np.asarray(number_b)
+        at_once = pieces(b, sampler.image_size, sampler.num_devices)
+        generated_bnhwc = [sampler.sample_sets(context_bmhwc[k], num_new, seed_b[k]) for k in at_once]
+        given = {"context_bmhwc": context_bmhwc} if num_context else {}
+        return given | {"generated_bnhwc": np.concatenate(generated_bnhwc)}
+
+    @staticmethod
+    def sheet(samples: Samples) -> Image.Image:
+        """A row for each set: its context, and what was generated from it. Of single images, a grid."""
+        generated_bnhwc, context_bmhwc = samples["generated_bnhwc"], samples.get("context_bmhwc")
+        if context_bmhwc is None:
+            width = math.gcd(len(generated_bnhwc), 8)
+            grid_rnhwc = generated_bnhwc.reshape(-1, width, *generated_bnhwc.shape[2:])
             return contact_sheet([Row("", [generated(list(row))]) for row in grid_rnhwc])
         pairs = zip(context_bmhwc, generated_bnhwc, strict=True)
         return contact_sheet([Row("", [context(list(given)), generated(list(new))]) for given, new in pairs])
@@ -141,7 +152,9 @@ class SetDiffusion:
         latents_bmhwc, size = np.asarray(batch["latents_bnhwc"])[:, :-1], sampler.image_size
         latents_khwc = latents_bmhwc.reshape(-1, *latents_bmhwc.shape[2:])
         decode = sampler.programs["decode"]
-        images_khwc = images_in_pieces(lambda x_khwc: decode(sampler.place(x_khwc)), latents_khwc, size)
+        images_khwc = images_in_pieces(
+            lambda x_khwc: decode(sampler.place(x_khwc)), latents_khwc, size, sampler.num_devices
+        )
         return images_khwc.reshape(*latents_bmhwc.shape[:2], size, size, 3)
 
     def sampler(self, params: Params, step: int) -> Sampler:

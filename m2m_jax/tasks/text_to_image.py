@@ -5,6 +5,7 @@ Its models generate the image sets that M2M learns from (`m2m_jax.data.build_mis
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,10 @@ from m2m_jax.models.initialization import initial_params
 from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
 from m2m_jax.tasks.evaluation import another, stratified_timesteps
-from m2m_jax.tasks.sample_grid import images_in_pieces, pieces
+from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces, side_by_side
 
 
 class TextToImageTask:
@@ -104,13 +104,13 @@ class TextToImageTask:
         """Which checkpoint is best, by the means over an evaluation's batches: lower is better."""
         return means["eval/loss_own_caption"]
 
-    def preview(self, params: Params, batch: dict, step: int) -> Image.Image:
-        """Held-out images above what is generated from their captions."""
+    def samples(self, params: Params, batch: dict, number_b: Sequence[int], step: int) -> Samples:
+        """Held-out images, and what is generated from their captions."""
         ids_bs = np.asarray(batch["token_ids_bns"])[:, 0]
         generator = TextToImage.from_saved(
             SavedModel(self.metadata, params, self.frozen, step), "this run", devices=jax.local_devices()[:1]
         )
-        index_b, at_once = np.arange(len(ids_bs)), pieces(len(ids_bs), generator.image_size)
+        index_b, at_once = np.asarray(number_b), pieces(len(ids_bs), generator.image_size)
         if "latents_bnhwc" in batch:
             decode, autoencoder = jax.jit(self.models.decode), {AUTOENCODER: generator.autoencoder[1]}
             latents_bhwc = np.asarray(batch["latents_bnhwc"])[:, 0]
@@ -124,12 +124,12 @@ class TextToImageTask:
             images_bnhwc = generator.generate_from_ids(ids_bs[k], index_b[k], [0], self.config.seed)[1]
             return np.asarray(images_bnhwc)[:, 0]
 
-        made_bhwc = np.concatenate([make(k) for k in at_once])
-        width = math.gcd(len(ids_bs), 8)
-        pairs = zip(*(x.reshape(-1, width, *x.shape[1:]) for x in (held_out_bhwc, made_bhwc)), strict=True)
-        return contact_sheet(
-            [Row("", [Group("held out", list(a)), Group("of its caption", list(b))]) for a, b in pairs]
-        )
+        return {"held_out_bhwc": held_out_bhwc, "made_bhwc": np.concatenate([make(k) for k in at_once])}
+
+    @staticmethod
+    def sheet(samples: Samples) -> Image.Image:
+        """Those beside these."""
+        return side_by_side({"held out": samples["held_out_bhwc"], "of its caption": samples["made_bhwc"]})
 
     @property
     def metadata(self) -> dict:

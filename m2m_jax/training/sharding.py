@@ -173,13 +173,17 @@ def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def on_this_process(params: Params, mesh: Mesh) -> Params:
-    """Whole arrays: on the first device of this process where it has all of them, else in its own memory.
+    """Whole arrays: on all devices of this process where each has them whole, else in its own memory.
 
     All processes must call. One after another: gathered together they would need room on every device.
     """
+    own = Mesh(mesh.local_mesh.devices.reshape(-1), ("data",))
 
     def whole(x: jax.Array) -> jax.Array | np.ndarray:
-        return x.addressable_data(0) if x.is_fully_replicated else np.asarray(_gather(mesh)(x).addressable_data(0))
+        if not x.is_fully_replicated:
+            return np.asarray(_gather(mesh)(x).addressable_data(0))
+        shards = [shard.data for shard in x.addressable_shards]  # as they lie: nothing is copied
+        return jax.make_array_from_single_device_arrays(x.shape, replicated(own), shards)
 
     return {name: whole(x) for name, x in params.items()}
 
