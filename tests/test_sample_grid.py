@@ -94,14 +94,23 @@ def test_processes_make_as_many_sets_each_and_all_in_order(monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         of_process.append(sample_grid.rows_of_process(8))
     assert of_process == [[0, 3, 6], [1, 4, 7], [2, 5, 0]]
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.array([x] * 3))
+    pictures = np.array(of_process)[:, :, None, None, None, None] * np.ones((2, 1, 1, 1), int)  # two of each set
+    calls = []
+
+    def gathered(x):
+        """Of three processes: whether each has pictures, then picture after picture."""
+        if x.ndim == 0:
+            return np.array([True, True, has_pictures])
+        calls.append(x)
+        return pictures.reshape(3, -1, 1, 1, 1)[:, len(calls) - 1]
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    has_pictures = True
+    grid = sample_grid.gather({"generated_bnhwc": pictures[0]}, 8)["generated_bnhwc"]
+    assert grid[:, :, 0, 0, 0].tolist() == [[row, row] for row in range(8)] and len(calls) == 6
+    has_pictures = False
+    assert sample_grid.gather({"generated_bnhwc": pictures[0]}, 8) is None
     assert sample_grid.gather(None, 8) is None
-    monkeypatch.setattr(
-        multihost_utils,
-        "process_allgather",
-        lambda x: {"rows_b": np.array(of_process)} if isinstance(x, dict) else np.array([x] * 3),
-    )
-    assert sample_grid.gather({"rows_b": np.array(of_process[0])}, 8)["rows_b"].tolist() == list(range(8))
 
 
 def test_single_images_in_pieces_are_those_made_at_once(folders):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from m2m_jax.configuration import default_config
@@ -166,11 +167,15 @@ def test_kernels_are_gathered_and_each_device_sums_the_slice_of_a_gradient_that_
 
 
 def test_whole_arrays_for_one_process():
-    mesh = _mesh(2, 4)
+    mesh = Mesh(_mesh(2, 4).devices[..., ::-1, :, :], sharding.AXES)  # TPUs are in no order of their numbers, either
     rows, same = jax.sharding.NamedSharding(mesh, P("fsdp")), sharding.replicated(mesh)
     x = np.arange(64, dtype=np.float32).reshape(8, 8)
-    found = sharding.on_this_process({"split": jax.device_put(x, rows), "copied": jax.device_put(x, same)}, mesh)
+    placed = {"split": jax.device_put(x, rows), "copied": jax.device_put(x, same)}
+    found = sharding.on_this_process(placed, mesh)
     np.testing.assert_array_equal(found["split"], x)
     np.testing.assert_array_equal(found["copied"], x)
     assert isinstance(found["split"], np.ndarray)
-    assert found["copied"].is_fully_replicated and found["copied"].devices() == set(jax.local_devices())
+    # A sampler of all devices of this process takes it as it lies.
+    of_sampler = jax.device_put(found["copied"], sharding.replicated(Mesh(np.array(jax.local_devices()), ("data",))))
+    where = {shard.device: shard.data.unsafe_buffer_pointer() for shard in placed["copied"].addressable_shards}
+    assert {shard.device: shard.data.unsafe_buffer_pointer() for shard in of_sampler.addressable_shards} == where

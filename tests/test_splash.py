@@ -147,20 +147,22 @@ def make_mesh(**axes):
     return sharding.make_mesh(config)
 
 
-# (axes, heads, what splits heads, what splits tokens, sets x heads x tokens of the two images that see any, a device)
+# (axes, heads, tokens of an image, what splits heads, what splits tokens, sets x heads x tokens of the two images that
+# see any, a device)
 SPLIT = [
-    ({"fsdp": 2}, 1, None, None, "2x1x512"),
-    ({"tensor": 2}, 4, "tensor", None, "4x2x512"),
-    ({"tensor": 2, "context": 2}, 4, ("tensor", "context"), None, "8x1x512"),
-    ({"tensor": 2, "context": 2}, 2, "tensor", "context", "8x1x256"),
-    ({"tensor": 2, "context": 2}, 1, None, ("context", "tensor"), "8x1x128"),
+    ({"fsdp": 2}, 1, 256, None, None, "2x1x512"),
+    ({"tensor": 2}, 4, 256, "tensor", None, "4x2x512"),
+    ({"tensor": 2, "context": 2}, 4, 256, ("tensor", "context"), None, "8x1x512"),
+    ({"tensor": 2, "context": 2}, 2, 256, "tensor", "context", "8x1x256"),
+    ({"tensor": 2, "context": 2}, 1, 256, None, ("context", "tensor"), "8x1x128"),
+    ({"context": 2}, 1, 255, None, None, "4x1x512"),  # both compute all
 ]
 
 
-@pytest.mark.parametrize(("axes", "h", "heads", "tokens", "share"), SPLIT)
-def test_each_device_of_a_mesh_runs_it_for_its_own_sets_heads_and_tokens(axes, h, heads, tokens, share):
+@pytest.mark.parametrize(("axes", "h", "t", "heads", "tokens", "share"), SPLIT)
+def test_each_device_of_a_mesh_runs_it_for_its_own_sets_heads_and_tokens(axes, h, t, heads, tokens, share):
     mesh, layout = make_mesh(**axes), SetLayout.training(3, encoded=True)
-    inputs = qkv(layout, 256, 48, b=16, h=h)
+    inputs = qkv(layout, t, 48, b=16, h=h)
     expected = jax.jit(outputs_and_gradients(dense, layout))(*inputs)
     run = jax.jit(sharding.traced_on(mesh, outputs_and_gradients(interpreted, layout)))
     of_queries, of_keys = (
@@ -173,8 +175,9 @@ def test_each_device_of_a_mesh_runs_it_for_its_own_sets_heads_and_tokens(axes, h
     for x, where in ((out, of_queries), *zip(gradients, (of_queries, of_keys, of_keys), strict=True)):
         assert x.sharding.is_equivalent_to(where, x.ndim)
     program = run.lower(*placed).compile().as_text()
-    # The gradients of keys and values alone are sums over all tokens.
-    assert ("all-reduce(" in program) == (tokens is not None)
+    # Of what lies on several devices alike, the gradients are sums: of keys and values, where tokens are split.
+    divided = {"tensor", "context"} & set(np.ravel(heads))
+    assert ("all-reduce(" in program) == bool({"tensor", "context"} & axes.keys() - divided)
     assert "all-gather" not in program
 
     abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in placed]

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from m2m_jax.checkpoints import checksums
 from m2m_jax.errors import UserError
@@ -53,6 +55,8 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
         folder, step = folder.parent, int(folder.name)
     steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
     step = choose(folder, steps, step)
+    if jax.process_count() > 1:  # a run may save while they look
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
 
     def require(items: Sequence[str]) -> None:
         if found := checksums.damage(folder / str(step), items):

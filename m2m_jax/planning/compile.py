@@ -19,7 +19,7 @@ from m2m_jax.planning.collectives import Collective, collectives
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import Roofline, mfu, roofline
-from m2m_jax.planning.workload import Workload, batch_shapes, make_task, not_read
+from m2m_jax.planning.workload import Workload, batch_shapes, kept_by_remat, make_task, not_read
 from m2m_jax.training import sharding
 from m2m_jax.training.setup import set_up
 
@@ -169,7 +169,10 @@ def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> tuple
     advice = []
     if compiled is None or not needs.fits:
         at_fsdp = state_at_fsdp(config, task, len(machine.devices), machine.slices)
-        advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, batch_size // shares, config.model.remat)
+        # Two devices for one, where there are two.
+        context = 2 * mesh.shape["context"] if shares > 1 else None
+        sets, kept = batch_size // shares, kept_by_remat(config)
+        advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, sets, kept, context)
     plan = Plan(
         mesh=dict(mesh.shape),
         batch_size=batch_size,

@@ -7,12 +7,10 @@ convolutions take room for themselves. FLOPs are those of the model, and of what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Var
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
@@ -24,7 +22,7 @@ from m2m_jax.planning.collectives import Collective, wire_bytes
 from m2m_jax.planning.compile import Plan, Work, state_at_fsdp
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import mfu, roofline
-from m2m_jax.planning.workload import Workload, batch_shapes, make_task, not_read
+from m2m_jax.planning.workload import Workload, batch_shapes, kept_by_remat, kept_bytes, make_task, not_read
 from m2m_jax.training import sharding
 from m2m_jax.training.setup import set_up
 
@@ -59,7 +57,7 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, workload: Work
     state_bytes, params = memory.state_bytes(setup.state), setup.state.params
     trained = {name: x for name, x in params.items() if setup.trains(name)}
     trained_bytes = memory.bytes_per_device(trained)
-    kept_of_one, kept_of_two = (_kept_bytes(config, task, setup.trains, n) for n in (1, 2))
+    kept_of_one, kept_of_two = (kept_bytes(config, task, n) for n in (1, 2))
     kept_of_a_set = kept_of_two - kept_of_one
     kept = kept_of_one + (sets // parts - 1) * kept_of_a_set
     frozen_bytes, batch = _bytes(task.frozen), _bytes(batch_shapes(config, task, sets))
@@ -96,28 +94,13 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, workload: Work
     advice = []
     if not needs.fits:
         at_fsdp = state_at_fsdp(config, task, devices, mesh.shape["slice"])
-        advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, sets, config.model.remat)
+        advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, sets, kept_by_remat(config), None)
     return Plan(dict(mesh.shape), batch_size, sets, needs, work, tuple(advice), (NOTE, *notes), None)
 
 
 def _bytes(tree: Any) -> int:
     """Of whole arrays."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _kept_bytes(config: ConfigDict, task: Any, trains: Callable[[str], bool], sets: int) -> int:
-    """What the loss of so many sets keeps for its gradient, beside its inputs."""
-
-    def kept(params, frozen, batch, step):
-        trained = {name: x for name, x in params.items() if trains(name)}
-        draws = task.draw(batch, step)
-        return jax.vjp(lambda trained: task.loss(params | trained, frozen, batch, draws)[0], trained)[1]
-
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    jaxpr = jax.make_jaxpr(kept)(task.shapes, task.frozen, batch_shapes(config, task, sets), step).jaxpr
-    inputs = {*jaxpr.invars, *jaxpr.constvars}
-    arrays = {x for x in jaxpr.outvars if isinstance(x, Var)} - inputs
-    return _bytes([x.aval for x in arrays])
 
 
 def _collectives(mesh: AbstractMesh, kernels: float, gradients: float, parts: int) -> list[Collective]:

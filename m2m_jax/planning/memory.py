@@ -84,23 +84,35 @@ def parse_out_of_memory(message: str) -> tuple[float, float] | None:
     return float(needed) * _UNITS[needed_unit], float(limit) * _UNITS[limit_unit]
 
 
-def advice(memory: Memory, state_at_fsdp: Mapping[int, int], fsdp: int, parts: int, sets: int, remat: str) -> list[str]:
+def advice(
+    memory: Memory,
+    state_at_fsdp: Mapping[int, int],
+    fsdp: int,
+    parts: int,
+    sets: int,
+    kept: Mapping[str, float],
+    context: int | None,
+) -> list[str]:
     """What to change so that it fits, and what each change gives: exactly for the state, about for activations.
 
     Args:
       state_at_fsdp: bytes a device of the state for every value that config.mesh.fsdp can have here.
       fsdp, parts: config.mesh.fsdp, config.train.accumulation.
       sets: that a device has of a batch.
-      remat: config.model.remat.
+      kept: {config.model.remat: what a set keeps for its gradient, before XLA fuses anything}: of the config's own, and
+        then of those that keep less.
+      context: a value of config.mesh.context that would split each set further; None where there is none.
     """
     excess = memory.needed - memory.limit
     fixed = memory.needed - memory.rest
     lines = []
-    if remat != "blocks" and memory.rest > 0:
-        stronger = "blocks" if remat == "dots" else "dots or blocks"
+    (own, *stronger) = kept
+    saved = {remat: memory.rest * (1 - kept[remat] / kept[own]) for remat in stronger if kept[remat] < kept[own]}
+    if saved:
+        remat = next((remat for remat in saved if saved[remat] >= excess), max(saved, key=saved.get))
         lines.append(
-            f"--config.model.remat={stronger}: keeps less of the {gib(memory.rest)} of gradients and activations "
-            "and computes it again; how much, only compiling tells"
+            f"--config.model.remat={remat}: activations take about {gib(saved[remat])} less, and are computed again"
+            + ("" if saved[remat] >= excess else "; alone not enough")
         )
     saved = {n: memory.state - state for n, state in state_at_fsdp.items() if n > fsdp and state < memory.state}
     enough = [n for n in sorted(saved) if saved[n] >= excess]
@@ -122,6 +134,11 @@ def advice(memory: Memory, state_at_fsdp: Mapping[int, int], fsdp: int, parts: i
     elif at_once > 1:
         less = gib(memory.rest * (1 - 1 / at_once))
         lines.append(f"--config.train.accumulation={sets}: activations take about {less} less, alone not enough")
+    if context and not fitting:
+        lines.append(
+            f"--config.mesh.context={context} (and data to match): devices share each set, and activations take about "
+            f"{gib(memory.rest / 2)} less"
+        )
     return lines
 
 

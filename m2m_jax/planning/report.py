@@ -74,10 +74,11 @@ def _work_lines(plan: Plan, workload: Workload) -> list[str]:
         f"{c.count} x between {c.group_size} devices"
         for c in work.collectives
     ]
-    kernels = f"{work.kernels} calls of kernels" if work.kernels else "no kernels, plain XLA"
+    kernels = f"{work.kernels} calls of kernels" if work.kernels else "no kernels, plain XLA,"
     if workload.attention.allowed and plan.compile_seconds is not None:
         ratio = workload.attention.executed / workload.attention.allowed
-        lines.append(f"  Image-Set Attention      {ratio:.3f} times the allowed products; {kernels} in the program")
+        how = f"by {workload.backend}: {kernels} in the program"
+        lines.append(f"  Image-Set Attention      {ratio:.3f} times the allowed products, {how}")
     dcn = "unknown" if times.dcn is None else f"{times.dcn:.4f}"
     lines += [
         "roofline",

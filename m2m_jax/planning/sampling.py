@@ -70,6 +70,16 @@ class SamplingPlan:
     def fits(self) -> bool:
         return self.needed <= self.limit
 
+    @property
+    def advice(self) -> list[str]:
+        """What to change so that it fits, and what that gives: cache and scratch are about proportional to sets."""
+        a_set = (self.needed - self.parameters) / self.sets_per_device
+        sets = min(int((self.limit - self.parameters) / a_set), self.sets_per_device - 1)
+        if sets > 0:
+            return [f"--sets_per_device={sets}: takes about {gib((self.sets_per_device - sets) * a_set)} less"]
+        an_image = gib(self.cache / self.sets_per_device / self.context_images)
+        return [f"fewer --config.data.images_per_set: each takes {an_image} of the cache"]
+
 
 def plan_sampling(config: ConfigDict, machine: Machine, sets_per_device: int) -> SamplingPlan:
     """Of the sampler of `config`, its sets shared evenly by all devices.
@@ -129,7 +139,7 @@ def sampling_as_text(plan: SamplingPlan, topology: str) -> str:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines.append(f"  {'needed, at most':<24} {gib(plan.needed):>12} of {gib(plan.limit)}: {verdict}")
     if not plan.fits:
-        lines.append("what would help: fewer --sets_per_device, a smaller config.data.images_per_set")
+        lines += [f"too large by {gib(plan.needed - plan.limit)}; what would help:", *(f"  {x}" for x in plan.advice)]
     lines.append("roofline, seconds at least")
     lines += [
         f"  {name:<24} {program.seconds:12.5f} by {program.limiter}{', a step' if name == 'denoise' else ''}"

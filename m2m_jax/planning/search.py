@@ -15,31 +15,45 @@ MAX_SETS = 64  # a device: beyond it, more gains next to nothing
 
 def search(
     config: ConfigDict, machine: Machine, workload: Workload, progress: Callable[[str, Plan], None]
-) -> tuple[Plan, list[str]] | None:
-    """The best plan that fits, and the overrides that make it; None where nothing fits.
+) -> tuple[Plan, list[str]]:
+    """The best plan that fits, and the overrides that make it; where nothing fits, the one that needs least.
 
     Tried are all devices as copies, shares over 8 of them, and shares over a whole slice; and of each 1, 2, 4, ... sets
-    a device, until they do not fit. Every one is compiled, and `progress` told of it. All else is as in `config`, whose
-    batch is computed at once or in as many parts as it says.
+    a device, until they do not fit, and then those between, until the most that fit is known. Every one is compiled,
+    and `progress` told of it. All else is as in `config`; its batch is computed in as many parts as it says.
 
     Raises UserError where the config splits tensors or rows: those meshes are for what fits in no other way.
     """
     if config.mesh.tensor != 1 or config.mesh.context != 1:
         raise UserError("--search tries data and fsdp alone; leave config.mesh.tensor and config.mesh.context at 1")
     sizes = fsdp_sizes(len(machine.devices) // machine.slices)
-    best = None
+    fitting, others = [], []
     for fsdp in sorted({1, min(8, sizes[-1]), sizes[-1]}):
-        sets = config.train.accumulation
-        while sets <= MAX_SETS * config.train.accumulation:
+        fits, too_many = 0, None  # sets a device, times `accumulation`
+        while (sets := _next(fits, too_many)) is not None:
+            batch_size = sets * config.train.accumulation * len(machine.devices)
+            overrides = _overrides(config, fsdp, batch_size, len(machine.devices))
             tried = ConfigDict(config.to_dict())
-            tried.mesh.update({"fsdp": fsdp, "data": -1})
-            tried.data.batch_size = sets * len(machine.devices)
+            tried.update_from_flattened_dict({"mesh.fsdp": fsdp, "mesh.data": -1} | overrides)
             plan, _ = make_plan(tried, machine, workload)
-            overrides = [f"--config.mesh.fsdp={fsdp}", f"--config.data.batch_size={tried.data.batch_size}"]
-            progress(" ".join(overrides), plan)
-            if not plan.fits:
-                break
-            if best is None or plan.work.images_per_second > best[0].work.images_per_second:
-                best = plan, overrides
-            sets *= 2
-    return best
+            shown = [f"--config.{name}={value}" for name, value in overrides.items()]
+            progress(" ".join(shown), plan)
+            (fitting if plan.fits else others).append((plan, shown))
+            if plan.fits:
+                fits = sets
+            else:
+                too_many = sets
+    if fitting:
+        return max(fitting, key=lambda found: found[0].work.images_per_second)
+    return min(others, key=lambda found: found[0].memory.needed)
+
+
+def _overrides(config: ConfigDict, fsdp: int, batch_size: int, devices: int) -> dict[str, int]:
+    found = {"mesh.fsdp": fsdp, "data.batch_size": batch_size}
+    return found | ({"eval.batch_size": devices} if config.eval.batch_size % devices else {})
+
+
+def _next(fits: int, too_many: int | None) -> int | None:
+    """The number of sets to try after the most that fit and the fewest that do not; None: they are neighbours."""
+    sets = max(2 * fits, 1) if too_many is None else (fits + too_many) // 2
+    return sets if fits < sets <= MAX_SETS else None

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Var
 from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
+from m2m_jax.config_rules import CHOICES
 from m2m_jax.configuration import reads_latents
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
@@ -30,16 +32,19 @@ PLATFORM = "tpu"
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """FLOPs of one set. They do not depend on how it is trained, so that plans can be compared by them.
+    """FLOPs of one set.
 
     Attributes:
       model_flops: of the loss and its gradient: XLA's count before it optimises anything, nothing computed twice and no
-        kernels, which it cannot see into. Frozen encoders are in it where a step runs them.
-      attention: of the products of attention, by the config's backend.
+        kernels, which it cannot see into. Frozen encoders are in it where a step runs them. They do not depend on how
+        it is trained, so that plans can be compared by them.
+      attention: of the products of attention, by the config's backend and mesh.
+      backend: that one; empty where there is no U-Net.
     """
 
     model_flops: float
     attention: AttentionFlops
+    backend: str = ""
 
 
 def make_task(config: ConfigDict) -> tuple[Task, list[str]]:
@@ -115,20 +120,47 @@ def _lowered_gradient(task: Task, config: ConfigDict) -> jax.stages.Lowered:
     return jax.jit(gradient).lower(task.shapes, task.frozen, batch_shapes(config, task, 1), step)
 
 
+def kept_bytes(config: ConfigDict, task: Task, sets: int) -> int:
+    """What the loss of so many sets keeps for its gradient, beside its inputs; before XLA fuses anything."""
+    trains = TRAINED[config.train.parameters]
+
+    def kept(params, frozen, batch, step):
+        trained = {name: x for name, x in params.items() if trains(name)}
+        draws = task.draw(batch, step)
+        return jax.vjp(lambda trained: task.loss(params | trained, frozen, batch, draws)[0], trained)[1]
+
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    jaxpr = jax.make_jaxpr(kept)(task.shapes, task.frozen, batch_shapes(config, task, sets), step).jaxpr
+    inputs = {*jaxpr.invars, *jaxpr.constvars}
+    arrays = {x for x in jaxpr.outvars if isinstance(x, Var)} - inputs
+    return sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
+
+
+def kept_by_remat(config: ConfigDict) -> dict[str, int]:
+    """{config.model.remat: `kept_bytes` of a set}: of the config's own, and of those that compute more again."""
+    levels = CHOICES["model.remat"]
+    found = {}
+    for remat in levels[levels.index(config.model.remat) :]:
+        other = ConfigDict(config.to_dict())
+        other.model.remat = remat
+        found[remat] = kept_bytes(other, make_task(other)[0], 1)
+    return found
+
+
 def count_flops(config: ConfigDict, devices: int, platform: str = PLATFORM) -> Workload:
     """Of one set of a run of `config` on so many devices of "tpu" or "gpu"; see `count_model_flops`.
 
     Raises UserError where `config.mesh` does not go with so many.
     """
+    mesh = abstract_mesh(config.mesh, devices)
     task, flops = _plain_task(config), count_model_flops(config)
     if config.task == "autoencoder":
         return Workload(flops, AttentionFlops())
     backend = resolve(config.model.attention_backend, platform, config.model.dtype)
     unet_config = dataclasses.replace(task.unet_config, attention_backend=backend)
     side = task.models.latent_shape(config.data.image_size)[0]
-    mesh = abstract_mesh(config.mesh, devices)
     attention = attention_flops(unet_config, config.data.images_per_set, side, task.models.context_tokens, mesh)
-    return Workload(flops, attention)
+    return Workload(flops, attention, backend)
 
 
 def _plain_task(config: ConfigDict) -> Task:

@@ -19,11 +19,11 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from m2m_jax import disk
 from m2m_jax.errors import UserError
 from m2m_jax.images import SUFFIXES, write_png
+from m2m_jax.sampling import gathering
 from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
 from m2m_jax.sampling.html_page import html_page
 from m2m_jax.sampling.set_sampler import MAX_SEED, OnStep, Progress, SetSampler
@@ -126,14 +126,18 @@ def run(job: Job, load: Callable[[int], SetSampler], about: dict[str, Any]) -> P
     """
     sets = job.find_sets()
     sampler = load(-(-len(sets) // jax.process_count()))
+    contexts = {name: sampler.read(files) for name, files in sets.items()}
+    gathering.wait_for_all("sampling begins")
+    sampled = _sample_sets(job, sampler, contexts)
     if jax.process_index():
-        for _ in _sample_sets(job, sampler, sets):
+        for _ in sampled:
             pass
+        gathering.wait_for_all("sampling ends")
         return None
     output = Path(job.output)
     with disk.errors(f"--output={output}"), disk.folder_aside(output) as aside:
         rows, records = [], {}
-        for name, seed, new_images, seconds in _sample_sets(job, sampler, sets):
+        for name, seed, new_images, seconds in sampled:
             records[name] = {
                 **about,
                 **sampler.about,
@@ -143,21 +147,22 @@ def run(job: Job, load: Callable[[int], SetSampler], about: dict[str, Any]) -> P
                 "seconds_per_image": round(seconds, 4),
             }
             _write_set(aside / name, new_images, records[name])
-            rows.append(Row(name, [context(list(sampler.read(sets[name]))), generated(list(new_images))]))
+            rows.append(Row(name, [context(list(contexts[name])), generated(list(new_images))]))
         if job.contact_sheet:
             write_png(aside / "contact_sheet.png", contact_sheet(rows))
         if job.html:
             (aside / "index.html").write_text(html_page(rows, records))
         _move_into(aside, output)
+    gathering.wait_for_all("sampling ends")
     return output / ("index.html" if job.html else "contact_sheet.png" if job.contact_sheet else "")
 
 
 def _sample_sets(
-    job: Job, sampler: SetSampler, sets: dict[str, list[Path]]
+    job: Job, sampler: SetSampler, contexts: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, int, np.ndarray, float]]:
     """(name, seed, images uint8 [num_images, size, size, 3], seconds an image) of each set, on every process alike."""
     process, count = jax.process_index(), jax.process_count()
-    numbered = [(name, (job.seed + number) % (MAX_SEED + 1)) for number, name in enumerate(sets)]
+    numbered = [(name, (job.seed + number) % (MAX_SEED + 1)) for number, name in enumerate(contexts)]
     for start in range(0, len(numbered), job.batch_size * count):
         batch = numbered[start : start + job.batch_size * count]
         which = f"set {start + 1}" if len(batch) == 1 else f"sets {start + 1} to {start + len(batch)}"
@@ -165,11 +170,9 @@ def _sample_sets(
         # The first process has as many as any.
         images = np.zeros((len(batch[::count]), job.num_images, *(sampler.image_size,) * 2, 3), np.uint8)
         if own:
-            contexts, seed_b = [sampler.read(sets[name]) for name, _ in own], np.array([seed for _, seed in own])
-            images[: len(own)] = _sample(sampler, contexts, seed_b, job.num_images, f"{which} of {len(sets)}")
-        if count > 1:
-            gathered = multihost_utils.process_allgather(images)  # [process, set of it, ...]
-            images = np.swapaxes(gathered, 0, 1).reshape(-1, *images.shape[1:])
+            given, seed_b = [contexts[name] for name, _ in own], np.array([seed for _, seed in own])
+            images[: len(own)] = _sample(sampler, given, seed_b, job.num_images, f"{which} of {len(contexts)}")
+        images = gathering.gather(images)
         seconds = (time.monotonic() - began) / (len(batch) * job.num_images)
         for (name, seed), new_images in zip(batch, images, strict=False):
             yield name, seed, new_images, seconds

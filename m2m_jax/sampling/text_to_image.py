@@ -224,7 +224,8 @@ class TextToImage:
             config = saved.metadata["config"]
             if config["task"] != "text_to_image":
                 raise UserError(f"{path} holds a run of task {config['task']!r}, which makes no images of text")
-            unet = {**saved.metadata["unet"], **({"dtype": dtype} if dtype else {})}
+            # Plain XLA, whatever kernel it trained with: it runs on any platform.
+            unet = {**saved.metadata["unet"], "attention_backend": "prefix", **({"dtype": dtype} if dtype else {})}
             models = FrozenModels.from_metadata(saved.metadata["frozen"])
             programs = TextPrograms(
                 config_from(UNetConfig, unet, {}),

@@ -85,7 +85,8 @@ class Autoencoding:
         return -means["eval/psnr_db"]
 
     def samples(self, params: Params, batch: dict, number_b: Sequence[int], step: int) -> Samples:
-        """Held-out images, and their reconstructions."""
+        """Held-out images, and their reconstructions; on one device."""
+        params = jax.device_put(params, jax.local_devices()[0])
         images_bhwc = np.asarray(batch["images_bnhwc"])[:, 0]
         rebuilt_bhwc = images_in_pieces(
             lambda some_bhwc: _reconstruct(self.graphdef, params, some_bhwc), images_bhwc, images_bhwc.shape[1]

@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
+from m2m_jax.sampling import gathering
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
 
 SETS = 8
@@ -19,7 +20,7 @@ Samples = dict[str, np.ndarray]  # uint8 images, [sets, ...]
 def rows_of_process(num_sets: int) -> list[int]:
     """Which sets of a grid of `num_sets` this process makes.
 
-    As many as any other, so that `gather` can gather them: where they are not enough for all, some are made twice.
+    As many as any other, so that they can be gathered: where they are not enough for all, some are made twice.
     """
     process, count = jax.process_index(), jax.process_count()
     return [(process + count * i) % num_sets for i in range(-(-num_sets // count))]
@@ -31,8 +32,7 @@ def gather(samples: Samples | None, num_sets: int) -> Samples | None:
         return samples
     if not multihost_utils.process_allgather(np.bool_(samples is not None)).all():
         return None
-    gathered = multihost_utils.process_allgather(samples)  # [process, sets of it, ...]
-    return {name: np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:num_sets] for name, x in gathered.items()}
+    return {name: gathering.gather(x)[:num_sets] for name, x in sorted(samples.items())}
 
 
 def pieces(count: int, image_size: int, num_devices: int = 1) -> list[slice]:

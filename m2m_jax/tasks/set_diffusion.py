@@ -74,8 +74,7 @@ class SetDiffusion:
     @property
     def summary(self) -> str:
         """What is trained, for the log."""
-        attention = self.unet_config.attention_backend
-        return "set_diffusion" + (f", attention by {attention}" if self.unet_config.attn2 == "image_set" else "")
+        return f"set_diffusion, attention by {self.unet_config.attention_backend}"
 
     tokenizer = None  # captions are not read
 

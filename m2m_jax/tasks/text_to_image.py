@@ -14,6 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
+from m2m_jax.attention.backends import resolve
 from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.configuration import to_json
 from m2m_jax.data.latents import require_autoencoder
@@ -42,22 +43,27 @@ class TextToImageTask:
         self.empty_ids_1s = self.tokenizer([""])
         self.schedule = NoiseSchedule.from_config(config.schedule)
         channels = self.models.autoencoder.latent_channels
+        backend = resolve(config.model.attention_backend, jax.default_backend(), config.model.dtype)
         self.unet_config = UNetConfig(
             in_channels=channels,
             out_channels=channels,
             cross_attention_dim=self.models.text_encoder.hidden_size,
-            **{**config.model, "attention_backend": "prefix"},
+            **{**config.model, "attention_backend": backend},
         )
         self.unet, self.shapes = abstract(self._build)
         # Settings and a size that make no sample are refused now, and not at the first evaluation.
         settings, size = SamplingSettings(**config.sample), config.data.image_size
         TextPrograms(self.unet_config, self.models, self.schedule, settings, size)
 
-    summary = "text_to_image"  # what is trained, for the log
     needs_images = False  # where the data set holds latents
 
     def _build(self, key: jax.Array | int = 0) -> UNet:
         return UNet(self.unet_config, rngs=nnx.Rngs(key))
+
+    @property
+    def summary(self) -> str:
+        """What is trained, for the log."""
+        return f"text_to_image, attention by {self.unet_config.attention_backend}"
 
     def init(self) -> Params:
         """Parameters at step 0: from `config.init.path`, or from scratch where that is empty."""

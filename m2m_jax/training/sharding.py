@@ -177,7 +177,9 @@ def on_this_process(params: Params, mesh: Mesh) -> Params:
 
     All processes must call. One after another: gathered together they would need room on every device.
     """
-    own = Mesh(mesh.local_mesh.devices.reshape(-1), ("data",))
+    # Not in the mesh's order: a sampler, which has JAX's, would copy what lies in another.
+    devices = set(mesh.devices.flat)
+    own = Mesh(np.array([device for device in jax.local_devices() if device in devices]), ("data",))
 
     def whole(x: jax.Array) -> jax.Array | np.ndarray:
         if not x.is_fully_replicated:
