@@ -1,12 +1,14 @@
 """The mask of image-set attention against hand-written tables, and its executions against one another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_fixtures import RUN_HERE
 
-from m2m_jax.attention.backends import BACKENDS, prefix, prefix_cudnn, resolve
+from m2m_jax.attention.backends import BACKENDS, dense, prefix, prefix_cudnn, resolve
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout, allowed
 from m2m_jax.config_rules import CHOICES
 from m2m_jax.configuration import default_config
@@ -253,6 +255,38 @@ def test_cudnn_refuses_float32_and_what_it_cannot_run():
         prefix_cudnn(*qkv(layout), layout)
     with pytest.raises(UserError, match=r"can't attend from \(2, 6, 2, 4\).* Set model.attention_backend='prefix'"):
         prefix_cudnn(*qkv(layout, jnp.bfloat16), layout)  # there is no cuDNN here
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "tensor": 2, "context": 2}, {"data": 2, "context": 4}])
+def test_prefix_cudnn_gives_its_kernel_what_the_reference_attends_to(axes, monkeypatch):
+    """Values and gradients, with XLA's attention in the place of cuDNN's."""
+    attention = jax.nn.dot_product_attention
+
+    def by_xla(*qkv, implementation):
+        assert implementation == "cudnn"
+        return attention(*qkv, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    layout, rng = SetLayout.training(3), np.random.default_rng(0)
+    shapes = [(2, images, 4, 2, 8) for images in (layout.num_images, len(layout.clean), len(layout.clean))]
+    inputs = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+
+    def outputs_and_gradients(backend, *inputs):
+        out, vjp = jax.vjp(lambda *qkv: backend(*qkv, layout).astype(jnp.float32), *inputs)
+        return out, vjp(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+    found, placed = functools.partial(outputs_and_gradients, prefix_cudnn), inputs
+    if axes:
+        config = default_config().mesh
+        config.update(axes)
+        mesh = sharding.make_mesh(config)
+        found, placed = sharding.traced_on(mesh, found), jax.device_put(inputs, sharding.replicated(mesh))
+    expected = jax.jit(functools.partial(outputs_and_gradients, dense))(*inputs)
+    with jax.numpy_dtype_promotion("standard"):  # as XLA's own attention wants it
+        found = jax.jit(found)(*placed)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() <= 0.02 * np.abs(b).max()  # in bfloat16
 
 
 @pytest.mark.parametrize(

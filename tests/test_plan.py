@@ -60,7 +60,7 @@ def test_state_bytes_follow_the_shardings():
 
 def test_bytes_per_device_of_a_batch():
     mesh = sharding.make_mesh(_mesh_config(fsdp=2, context=2))
-    x = jax.ShapeDtypeStruct((8, 5, 16, 16, 4), jnp.float32, sharding=sharding.batch_sharding(mesh, 5))
+    x = jax.ShapeDtypeStruct((8, 5, 16, 16, 4), jnp.float32, sharding=sharding.batch_sharding(mesh, "latents_bnhwc"))
     assert bytes_per_device({"latents_bnhwc": x}) == 8 * 5 * 16 * 16 * 4 * 4 // 8
 
 

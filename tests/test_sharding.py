@@ -101,8 +101,29 @@ def test_batch_size_must_divide():
 def test_table_shows_every_rule_and_split():
     table = sharding.describe(_params(), _mesh(2, 4))
     assert "[fsdp, -]" in table
-    counted = sum(int(line.split()[-2].replace(",", "")) for line in table.splitlines()[1:])
+    counted = sum(int(line.split()[-2].replace(",", "")) for line in table.splitlines()[1:-1])
+    assert "b over slice, data, fsdp; h over context" in table.splitlines()[-1]
     assert counted == sum(np.prod(value.shape, dtype=int) for value in _params().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("images_bnhwc", P(("slice", "data", "fsdp"), None, "context", None, None)),
+        ("token_ids_bns", P(("slice", "data", "fsdp"), None, None)),
+        ("record_index_b", P(("slice", "data", "fsdp"))),
+    ],
+)
+def test_the_name_of_an_array_says_how_it_is_split(name, spec):
+    mesh = _mesh(2, 4)
+    found = sharding.batch_sharding(mesh, name)
+    assert found.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), len(spec))
+
+
+@pytest.mark.parametrize("name", ["images", "images_bxhwc"])
+def test_an_array_whose_axes_no_rule_names_is_an_error(name):
+    with pytest.raises(ValueError, match=f"the letters that end '{name}' must be among b, n, h, w, c, s"):
+        sharding.batch_sharding(_mesh(2, 4), name)
 
 
 def test_sharded_steps_equal_those_of_one_device():
@@ -113,7 +134,9 @@ def test_sharded_steps_equal_those_of_one_device():
 
     def loss(params, batch):
         layout = ("NHWC", "HWIO", "NHWC")
-        h = jax.lax.conv_general_dilated(batch["x"], params["conv_in.kernel"], (1, 1), "SAME", dimension_numbers=layout)
+        h = jax.lax.conv_general_dilated(
+            batch["x_bhwc"], params["conv_in.kernel"], (1, 1), "SAME", dimension_numbers=layout
+        )
         h = jnp.tanh(h) @ params["blocks.0.linear.kernel"] - (h @ params["blocks.1.linear.kernel"]) * 0.1
         return jnp.mean(jnp.square(h))
 
@@ -129,7 +152,7 @@ def test_sharded_steps_equal_those_of_one_device():
             return state.apply_gradients(gradients, optimizer, 0.9), value
 
         step = jax.jit(step, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
-        batch = sharding.make_global_batch(mesh, {"x": images}, len(images))
+        batch = sharding.make_global_batch(mesh, {"x_bhwc": images}, len(images))
         losses = []
         for _ in range(5):
             state, value = step(state, batch)
@@ -157,7 +180,9 @@ def test_kernels_are_gathered_and_each_device_sums_the_slice_of_a_gradient_that_
         return jnp.sum(jnp.tanh(x @ params[name]))
 
     gradient = jax.jit(jax.grad(loss), static_argnums=2)
-    placed = jax.device_put((params, x), (sharding.parameter_shardings(params, mesh), sharding.batch_sharding(mesh, 2)))
+    placed = jax.device_put(
+        (params, x), (sharding.parameter_shardings(params, mesh), sharding.batch_sharding(mesh, "x_bc"))
+    )
     found = gradient(*placed, True)[name]
     assert placed[0][name].sharding.spec == found.sharding.spec == spec
     np.testing.assert_allclose(found, gradient(params, x, False)[name], atol=1e-6)  # of sums of up to 2

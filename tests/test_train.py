@@ -1,5 +1,6 @@
 """The training program: what it writes, and folders as data."""
 
+import jax
 import numpy as np
 import pytest
 from compare_runs import TIMINGS, examples, metric_lines, saved_arrays
@@ -10,6 +11,7 @@ from run_fixtures import run, train_tiny
 from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.models.diffusers_folder import load_params
 from m2m_jax.models.parameters import fingerprint
+from m2m_jax.training import sharding
 
 MODULES = ("conv_in", "time_embedding", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
 MODULES += ("conv_norm_out", "conv_out")
@@ -52,6 +54,7 @@ def test_metrics(tiny_run):
 def test_terminal(tiny_run):
     assert "set_diffusion, attention by prefix: " in tiny_run.out  # what auto is on a CPU
     assert "from scratch" in tiny_run.out
+    assert tiny_run.out.count("compiled in") == 1
     assert "step 6/6  loss " in tiny_run.out
     assert "step 6: eval/loss_other_context" in tiny_run.out
 
@@ -88,6 +91,12 @@ def test_examples(tiny_run):
     found = examples(tiny_run.workdir)
     assert [index for step in found for index in found[step]] == list(range(6 * 8))
     assert all(set_id.startswith(("style/", "content/")) for of_step in found.values() for set_id in of_step.values())
+
+
+def test_what_a_step_would_move_by_itself_is_an_error(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "make_global_batch", lambda mesh, batch, batch_size: batch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        run("train", *tiny_run.arguments, f"--workdir={tmp_path}")
 
 
 def test_any_folder_is_a_data_set(tiny_run, tmp_path):

@@ -142,7 +142,7 @@ def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> tuple
     setup = set_up(task, config, mesh)
     frozen = jax.tree.map(lambda x: _placed(x, sharding.replicated(mesh)), task.frozen)
     batch = {
-        name: _placed(x, sharding.batch_sharding(mesh, x.ndim))
+        name: _placed(x, sharding.batch_sharding(mesh, name))
         for name, x in batch_shapes(config, task, batch_size).items()
     }
     started = time.monotonic()

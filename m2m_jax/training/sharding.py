@@ -44,6 +44,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 # the same mesh axis, the longest one that it divides is split.
 MESH_AXIS = {"in": "fsdp", "out": "fsdp", "split": "tensor"}
 
+# Of an array of the batch, the mesh axes that split each axis, by the letters that end its name: `images_bnhwc`. From
+# these and the parameters XLA derives how all that is computed between them lies.
+ARRAY_AXES: dict[str, tuple[str, ...]] = {"b": BATCH_AXES, "n": (), "h": ("context",), "w": (), "c": (), "s": ()}
+
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`, over all devices of all hosts or over `devices`.
@@ -190,11 +194,15 @@ def on_this_process(params: Params, mesh: Mesh) -> Params:
     return {name: whole(x) for name, x in params.items()}
 
 
-def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Of an array of the batch: its first axis is split over the batch axes. Of images and latents [b, n, h, w, c] the
-    rows are, too, over `context`."""
-    spec = (BATCH_AXES, None, "context") if ndim == 5 else (BATCH_AXES,)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+def batch_sharding(mesh: Mesh, name: str) -> NamedSharding:
+    """Of an array of the batch, by `ARRAY_AXES`. Raises ValueError for a name that does not say what its axes are."""
+    _, found, letters = name.rpartition("_")
+    if not found or not ARRAY_AXES.keys() >= set(letters):
+        raise ValueError(
+            f"the letters that end {name!r} must be among {', '.join(ARRAY_AXES)}; or add one to ARRAY_AXES in "
+            "m2m_jax/training/sharding.py"
+        )
+    return NamedSharding(mesh, PartitionSpec(*(ARRAY_AXES[letter] or None for letter in letters)))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
@@ -220,15 +228,15 @@ def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray], batch_size:
     """{name: this process's rows, as `local_rows` names them} to {name: [batch_size, ...]}, split over all devices."""
     position = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
 
-    def place(value: np.ndarray) -> jax.Array:
+    def place(name: str, value: np.ndarray) -> jax.Array:
         def share(index: tuple[slice, ...]) -> np.ndarray:
             rows = [position[row] for row in range(*index[0].indices(batch_size))]
             return value[rows][:, *index[1:]] if len(index) > 1 else value[rows]
 
         shape = (batch_size, *value.shape[1:])
-        return jax.make_array_from_callback(shape, batch_sharding(mesh, value.ndim), share)
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, name), share)
 
-    return {name: place(value) for name, value in host_batch.items()}
+    return {name: place(name, value) for name, value in host_batch.items()}
 
 
 def traced_on(mesh: Mesh, function: Callable) -> Callable:
@@ -256,6 +264,8 @@ def describe(params: Params, mesh: Mesh) -> str:
     lines = [f"mesh {axes}; parameters by rule and split axes:"]
     for (rule, split), sizes in sorted(rows.items()):
         lines.append(f"  {rule:<40} {split:<24} {len(sizes):>5} x {sum(sizes):>15,} scalars")
+    split_axes = "; ".join(f"{letter} over {', '.join(axes)}" for letter, axes in ARRAY_AXES.items() if axes)
+    lines.append(f"arrays of the batch, by the letters that end their names: {split_axes}")
     return "\n".join(lines)
 
 
