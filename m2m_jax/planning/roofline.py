@@ -11,9 +11,8 @@ from m2m_jax.planning.chips import Chip
 class Roofline:
     """Seconds a step that each resource needs, as if all ran side by side at their peaks; `limiter`: the slowest.
 
-    Not what a step will take: nothing reaches its peak and not everything overlaps. HBM counts what XLA does, all
-    operands and results of every fusion, also those that stay in a core's own memory. `dcn` is None where the chip's
-    network is not known.
+    Not what a step will take: nothing reaches its peak and not everything overlaps. What HBM counts stands in `hbm.py`.
+    `dcn` is None where the chip's network is not known.
     """
 
     compute: float
