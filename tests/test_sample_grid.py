@@ -105,6 +105,7 @@ def test_processes_make_as_many_sets_each_and_all_in_order(monkeypatch):
         return pictures.reshape(3, -1, 1, 1, 1)[:, len(calls) - 1]
 
     monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    monkeypatch.setattr(sample_grid.gathering, "wait_for_all", lambda: None)
     has_pictures = True
     grid = sample_grid.gather({"generated_bnhwc": pictures[0]}, 8)["generated_bnhwc"]
     assert grid[:, :, 0, 0, 0].tolist() == [[row, row] for row in range(8)] and len(calls) == 6

@@ -127,12 +127,11 @@ def run(job: Job, load: Callable[[int], SetSampler], about: dict[str, Any]) -> P
     sets = job.find_sets()
     sampler = load(-(-len(sets) // jax.process_count()))
     contexts = {name: sampler.read(files) for name, files in sets.items()}
-    gathering.wait_for_all("sampling begins")
     sampled = _sample_sets(job, sampler, contexts)
     if jax.process_index():
         for _ in sampled:
             pass
-        gathering.wait_for_all("sampling ends")
+        gathering.wait_for_all()
         return None
     output = Path(job.output)
     with disk.errors(f"--output={output}"), disk.folder_aside(output) as aside:
@@ -153,7 +152,7 @@ def run(job: Job, load: Callable[[int], SetSampler], about: dict[str, Any]) -> P
         if job.html:
             (aside / "index.html").write_text(html_page(rows, records))
         _move_into(aside, output)
-    gathering.wait_for_all("sampling ends")
+    gathering.wait_for_all()
     return output / ("index.html" if job.html else "contact_sheet.png" if job.contact_sheet else "")
 
 

@@ -30,6 +30,7 @@ def gather(samples: Samples | None, num_sets: int) -> Samples | None:
     """Of all processes, which must all call: those of `rows_of_process`, in order. None where one of them has None."""
     if jax.process_count() == 1:
         return samples
+    gathering.wait_for_all()
     if not multihost_utils.process_allgather(np.bool_(samples is not None)).all():
         return None
     return {name: gathering.gather(x)[:num_sets] for name, x in sorted(samples.items())}
