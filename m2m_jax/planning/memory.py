@@ -137,7 +137,7 @@ def advice(
     if context and not fitting:
         lines.append(
             f"--config.mesh.context={context} (and data to match): devices share each set, and activations take about "
-            f"{gib(memory.rest / 2)} less"
+            f"{gib(memory.rest / 2)} less" + ("" if memory.rest / 2 >= excess else "; alone not enough")
         )
     return lines
 
