@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -109,25 +110,29 @@ def count_model_flops(config: ConfigDict) -> float:
 
 def _lowered_gradient(task: Task, config: ConfigDict) -> jax.stages.Lowered:
     """The gradient of the loss of one set."""
-    trains = TRAINED[config.train.parameters]
 
     def gradient(params: dict, frozen: dict, batch: dict, step: jax.Array) -> dict:
-        trained = {name: x for name, x in params.items() if trains(name)}
-        draws = task.draw(batch, step)
-        return jax.grad(lambda trained: task.loss(params | trained, frozen, batch, draws)[0])(trained)
+        loss, trained = _loss_of_trained(task, config, params, frozen, batch, step)
+        return jax.grad(loss)(trained)
 
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return jax.jit(gradient).lower(task.shapes, task.frozen, batch_shapes(config, task, 1), step)
 
 
+def _loss_of_trained(
+    task: Task, config: ConfigDict, params: dict, frozen: dict, batch: dict, step: jax.Array
+) -> tuple[Callable[[dict], jax.Array], dict]:
+    """The loss of a batch, as a function of the parameters that train, and these."""
+    trains, draws = TRAINED[config.train.parameters], task.draw(batch, step)
+    trained = {name: x for name, x in params.items() if trains(name)}
+    return lambda trained: task.loss(params | trained, frozen, batch, draws)[0], trained
+
+
 def kept_bytes(config: ConfigDict, task: Task, sets: int) -> int:
     """What the loss of so many sets keeps for its gradient, beside its inputs; before XLA fuses anything."""
-    trains = TRAINED[config.train.parameters]
 
     def kept(params, frozen, batch, step):
-        trained = {name: x for name, x in params.items() if trains(name)}
-        draws = task.draw(batch, step)
-        return jax.vjp(lambda trained: task.loss(params | trained, frozen, batch, draws)[0], trained)[1]
+        return jax.vjp(*_loss_of_trained(task, config, params, frozen, batch, step))[1]
 
     step = jax.ShapeDtypeStruct((), jnp.int32)
     jaxpr = jax.make_jaxpr(kept)(task.shapes, task.frozen, batch_shapes(config, task, sets), step).jaxpr

@@ -15,6 +15,7 @@ from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.parameters import Params, abstract, merge, split
+from m2m_jax.sampling.contact_sheet import Group
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, side_by_side
 
 
@@ -96,7 +97,7 @@ class Autoencoding:
     @staticmethod
     def sheet(samples: Samples) -> Image.Image:
         """Those beside these."""
-        return side_by_side({"held out": samples["held_out_bhwc"], "rebuilt": samples["rebuilt_bhwc"]})
+        return side_by_side(Group("held out", samples["held_out_bhwc"]), Group("rebuilt", samples["rebuilt_bhwc"]))
 
     @property
     def metadata(self) -> dict:

@@ -1,7 +1,8 @@
 """The sample grid of an evaluation: all processes make it, each in pieces, as beside the state there is little room."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -58,11 +59,11 @@ def images_in_pieces(
     return images_khwc
 
 
-def side_by_side(images: Mapping[str, np.ndarray]) -> Image.Image:
-    """Groups of as many images, uint8 [b, h, w, 3] each, with their titles; in rows of 8 where 8 divide them."""
-    b = len(next(iter(images.values())))
-    width = math.gcd(b, 8)
-    starts = range(0, b, width)
+def side_by_side(*groups: Group) -> Image.Image:
+    """Groups of as many images, in rows of 8 of each where 8 divide them."""
+    count = len(groups[0].images)
+    width = math.gcd(count, 8)
+    rows = [slice(start, start + width) for start in range(0, count, width)]
     return contact_sheet(
-        [Row("", [Group(title, list(x[i : i + width])) for title, x in images.items()]) for i in starts]
+        [Row("", [dataclasses.replace(group, images=group.images[row]) for group in groups]) for row in rows]
     )

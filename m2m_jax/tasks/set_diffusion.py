@@ -1,7 +1,6 @@
 """The task of M2M: latent diffusion of image sets. With one image a set and no attn2 it is the single-image base."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -24,7 +23,7 @@ from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generate
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.evaluation import context_losses
-from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces
+from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces, side_by_side
 
 
 class SetDiffusion:
@@ -136,9 +135,7 @@ class SetDiffusion:
         """A row for each set: its context, and what was generated from it. Of single images, a grid."""
         generated_bnhwc, context_bmhwc = samples["generated_bnhwc"], samples.get("context_bmhwc")
         if context_bmhwc is None:
-            width = math.gcd(len(generated_bnhwc), 8)
-            grid_rnhwc = generated_bnhwc.reshape(-1, width, *generated_bnhwc.shape[2:])
-            return contact_sheet([Row("", [generated(list(row))]) for row in grid_rnhwc])
+            return side_by_side(generated(generated_bnhwc[:, 0]))
         pairs = zip(context_bmhwc, generated_bnhwc, strict=True)
         return contact_sheet([Row("", [context(list(given)), generated(list(new))]) for given, new in pairs])
 

@@ -26,6 +26,7 @@ from m2m_jax.models.initialization import initial_params
 from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.sampling.contact_sheet import Group
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
 from m2m_jax.tasks.evaluation import another, stratified_timesteps
@@ -135,7 +136,7 @@ class TextToImageTask:
     @staticmethod
     def sheet(samples: Samples) -> Image.Image:
         """Those beside these."""
-        return side_by_side({"held out": samples["held_out_bhwc"], "of its caption": samples["made_bhwc"]})
+        return side_by_side(Group("held out", samples["held_out_bhwc"]), Group("of its caption", samples["made_bhwc"]))
 
     @property
     def metadata(self) -> dict:
