@@ -26,10 +26,10 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from m2m_jax import runtime
 from m2m_jax.attention.layout import SetLayout
+from m2m_jax.core import runtime
+from m2m_jax.core.parameters import abstract, count, merge, split
 from m2m_jax.models.context_cache import append_image, denoise_next, empty_cache
-from m2m_jax.models.parameters import abstract, count, merge, split
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
 COUNTS = (0, 1, 2, 4, 8, 24)

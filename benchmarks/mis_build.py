@@ -17,11 +17,11 @@ import jax
 from absl import flags
 
 from benchmarks.overhead import median_and_range
-from m2m_jax import runtime
+from m2m_jax.building import building
+from m2m_jax.building.cleaning import SetRules
+from m2m_jax.core import runtime
+from m2m_jax.core.program import run_program
 from m2m_jax.data import mis
-from m2m_jax.data.set_building import building
-from m2m_jax.data.set_building.cleaning import SetRules
-from m2m_jax.program import run_program
 from m2m_jax.sampling.text_to_image import TextToImage
 
 GENERATOR = flags.DEFINE_string("generator", None, "As for m2m_jax.data.build_mis.", required=True)

@@ -25,19 +25,19 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from m2m_jax import runtime
+from m2m_jax.building import build_folder
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
+from m2m_jax.core import runtime
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import SUFFIXES, read_image
+from m2m_jax.core.program import run_program
 from m2m_jax.data import mis, precomputed, records
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
-from m2m_jax.data.set_building import build_folder
-from m2m_jax.errors import UserError
-from m2m_jax.images import SUFFIXES, read_image
-from m2m_jax.planning.workload import NOT_READ, frozen_models
-from m2m_jax.program import run_program
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.training import sharding
 from m2m_jax.training.setup import set_up
+from m2m_jax.training.workload import NOT_READ, frozen_models
 
 CONFIG = define_config_flag()
 TRAIN = flags.DEFINE_bool("train", True, "Whether training is measured, too.")

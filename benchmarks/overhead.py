@@ -25,16 +25,16 @@ import numpy as np
 import optax
 from absl import flags
 
-from m2m_jax import runtime
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
+from m2m_jax.core import runtime
+from m2m_jax.core.interruption import Interruption
+from m2m_jax.core.program import run_program
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
-from m2m_jax.program import run_program
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.training import sharding
 from m2m_jax.training.divergence import Divergence
-from m2m_jax.training.interruption import Interruption
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.setup import set_up
 from m2m_jax.training.throughput import Throughput

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from absl import flags
 
-from m2m_jax import disk
-from m2m_jax.errors import UserError
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.program import run_program
 from m2m_jax.planning.memory import gib
-from m2m_jax.program import run_program
 
 ONLY = flags.DEFINE_list("only", None, "Names of plans; all if not given.")
 TABLE = flags.DEFINE_bool("table", False, "Make no plan, only the table of those that are there.")

@@ -25,9 +25,9 @@ from absl import app, flags
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from m2m_jax import runtime
+from m2m_jax.core import runtime
+from m2m_jax.core.parameters import abstract, count, merge, split
 from m2m_jax.models.diffusers_folder import unet_values
-from m2m_jax.models.parameters import abstract, count, merge, split
 from m2m_jax.models.unet import UNet, UNetConfig
 
 ATTENDS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from m2m_jax.images import read_image, write_png
-from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet, context
+from m2m_jax.core.images import read_image, write_png
+from m2m_jax.view.contact_sheet import Group, Row, contact_sheet, context
 
 RUNS = {
     "self_on_mis": "M2M-Self, synthetic sets",

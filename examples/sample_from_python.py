@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import m2m_jax
-from m2m_jax.images import write_png
+from m2m_jax.core.images import write_png
 
 
 def main(checkpoint: str, context_folder: str, output: str) -> None:

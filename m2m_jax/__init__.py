@@ -15,7 +15,7 @@ _PUBLIC = {
     "Sampler": "m2m_jax.sampling.sampler",
     "SetLayout": "m2m_jax.attention.layout",
     "UNet": "m2m_jax.models.unet",
-    "UserError": "m2m_jax.errors",
+    "UserError": "m2m_jax.core.errors",
 }
 __all__ = sorted(_PUBLIC)
 

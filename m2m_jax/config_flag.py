@@ -10,8 +10,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from m2m_jax.configuration import flatten, nearest
-from m2m_jax.errors import UserError
+from m2m_jax.configuration import flatten
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.registry import nearest
 
 flags.disclaim_key_flags()  # --help of a program lists --config among its own
 

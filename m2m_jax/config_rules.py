@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m2m_jax.configuration import default_config, flatten, reads_latents
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 # An image set has at most as many images as a record may hold (m2m_jax/data/records.py).
 MAX_IMAGES_PER_SET = 25

@@ -6,13 +6,13 @@ single fields (`--config.train.steps=100`). Fields that do not exist cannot be s
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.registry import nearest
 
 
 def default_config() -> ConfigDict:
@@ -221,12 +221,3 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         else:
             fields[prefix + key] = value
     return fields
-
-
-def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """'; did you mean X?', or nothing where no name is near. prefix: of X."""
-    names = list(names)
-    matches = difflib.get_close_matches(name, names, 1, 0.6)
-    # A field put into the wrong group (config.steps) is near to no whole name, but its last part is one.
-    matches = matches or [n for n in names if n.rpartition(".")[2] == name.rpartition(".")[2]][:1]
-    return f"; did you mean {prefix}{matches[0]}?" if matches else ""

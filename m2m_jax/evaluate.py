@@ -18,16 +18,16 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from m2m_jax import disk, runtime
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import reads_latents, to_json
+from m2m_jax.core import disk, runtime
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import fingerprint, merge
+from m2m_jax.core.program import run_program
 from m2m_jax.data.pipeline import batches, held_out_inputs, make_dataset, open_examples
-from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER
-from m2m_jax.models.parameters import fingerprint, merge
 from m2m_jax.models.unet import unet_structure
-from m2m_jax.program import run_program
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.tasks.evaluation import as_text, context_losses, warn_of_one_set
 from m2m_jax.training import sharding

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from absl import flags
 
-from m2m_jax import disk
-from m2m_jax.program import run_program
+from m2m_jax.core import disk
+from m2m_jax.core.program import run_program
 from m2m_jax.sampling import flags as sampling_flags
 from m2m_jax.sampling.bundle import PLATFORMS
 from m2m_jax.sampling.bundle_writer import write_bundle

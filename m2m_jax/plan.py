@@ -27,11 +27,12 @@ from pathlib import Path
 
 from absl import flags
 
-from m2m_jax import disk
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
-from m2m_jax.errors import UserError
-from m2m_jax.planning.chips import gpus_of
+from m2m_jax.core import disk
+from m2m_jax.core.chips import gpus_of
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.program import run_program
 from m2m_jax.planning.compile import Plan, get_machine, make_plan, prepare
 from m2m_jax.planning.formula import plan_by_formula
 from m2m_jax.planning.memory import gib
@@ -39,8 +40,7 @@ from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.sampling import plan_sampling, sampling_as_text
 from m2m_jax.planning.search import search
 from m2m_jax.planning.set_building import build_as_text, plan_build
-from m2m_jax.planning.workload import NOT_READ, Workload, count_flops
-from m2m_jax.program import run_program
+from m2m_jax.training.workload import NOT_READ, Workload, count_flops
 
 CONFIG = define_config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and how they are connected: v5p:4x4x4.", required=True)

@@ -8,8 +8,8 @@ import dataclasses
 import jax
 from absl import flags
 
-from m2m_jax import runtime
-from m2m_jax.program import run_program
+from m2m_jax.core import runtime
+from m2m_jax.core.program import run_program
 from m2m_jax.sampling import flags as sampling_flags
 from m2m_jax.sampling.job import Job, run
 from m2m_jax.sampling.sampler import Sampler

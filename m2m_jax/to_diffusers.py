@@ -17,14 +17,14 @@ from flax import nnx
 
 from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.configuration import from_json
+from m2m_jax.core.parameters import Params, abstract, count, merge
+from m2m_jax.core.program import run_program
 from m2m_jax.data.pipeline import batches, make_dataset, open_examples
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float
 from m2m_jax.models.diffusers_folder import SCHEDULER, save_autoencoder, save_unet
 from m2m_jax.models.folder import config_from
-from m2m_jax.models.parameters import Params, abstract, count, merge
 from m2m_jax.models.unet import UNetConfig
-from m2m_jax.program import run_program
 
 SCALING_BATCHES = 50
 

@@ -30,16 +30,17 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from m2m_jax import runtime
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.saved_model import FOLDER
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
+from m2m_jax.core import runtime
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import write_png
+from m2m_jax.core.interruption import Interruption
+from m2m_jax.core.parameters import count, fingerprint
+from m2m_jax.core.program import run_program
 from m2m_jax.data.pipeline import batches, held_out_inputs, inputs, make_dataset, open_examples
-from m2m_jax.errors import UserError
-from m2m_jax.images import write_png
-from m2m_jax.models.parameters import count, fingerprint
-from m2m_jax.program import run_program
 from m2m_jax.tasks import sample_grid
 from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.tasks.evaluation import warn_of_one_set
@@ -48,7 +49,6 @@ from m2m_jax.tasks.text_to_image import TextToImageTask
 from m2m_jax.training import sharding
 from m2m_jax.training.divergence import Divergence
 from m2m_jax.training.example_log import ExampleLog
-from m2m_jax.training.interruption import Interruption
 from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.profiler import Profiler
 from m2m_jax.training.setup import set_up

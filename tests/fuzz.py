@@ -33,7 +33,7 @@ def explore(name: str, examples: int, seed: int) -> Counts:
     from fuzz_targets import TARGETS
     from hypothesis import HealthCheck, Phase, Verbosity
 
-    from m2m_jax.errors import UserError
+    from m2m_jax.core.errors import UserError
 
     target, counts = TARGETS[name], Counts()
     with tempfile.TemporaryDirectory() as root:

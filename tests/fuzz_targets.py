@@ -24,21 +24,22 @@ from mis_fixtures import set_name, write_mis
 from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
 
-from m2m_jax import config_flag, program
+from m2m_jax import config_flag
+from m2m_jax.building.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.config_rules import CHOICES, validate
 from m2m_jax.configuration import default_config, flatten, from_json, to_json
+from m2m_jax.core import program
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import check_header, read_image, write_png
+from m2m_jax.core.parameters import abstract, split
 from m2m_jax.data import mis, pipeline, precomputed, records
 from m2m_jax.data.mis_source import MisRecords
-from m2m_jax.data.set_building.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.errors import UserError
-from m2m_jax.images import check_header, read_image, write_png
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
 from m2m_jax.models.folder import require_same
 from m2m_jax.models.frozen import FrozenModels
-from m2m_jax.models.parameters import abstract, split
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.bundle import MANIFEST, Bundle, write_manifest
 from m2m_jax.sampling.bundle_writer import write_bundle

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from m2m_jax.building import build_folder
 from m2m_jax.data import mis, precomputed, records
-from m2m_jax.data.set_building import build_folder
 
 IMAGE_SIZE, LATENT_SHAPE = 32, (8, 8, 4)
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from model_fixtures import quick_jit
 
+from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.models.folder import require_same
-from m2m_jax.models.parameters import abstract, merge
 
 # Parts of the names of parameters whose output enters softmax, silu or gelu, or follows a norm.
 STRONG = (

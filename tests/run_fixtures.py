@@ -24,9 +24,9 @@ from data_fixtures import build_emoji
 from flax import nnx
 from ml_collections import ConfigDict
 
+from m2m_jax.core.parameters import split
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.diffusers_folder import save_autoencoder
-from m2m_jax.models.parameters import split
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from m2m_jax.attention.backends import BACKENDS, dense, prefix, prefix_cudnn, re
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout, allowed
 from m2m_jax.config_rules import CHOICES
 from m2m_jax.configuration import default_config
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.training import sharding
 
 # A row for each image of the stack [clean; noised], a column for each clean image.

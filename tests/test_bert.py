@@ -10,10 +10,10 @@ from run_fixtures import run
 from safetensors.numpy import load_file, save_file
 from text_fixtures import make_bert
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.models import bert
 from m2m_jax.models.bert import BertConfig, BertEncoder
-from m2m_jax.models.parameters import abstract, merge
 from m2m_jax.models.text_encoders import encode_text, load_text_encoder, make_text_encoder
 from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.transformers_folder import BERT_FORMAT, load_bert_config, load_bert_params, save_bert

@@ -14,15 +14,15 @@ import tensorflow_datasets as tfds
 from build_fixtures import IMAGES_PER_SET, build, differences, write_captions
 from text_fixtures import make_stable_diffusion
 
-from m2m_jax import disk
+from m2m_jax.building import build_folder
+from m2m_jax.building.building import IMAGE_FORMATS, SetMaker, Slot
+from m2m_jax.building.captions import CaptionRules
+from m2m_jax.building.cleaning import SetRules
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import decode_image, on_white
 from m2m_jax.data import mis, records
-from m2m_jax.data.set_building import build_folder
-from m2m_jax.data.set_building.building import IMAGE_FORMATS, SetMaker, Slot
-from m2m_jax.data.set_building.captions import CaptionRules
-from m2m_jax.data.set_building.cleaning import SetRules
 from m2m_jax.data.shards import ShardRecords
-from m2m_jax.errors import UserError
-from m2m_jax.images import decode_image, on_white
 from m2m_jax.sampling.text_to_image import TextToImage
 
 NUM_CAPTIONS = 22

@@ -18,7 +18,7 @@ from run_fixtures import ROOT, run, train_tiny
 from safetensors.numpy import load_file
 
 import m2m_jax
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.sampling.bundle import MANIFEST, PARAMS, PLATFORMS, SEPARATOR, Bundle, program_file
 from m2m_jax.sampling.set_sampler import PROGRAMS
 

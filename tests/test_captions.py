@@ -14,8 +14,8 @@ from caption_fixtures import SUFFIXES, write_captions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2m_jax.data.set_building.captions import MAX_LINE_BYTES, CaptionRules, clean_captions, latin_share, read_captions
-from m2m_jax.errors import UserError
+from m2m_jax.building.captions import MAX_LINE_BYTES, CaptionRules, clean_captions, latin_share, read_captions
+from m2m_jax.core.errors import UserError
 
 CAPTIONS = ["a cat", "", " two  dogs ", "Käse, 北京 \u2028 \x85", 'a "quoted" one', "a cat"]
 # What a line of text can hold, and of that what no layout has a meaning of its own for.

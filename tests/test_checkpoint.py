@@ -21,7 +21,7 @@ from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.config_changes import code_version, config_changes
 from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.configuration import default_config, to_json
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from flax import nnx
 from parity_fixtures import assert_same_params, change_config, random_model, record, require_equal, torch_record
 from safetensors.numpy import load_file, save_file
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import merge
 from m2m_jax.models import clip_text
 from m2m_jax.models.clip_text import CLIPTextConfig, CLIPTextEncoder
 from m2m_jax.models.folder import require_same
-from m2m_jax.models.parameters import merge
 from m2m_jax.models.transformers_folder import TRANSFORMERS, load_clip_text_config, load_params, save_clip_text
 
 WEIGHTS = TRANSFORMERS.weights

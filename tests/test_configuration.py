@@ -12,14 +12,15 @@ import pytest
 from m2m_jax.config_flag import check_arguments
 from m2m_jax.config_rules import CHOICES, LIMITS, validate
 from m2m_jax.configuration import default_config, from_json, to_json
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.training.sharding import AXES
 
 ROOT = Path(__file__).parents[1]
 EMOJI = str(ROOT / "configs" / "emoji.py")
 
 PROGRAM = """
-from m2m_jax import config_flag, config_rules, program
+from m2m_jax import config_flag, config_rules
+from m2m_jax.core import program
 CONFIG = config_flag.define_config_flag()
 def main(argv):
     config_rules.validate(CONFIG.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m2m_jax.sampling.contact_sheet import (
+from m2m_jax.view.contact_sheet import (
     CONTEXT_COLOUR,
     GENERATED_COLOUR,
     Group,

@@ -11,8 +11,8 @@ from model_fixtures import quick_jit, random_params
 
 from m2m_jax.attention.cached import attend_to_kept
 from m2m_jax.attention.layout import SetLayout
+from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.models.context_cache import append_image, denoise_next, empty_cache
-from m2m_jax.models.parameters import abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
 NUM_SETS, SIZE, TOKENS, WIDTH = 3, 4, 5, 12

@@ -15,7 +15,7 @@ from run_fixtures import ROOT, free_address, run, train_tiny
 
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.saved_model import load_for_sampling
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.training.metrics import MetricWriter
 
 # Dies with no chance to say goodbye while checkpoint 2 is being written.
@@ -35,8 +35,8 @@ RESTORES = """
 import sys
 import jax
 import conftest
-from m2m_jax import runtime
-from m2m_jax.errors import UserError, refuse
+from m2m_jax.core import runtime
+from m2m_jax.core.errors import UserError, refuse
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 runtime.start()
 from checkpoint_fixtures import create, target

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from m2m_jax.core.images import on_white
 from m2m_jax.data.augmentation import MIN_GROUND_LUMINANCE, SetAugmentation
-from m2m_jax.images import on_white
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 EVERYTHING = SetAugmentation(

@@ -10,9 +10,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data_fixtures import build_emoji, data_config, write_image_folder
 from run_fixtures import run, train_tiny
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.data import pipeline, precomputed, records, shards
 from m2m_jax.data.records import BadRecord, ImageSetRecord
-from m2m_jax.errors import UserError
 
 SETS, IMAGES = 12, 5
 

@@ -9,10 +9,10 @@ import pytest
 from data_fixtures import IMAGE_SIZE, build_emoji
 from PIL import Image
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.data import pipeline, prepare
 from m2m_jax.data.emoji import artwork, builder
 from m2m_jax.data.emoji.subjects import MIN_SUBJECTS_TO_HOLD_OUT, SPLITS, load_subjects, neutral_codepoints
-from m2m_jax.errors import UserError
 
 GRINNING = (0x1F600,)
 TEST_BIRDS = ["1f414", "1f426-1f525", "1f427", "1f99a", "1f99c"]

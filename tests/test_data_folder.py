@@ -5,11 +5,11 @@ import pytest
 from data_fixtures import data_config, write_image_folder
 from PIL import Image
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import decode_image
 from m2m_jax.data import folder
 from m2m_jax.data.pipeline import open_examples
 from m2m_jax.data.records import BadRecord
-from m2m_jax.errors import UserError
-from m2m_jax.images import decode_image
 
 
 @pytest.fixture

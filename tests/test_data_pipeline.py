@@ -5,9 +5,9 @@ import pytest
 from data_fixtures import build_emoji, data_config, write_image_folder
 from PIL import Image
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import decode_image, fit_square
 from m2m_jax.data import pipeline
-from m2m_jax.errors import UserError
-from m2m_jax.images import decode_image, fit_square
 
 
 @pytest.fixture(scope="module")

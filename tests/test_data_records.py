@@ -9,8 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.data import records
-from m2m_jax.errors import UserError
 
 
 def _png(size=(8, 6), mode="RGBA", colour=(200, 10, 30, 128)) -> bytes:

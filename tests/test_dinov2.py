@@ -24,14 +24,14 @@ from PIL import Image
 from run_fixtures import run
 from safetensors.numpy import load_file, save_file
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import abstract, count, merge
 from m2m_jax.models import dinov2
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.clip_text import MLP, Attention
 from m2m_jax.models.dinov2 import SIZES, DINOv2, DINOv2Config, bicubic_weights, preprocess
 from m2m_jax.models.folder import require_same
 from m2m_jax.models.frozen import FrozenModels
-from m2m_jax.models.parameters import abstract, count, merge
 from m2m_jax.models.transformers_folder import TRANSFORMERS, load_dinov2_config, load_params, save_dinov2
 
 WEIGHTS = TRANSFORMERS.weights

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from m2m_jax import disk
-from m2m_jax.errors import UserError
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
 
 
 def names(folder):

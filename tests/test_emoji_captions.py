@@ -5,11 +5,11 @@ import collections
 import pytest
 from run_fixtures import run
 
+from m2m_jax.building.captions import CaptionRules, clean_captions, read_captions
+from m2m_jax.core.errors import UserError
 from m2m_jax.data.emoji.artwork import STYLES
 from m2m_jax.data.emoji.recombination import SHARES, recombine
 from m2m_jax.data.emoji.subjects import SKIN_TONES, load_subjects
-from m2m_jax.data.set_building.captions import CaptionRules, clean_captions, read_captions
-from m2m_jax.errors import UserError
 
 NUM_CAPTIONS = 2400
 

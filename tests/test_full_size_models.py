@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from parity_fixtures import random_model, relative_error, to_numpy, to_torch
 
+from m2m_jax.core.parameters import abstract, count, merge
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.clip_text import CLIPTextConfig, CLIPTextEncoder
 from m2m_jax.models.diffusers_folder import save_autoencoder, save_unet
 from m2m_jax.models.dinov2 import SIZES, DINOv2
-from m2m_jax.models.parameters import abstract, count, merge
 from m2m_jax.models.transformers_folder import save_clip_text, save_dinov2
 from m2m_jax.models.unet import UNet, UNetConfig
 

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.diffusion.guidance import SCHEDULES, Guidance
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.errors import UserError
 
 CONDITIONAL, UNCONDITIONAL, NOISED = np.random.default_rng(0).standard_normal((3, 2, 4, 4, 4)).astype(np.float32)
 SCHEDULE = NoiseSchedule(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, prediction_type="v_prediction")

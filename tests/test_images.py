@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2m_jax import images
-from m2m_jax.errors import UserError
-from m2m_jax.images import decode_image, read_image, write_png
+from m2m_jax.core import images
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import decode_image, read_image, write_png
 
 RED = (255, 0, 0)
 

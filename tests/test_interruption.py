@@ -17,7 +17,7 @@ from compare_runs import differences, losses, metric_lines
 from data_fixtures import write_image_folder
 from run_fixtures import ROOT, Result, config_argument, free_address, make_autoencoder, run
 
-from m2m_jax.training.interruption import INTERRUPTED, PREEMPTED
+from m2m_jax.core.interruption import INTERRUPTED, PREEMPTED
 
 STEPS = 30
 LONG = (
@@ -92,7 +92,7 @@ def _stopped_after(result: Result) -> int:
 # A program that is busy with one long call, as training is with compiling, in which Python runs no handler.
 BUSY = """
 import hashlib
-from m2m_jax.training.interruption import Interruption
+from m2m_jax.core.interruption import Interruption
 with Interruption():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)

@@ -411,7 +411,7 @@ def test_a_process_that_does_not_come_is_named():
         "JAX_COORDINATOR_ADDRESS": address,
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-c", "from m2m_jax import runtime; runtime.start()"]
+    command = [sys.executable, "-c", "from m2m_jax.core import runtime; runtime.start()"]
     result = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=100
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2m_jax.configuration import default_config
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.training import throughput
 from m2m_jax.training.metrics import MetricWriter
 

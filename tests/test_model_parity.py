@@ -21,7 +21,8 @@ from parity_fixtures import (
 from safetensors.numpy import load_file, save_file
 
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import merge
 from m2m_jax.models import autoencoder, layers, transformer
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.diffusers_folder import (
@@ -34,7 +35,6 @@ from m2m_jax.models.diffusers_folder import (
 )
 from m2m_jax.models.folder import require_same
 from m2m_jax.models.initialization import from_pretrained, is_set_attention
-from m2m_jax.models.parameters import merge
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
 WEIGHTS = DIFFUSERS.weights

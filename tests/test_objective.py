@@ -10,11 +10,11 @@ from model_fixtures import quick_jit, random_params
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
-from m2m_jax.diffusion.objective import draw, set_loss, squared_error
+from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.models.parameters import abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.tasks.evaluation import another, context_losses
+from m2m_jax.tasks.objective import draw, set_loss, squared_error
 
 CONFIG = UNetConfig(
     block_out_channels=(16,),  # one level has four transformers: down, middle and two up

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from m2m_jax.configuration import default_config
-from m2m_jax.errors import UserError
-from m2m_jax.keys import Stream, stream_key
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.keys import Stream, stream_key
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.state import TrainState
 

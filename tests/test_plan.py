@@ -11,11 +11,10 @@ from run_fixtures import config_argument, run
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
-from m2m_jax.errors import UserError
+from m2m_jax.core.chips import CHIPS, GIB, chip_of, gpus_of, peak_flops
+from m2m_jax.core.errors import UserError
 from m2m_jax.models.unet import UNetConfig
 from m2m_jax.planning import compile, hlo
-from m2m_jax.planning.attention import AttentionFlops, attention_flops
-from m2m_jax.planning.chips import CHIPS, GIB, chip_of, gpus_of, peak_flops
 from m2m_jax.planning.collectives import Collective
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
@@ -23,10 +22,11 @@ from m2m_jax.planning.report import as_dict, as_text
 from m2m_jax.planning.roofline import mfu, roofline
 from m2m_jax.planning.sampling import Program, SamplingPlan, sampling_as_text
 from m2m_jax.planning.search import search
-from m2m_jax.planning.workload import Workload, count_flops
 from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.training import sharding
+from m2m_jax.training.attention_flops import AttentionFlops, attention_flops
 from m2m_jax.training.setup import set_up
+from m2m_jax.training.workload import Workload, count_flops
 
 TINY = config_argument("emoji:tiny")
 

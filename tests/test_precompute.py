@@ -15,16 +15,16 @@ from data_fixtures import data_config, write_image_folder
 from parity_fixtures import random_model
 from run_fixtures import ROOT, config_argument, load_config, run
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.interruption import PREEMPTED
 from m2m_jax.data import precomputed, records
 from m2m_jax.data.pipeline import SetExamples, inputs, make_dataset, open_examples
 from m2m_jax.data.records import BadRecord
-from m2m_jax.errors import UserError
 from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels
 from m2m_jax.models.transformers_folder import save_dinov2
 from m2m_jax.tasks.set_diffusion import SetDiffusion
-from m2m_jax.training.interruption import PREEMPTED
 
 TINY = config_argument("emoji:tiny")
 VAE = ROOT / "pretrained" / "vae"

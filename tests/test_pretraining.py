@@ -12,11 +12,11 @@ from run_fixtures import ROOT, config_argument, load_config, run
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.checkpoints.saved_model import load_for_sampling
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.errors import UserError
 from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params, load_unet_config
 from m2m_jax.models.initialization import from_pretrained, is_set_attention
-from m2m_jax.models.parameters import merge
 from m2m_jax.models.unet import denoise_sets
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 

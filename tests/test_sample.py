@@ -17,7 +17,7 @@ from run_fixtures import ROOT, run, train_tiny
 
 import m2m_jax
 from m2m_jax.attention.backends import prefix
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.models.initialization import is_set_attention
 from m2m_jax.sampling.job import step_line
 from m2m_jax.sampling.programs import COMPILED

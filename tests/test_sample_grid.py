@@ -13,7 +13,7 @@ from model_fixtures import random_params
 from run_fixtures import config_argument, load_config, make_autoencoder, run
 from text_fixtures import make_bert
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.sampling.set_sampler import SetSampler
 from m2m_jax.sampling.text_to_image import TextToImage
 from m2m_jax.tasks import sample_grid

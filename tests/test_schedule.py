@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.diffusion.schedule import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_SPACINGS, NoiseSchedule
-from m2m_jax.errors import UserError
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR = NoiseSchedule(**STABLE_DIFFUSION, rescale_betas_zero_snr=True, prediction_type="v_prediction")

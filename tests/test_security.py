@@ -22,10 +22,10 @@ from fuzz_targets import _small_bundle, _write_split
 from PIL import Image
 from run_fixtures import ROOT, make_autoencoder, run, train_tiny
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import MAX_SCANS, check_header, decode_image, read_image
 from m2m_jax.data import folder as folders
 from m2m_jax.data import pipeline, precomputed
-from m2m_jax.errors import UserError
-from m2m_jax.images import MAX_SCANS, check_header, decode_image, read_image
 from m2m_jax.models import diffusers_folder
 from m2m_jax.sampling.bundle import MANIFEST, PARAMS, Bundle, program_file, write_manifest
 
@@ -302,7 +302,7 @@ def test_a_jpeg_of_a_thousand_scans():
 
 
 def test_a_file_without_end(monkeypatch):
-    monkeypatch.setattr("m2m_jax.images.MAX_BYTES", 2**24)
+    monkeypatch.setattr("m2m_jax.core.images.MAX_BYTES", 2**24)
     with pytest.raises(UserError, match="larger than 16 MiB"):
         read_image("/dev/zero", 8)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2m_jax.data.set_building.cleaning import SetRules, clean_set, difference_hash
-from m2m_jax.errors import UserError
+from m2m_jax.building.cleaning import SetRules, clean_set, difference_hash
+from m2m_jax.core.errors import UserError
 
 
 def drawing(seed: int, size: int = 32) -> np.ndarray:

@@ -11,9 +11,9 @@ from run_fixtures import ROOT, free_address
 PROGRAM = """
 import sys
 from absl import flags
-from m2m_jax import runtime
-from m2m_jax.errors import UserError
-from m2m_jax.program import run_program
+from m2m_jax.core import runtime
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.program import run_program
 
 FAILS = flags.DEFINE_list("fails", None, "")
 ERROR = flags.DEFINE_string("error", None, "")

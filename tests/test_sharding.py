@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from m2m_jax.configuration import default_config
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.training import sharding
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.state import TrainState

@@ -14,7 +14,7 @@ from m2m_jax.attention.backends import dense
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.attention.splash import SetMask, block_size, splash
 from m2m_jax.configuration import default_config
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.training import sharding
 
 interpreted = functools.partial(splash, interpret=True)

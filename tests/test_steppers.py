@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from m2m_jax.config_rules import CHOICES
+from m2m_jax.core.errors import UserError
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.step_tables import TERMS
 from m2m_jax.diffusion.steppers import STEPPERS, advance, begin
-from m2m_jax.errors import UserError
 
 NOISE = np.random.default_rng(0).standard_normal((2, 3, 4, 4, 2)).astype(np.float32)
 FRESH = np.random.default_rng(1).standard_normal((100, *NOISE.shape)).astype(np.float32)  # of each evaluation

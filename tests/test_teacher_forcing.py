@@ -8,7 +8,7 @@ from flax import nnx
 from model_fixtures import quick_jit, random_params
 
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout
-from m2m_jax.models.parameters import abstract, merge
+from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
 NUM_IMAGES = 3

@@ -13,11 +13,11 @@ from parity_fixtures import change_config
 from run_fixtures import config_argument, load_config, make_autoencoder, run
 from text_fixtures import CLIP_LENGTH, SAMPLE_SIZE, SD_AUTOENCODER, make_bert, make_stable_diffusion
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
-from m2m_jax.planning.workload import count_model_flops
 from m2m_jax.sampling.text_to_image import TextToImage
 from m2m_jax.tasks.text_to_image import TextToImageTask
+from m2m_jax.training.workload import count_model_flops
 
 CAPTIONS = ["a red cat", "dog, blue"]
 SETTINGS = {"stepper": "ddim", "steps": 3, "guidance_scale": 4.0}

@@ -9,8 +9,8 @@ from PIL import Image
 from run_fixtures import run, train_tiny
 
 from m2m_jax.checkpoints.saved_model import load_for_sampling
+from m2m_jax.core.parameters import fingerprint
 from m2m_jax.models.diffusers_folder import load_params
-from m2m_jax.models.parameters import fingerprint
 from m2m_jax.training import sharding
 
 MODULES = ("conv_in", "time_embedding", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")

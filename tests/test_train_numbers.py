@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from run_fixtures import load_config, make_autoencoder
 
 from m2m_jax.configuration import default_config
-from m2m_jax.models.parameters import Params
+from m2m_jax.core.parameters import Params
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.training import sharding
 from m2m_jax.training.setup import set_up

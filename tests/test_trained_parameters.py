@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from m2m_jax.configuration import default_config
+from m2m_jax.core.parameters import abstract
 from m2m_jax.models.initialization import TRAINED
-from m2m_jax.models.parameters import abstract
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.training import sharding
 from m2m_jax.training.optimizer import make_optimizer

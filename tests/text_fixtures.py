@@ -6,12 +6,12 @@ import pathlib
 from flax import nnx
 from model_fixtures import random_params
 
+from m2m_jax.core.parameters import Params, abstract
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.bert import BertConfig, BertEncoder
 from m2m_jax.models.clip_text import CLIPTextConfig, CLIPTextEncoder
 from m2m_jax.models.diffusers_folder import save_autoencoder, save_unet
-from m2m_jax.models.parameters import Params, abstract
 from m2m_jax.models.transformers_folder import save_bert, save_clip_text
 from m2m_jax.models.unet import UNet, UNetConfig
 

@@ -14,7 +14,7 @@ import numpy as np
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.attention.mesh import split_over_mesh
 from m2m_jax.attention.splash import splash
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 # [b, t, h, d], keys [b, s, h, d], values -> [b, t, h, d], without a mask.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 WITHIN_IMAGES = ("tensor", "context")  # axes of the mesh that do not split sets: training/sharding.py
 

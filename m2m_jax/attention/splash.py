@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.attention.mesh import split_over_mesh
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 LANES = 128  # blocks are multiples of a TPU register's width
 MAX_BLOCK = 512  # tokens; the float32 weights of one block take 1 MiB of the 16 that a kernel has

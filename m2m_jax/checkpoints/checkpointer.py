@@ -33,7 +33,6 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from m2m_jax import disk
 from m2m_jax.checkpoints import checksums, save_errors
 from m2m_jax.checkpoints.config_changes import code_version, config_changes
 from m2m_jax.checkpoints.saved_model import (
@@ -47,9 +46,9 @@ from m2m_jax.checkpoints.saved_model import (
     restore,
     saved_leaves,
 )
-from m2m_jax.errors import UserError
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
 from m2m_jax.models.frozen import FrozenParams
-from m2m_jax.training.state import TrainState
 
 _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
 
@@ -125,7 +124,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        state: TrainState,
+        state: Any,
         *,
         frozen: FrozenParams,
         metadata: Mapping[str, Any],
@@ -158,8 +157,8 @@ class Checkpointer:
             self._manager.save(step, args=ocp.args.Composite(**items, **{ABOUT: ocp.args.JsonSave(about)}))
 
     def restore_train_state(
-        self, target: TrainState, step: int | None = None, metadata: Mapping[str, Any] | None = None
-    ) -> TrainState:
+        self, target: Any, step: int | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> Any:
         """The saved state, placed as `target` says. Its files are compared with their checksums first.
 
         Args:
@@ -256,7 +255,7 @@ class Checkpointer:
     def _plain_errors(self) -> Iterator[None]:
         """A disk that is full or cannot be written becomes a UserError; what was written of the save is removed."""
         try:
-            with save_errors.run_errors(f"the checkpoint {self._folder / str(self._saving)}"):
+            with disk.run_errors(f"the checkpoint {self._folder / str(self._saving)}"):
                 yield
         except UserError:
             if jax.process_index() == 0:
@@ -277,7 +276,7 @@ class _Best:
         return [step in best for step in steps]
 
 
-def _resumed(state: TrainState) -> dict[str, Any]:
+def _resumed(state: Any) -> dict[str, Any]:
     """All but the average, which is an item of its own."""
     fields = (field.name for field in dataclasses.fields(state))
     return {name: getattr(state, name) for name in fields if name != "ema_params"}

@@ -1,20 +1,11 @@
-"""What a run says of a full or read-only disk, and what Orbax and TensorStore say of it once too often."""
+"""What Orbax and TensorStore say of it once too often."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from contextlib import AbstractContextManager
-from pathlib import Path
 
-from m2m_jax import disk
-
-
-def run_errors(what: str | Path) -> AbstractContextManager[None]:
-    """`disk.errors`, for what a run writes."""
-    return disk.errors(
-        what, "; what was saved before is whole, and the run goes on from there when it is started again"
-    )
+from m2m_jax.core import disk
 
 
 def say_once() -> None:

@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from m2m_jax.checkpoints import checksums
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
-from m2m_jax.models.parameters import Params
 
 FOLDER = "checkpoints"
 STATE, EMA, ABOUT = "train_state", "ema", "about"

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from m2m_jax.images import composite
+from m2m_jax.core.images import composite
 
 # Grounds are at least this bright (Rec. 601 luminance, 0 to 1): black outlines must stay visible on them.
 MIN_GROUND_LUMINANCE = 0.45

@@ -30,15 +30,15 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from m2m_jax import disk, runtime
-from m2m_jax.data import mis, precomputed, records, work_sharing
-from m2m_jax.data.set_building import build_folder, building
-from m2m_jax.data.set_building.captions import CaptionRules, clean_captions, read_captions
-from m2m_jax.data.set_building.cleaning import SetRules
-from m2m_jax.errors import UserError
-from m2m_jax.program import run_program
+from m2m_jax.building import build_folder, building
+from m2m_jax.building.captions import CaptionRules, clean_captions, read_captions
+from m2m_jax.building.cleaning import SetRules
+from m2m_jax.core import disk, runtime, work_sharing
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.interruption import Interruption
+from m2m_jax.core.program import run_program
+from m2m_jax.data import mis, precomputed, records
 from m2m_jax.sampling.text_to_image import TextToImage
-from m2m_jax.training.interruption import Interruption
 
 CAPTIONS = flags.DEFINE_string("captions", None, "File of captions: .txt, .tsv, .jsonl or .parquet.", required=True)
 GENERATOR = flags.DEFINE_string("generator", None, "Stable Diffusion folder, or a text-to-image run.", required=True)

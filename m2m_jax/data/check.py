@@ -22,14 +22,14 @@ from ml_collections import ConfigDict
 
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import write_png
+from m2m_jax.core.program import run_program
 from m2m_jax.data import folder, mis, precomputed
 from m2m_jax.data.inspection import SetReport, Summary, inspect_set
 from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.pipeline import RecordSource, open_emoji
-from m2m_jax.errors import UserError
-from m2m_jax.images import write_png
-from m2m_jax.program import run_program
-from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
+from m2m_jax.view.contact_sheet import Group, Row, contact_sheet
 
 CONFIG = define_config_flag()
 OUTPUT = flags.DEFINE_string("output", "data_check.png", "The sheet of thumbnails; empty: none.")

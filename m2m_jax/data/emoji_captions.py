@@ -10,11 +10,11 @@ from pathlib import Path
 
 from absl import flags
 
-from m2m_jax import disk
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.program import run_program
 from m2m_jax.data.emoji.recombination import SHARES, recombine
 from m2m_jax.data.emoji.subjects import load_subjects
-from m2m_jax.errors import UserError
-from m2m_jax.program import run_program
 
 OUTPUT = flags.DEFINE_string("output", None, "The file to write, .txt, one caption a line.", required=True)
 NUM_CAPTIONS = flags.DEFINE_integer("num_captions", 2400, "How many.")

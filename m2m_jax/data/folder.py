@@ -17,10 +17,10 @@ import hashlib
 import pathlib
 from collections.abc import Sequence
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import SUFFIXES, check_header, read_bytes
 from m2m_jax.data import records
 from m2m_jax.data.records import BadRecord
-from m2m_jax.errors import UserError
-from m2m_jax.images import SUFFIXES, check_header, read_bytes
 
 CAPTION_FILE = "caption.txt"
 MAX_CAPTION_BYTES = 1_000_000

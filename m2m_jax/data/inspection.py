@@ -8,9 +8,9 @@ import hashlib
 
 import numpy as np
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import decode_image, fit_square, on_white
 from m2m_jax.data.records import BadRecord, ImageSetRecord
-from m2m_jax.errors import UserError
-from m2m_jax.images import decode_image, fit_square, on_white
 
 THUMBNAIL = 48  # pixels a side
 THUMBNAILS = 12  # of a set

@@ -5,10 +5,10 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from m2m_jax.configuration import reads_latents
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params
 from m2m_jax.data import mis, precomputed
-from m2m_jax.errors import UserError
 from m2m_jax.models.autoencoder import AutoencoderConfig
-from m2m_jax.models.parameters import Params
 
 
 def require_autoencoder(data: ConfigDict, folder: str, config: AutoencoderConfig, params: Params) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, records
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
-from m2m_jax.errors import UserError
 
 
 class MisRecords(ShardRecords):

@@ -15,11 +15,11 @@ from PIL import Image
 
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import decode_image, fit_square, on_white, read_image, write_png
+from m2m_jax.core.program import run_program
 from m2m_jax.data.pipeline import SOURCES
-from m2m_jax.errors import UserError
-from m2m_jax.images import decode_image, fit_square, on_white, read_image, write_png
-from m2m_jax.program import run_program
-from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated, nearest
+from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated, nearest
 
 CONFIG = define_config_flag()
 SAMPLES = flags.DEFINE_string("samples", None, "Output folder of m2m_jax.sample --sets.", required=True)

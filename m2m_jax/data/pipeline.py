@@ -18,12 +18,12 @@ from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from m2m_jax.configuration import reads_latents
+from m2m_jax.core.errors import UserError, warn
+from m2m_jax.core.images import decode_image, fit_square, on_white
 from m2m_jax.data import augmentation, folder, mis, precomputed, records
 from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
-from m2m_jax.errors import UserError, warn
-from m2m_jax.images import decode_image, fit_square, on_white
 
 # Independent random streams of one example.
 _ORDER_STREAM, _CHOICE_STREAM, _AUGMENTATION_STREAM, _SUBSTITUTE_STREAM, _CAPTION_STREAM = 0, 1, 2, 3, 4

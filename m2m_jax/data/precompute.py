@@ -30,18 +30,18 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from m2m_jax import runtime
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import reads_latents
-from m2m_jax.data import precomputed, records, work_sharing
+from m2m_jax.core import runtime, work_sharing
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import decode_image, fit_square, on_white
+from m2m_jax.core.interruption import Interruption
+from m2m_jax.core.program import run_program
+from m2m_jax.data import precomputed, records
 from m2m_jax.data.pipeline import SOURCES, RecordSource
 from m2m_jax.data.shards import count_records
-from m2m_jax.errors import UserError
-from m2m_jax.images import decode_image, fit_square, on_white
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
-from m2m_jax.program import run_program
-from m2m_jax.training.interruption import Interruption
 
 CONFIG = define_config_flag()
 SPLIT = flags.DEFINE_string("split", "train", "Which split of the data set.")

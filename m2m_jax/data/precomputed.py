@@ -16,14 +16,14 @@ from typing import Any
 
 from tensorflow_datasets.proto import tf_example_pb2
 
-from m2m_jax import disk
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params, fingerprint
 from m2m_jax.data import records
 from m2m_jax.data.record_writer import RecordWriter
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
-from m2m_jax.errors import UserError
 from m2m_jax.models.autoencoder import AutoencoderConfig
-from m2m_jax.models.parameters import Params, fingerprint
 
 VERSION = 1
 _MAX_SIDE = 2**16  # of images and latents, pixels

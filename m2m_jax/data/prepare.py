@@ -15,9 +15,9 @@ import time
 import tensorflow_datasets as tfds
 from absl import flags
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.program import run_program
 from m2m_jax.data.emoji.builder import KINDS, Emoji, make_builder
-from m2m_jax.errors import UserError
-from m2m_jax.program import run_program
 
 _SIZE = flags.DEFINE_integer("size", 32, "Side of the images, pixels.")
 _DIRECTORY = flags.DEFINE_string("directory", "data", "Where prepared data sets live: data.directory.")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from absl import flags
 
-from m2m_jax import disk
-from m2m_jax.errors import UserError
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import abstract, count
+from m2m_jax.core.program import run_program
 from m2m_jax.models.folder import require_same
-from m2m_jax.models.parameters import abstract, count
 from m2m_jax.models.text_encoders import load_text_encoder, make_text_encoder
 from m2m_jax.models.tokenizer import load_tokenizer
-from m2m_jax.program import run_program
 
 OUTPUT = flags.DEFINE_string("output", "data/minilm", "Folder to write; must not exist.")
 

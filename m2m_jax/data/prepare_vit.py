@@ -18,13 +18,13 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from m2m_jax import disk
-from m2m_jax.errors import UserError
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params, abstract, count
+from m2m_jax.core.program import run_program
 from m2m_jax.models import dinov2
 from m2m_jax.models.folder import from_torch, require_same
-from m2m_jax.models.parameters import Params, abstract, count
 from m2m_jax.models.transformers_folder import TRANSFORMERS, save_dinov2
-from m2m_jax.program import run_program
 
 OUTPUT = flags.DEFINE_string("output", "data/vit_s14", "Folder to write; must not exist.")
 

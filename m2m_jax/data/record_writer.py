@@ -8,8 +8,8 @@ from types import TracebackType
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from m2m_jax import disk
-from m2m_jax.errors import UserError
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
 
 
 class RecordWriter:

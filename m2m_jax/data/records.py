@@ -24,7 +24,7 @@ import math
 import numpy as np
 import tensorflow_datasets as tfds
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 MAX_IMAGES_PER_RECORD = 25
 LATENT_DTYPES = ("float16", "float32")

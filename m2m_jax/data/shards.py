@@ -16,9 +16,9 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.data import records
 from m2m_jax.data.records import BadRecord
-from m2m_jax.errors import UserError
 
 _FEATURES = records.features()
 _NAMED = 3  # files in a message

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 SCHEDULES = ("constant", "linear", "cosine")
 

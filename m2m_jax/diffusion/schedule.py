@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "rectified_flow")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.errors import UserError
 
 # What the weights of a row belong to, in the order of their columns: the current image; an image that the rows before
 # put by; the clean image predicted at this row, at the one before and at the one before that; new unit-variance noise.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.models.layers import gelu
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from m2m_jax.attention.backends import attend
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.models.layers import gelu
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 

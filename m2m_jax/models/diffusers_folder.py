@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.errors import UserError
 from m2m_jax.models import folder as folders
 from m2m_jax.models.autoencoder import AutoencoderConfig
-from m2m_jax.models.parameters import Params
 from m2m_jax.models.unet import BLOCK_TYPES, UNetConfig
 
 SCHEDULER = "scheduler_config.json"

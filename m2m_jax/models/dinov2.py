@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.models.clip_text import MLP, Attention
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_one_of
 

@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from m2m_jax import disk
-from m2m_jax.errors import UserError
-from m2m_jax.models.parameters import Params
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.models import diffusers_folder, text_encoders, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config, preprocess
 from m2m_jax.models.folder import config_from, require_same
-from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.text_encoders import TextEncoderConfig
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
+from m2m_jax.core.errors import UserError, warn
+from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.parameters import Params, split
 from m2m_jax.diffusion.schedule import NoiseSchedule, UnsupportedSchedule
-from m2m_jax.errors import UserError, warn
-from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.diffusers_folder import SCHEDULER, load_params, load_schedule, load_unet_config
 from m2m_jax.models.folder import differences, first_of
-from m2m_jax.models.parameters import Params, split
 from m2m_jax.models.unet import UNet, UNetConfig
 
 

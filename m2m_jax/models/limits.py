@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 CHANNELS = (1, 2**16)
 LAYERS = (1, 128)

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params
 from m2m_jax.models import folder as folders
 from m2m_jax.models import transformers_folder
 from m2m_jax.models.bert import BertConfig, BertEncoder
 from m2m_jax.models.clip_text import CLIPTextConfig, CLIPTextEncoder
-from m2m_jax.models.parameters import Params
 
 TextEncoderConfig = CLIPTextConfig | BertConfig
 # Value of model_type in a config.json -> config, model, what reads the folder's config and its parameters.

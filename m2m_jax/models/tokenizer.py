@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 
 class Tokenizer:

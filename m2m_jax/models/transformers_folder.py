@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params
 from m2m_jax.models import folder as folders
 from m2m_jax.models.bert import BertConfig
 from m2m_jax.models.clip_text import CLIPTextConfig
 from m2m_jax.models.dinov2 import DINOv2Config
-from m2m_jax.models.parameters import Params
 
 TRANSFORMERS = folders.Format(
     library="transformers",

@@ -9,7 +9,8 @@ from flax import nnx
 
 from m2m_jax.attention.backends import BACKENDS
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import abstract
 from m2m_jax.models.layers import (
     Conv3x3,
     Downsample,
@@ -20,7 +21,6 @@ from m2m_jax.models.layers import (
     zeros,
 )
 from m2m_jax.models.limits import BLOCKS, CHANNELS, LAYERS, require_between, require_levels, require_one_of
-from m2m_jax.models.parameters import abstract
 from m2m_jax.models.transformer import CrossAttention, ImageSetAttention, ImageSets, KeptImages, SpatialTransformer
 
 ATTN2 = ("image_set", "text", "none")

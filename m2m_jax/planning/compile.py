@@ -11,17 +11,17 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.chips import Chip, chip_of
+from m2m_jax.core.errors import UserError
 from m2m_jax.planning import hlo, memory
-from m2m_jax.planning.attention import AttentionFlops
-from m2m_jax.planning.chips import Chip, chip_of
 from m2m_jax.planning.collectives import Collective, collectives
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import Roofline, mfu, roofline
-from m2m_jax.planning.workload import Workload, batch_shapes, kept_by_remat, make_task, not_read
 from m2m_jax.training import sharding
+from m2m_jax.training.attention_flops import AttentionFlops
 from m2m_jax.training.setup import set_up
+from m2m_jax.training.workload import Workload, batch_shapes, kept_by_remat, make_task, not_read
 
 # libtpu looks for a TPU, for the machine's name in the cloud and for other processes with it, unless it is told not to.
 ENVIRONMENT = {

@@ -15,16 +15,16 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
-from m2m_jax.errors import UserError
+from m2m_jax.core.chips import Chip
+from m2m_jax.core.errors import UserError
 from m2m_jax.planning import memory
-from m2m_jax.planning.chips import Chip
 from m2m_jax.planning.collectives import Collective, wire_bytes
 from m2m_jax.planning.compile import Plan, Work, state_at_fsdp
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import mfu, roofline
-from m2m_jax.planning.workload import Workload, batch_shapes, kept_by_remat, kept_bytes, make_task, not_read
 from m2m_jax.training import sharding
 from m2m_jax.training.setup import set_up
+from m2m_jax.training.workload import Workload, batch_shapes, kept_by_remat, kept_bytes, make_task, not_read
 
 NOTE = (
     "by formula, nothing was compiled: activations before fusion and without workspace, HBM and network at least what "

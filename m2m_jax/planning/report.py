@@ -6,7 +6,7 @@ import dataclasses
 
 from m2m_jax.planning.compile import Plan
 from m2m_jax.planning.memory import gib
-from m2m_jax.planning.workload import Workload
+from m2m_jax.training.workload import Workload
 
 
 def as_dict(plan: Plan, topology: str, workload: Workload, overrides: list[str]) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from m2m_jax.planning.chips import Chip
+from m2m_jax.core.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)

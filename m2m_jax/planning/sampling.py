@@ -14,15 +14,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from m2m_jax.attention.cached import attend_to_kept
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.planning import hlo
-from m2m_jax.planning.attention import attentions
 from m2m_jax.planning.compile import Machine
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import bytes_per_device, gib, parse_out_of_memory
 from m2m_jax.planning.roofline import Roofline, roofline
-from m2m_jax.planning.workload import make_task
 from m2m_jax.sampling.programs import COMPILED, UNET, Programs
+from m2m_jax.training.attention_flops import attentions
+from m2m_jax.training.workload import make_task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 from m2m_jax.planning.compile import Machine, Plan, fsdp_sizes, make_plan
-from m2m_jax.planning.workload import Workload
+from m2m_jax.training.workload import Workload
 
 MAX_SETS = 64  # a device: beyond it, more gains next to nothing
 

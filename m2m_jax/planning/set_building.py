@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from m2m_jax.core.chips import chip_of, gpus_of
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.steppers import STEPPERS
-from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import FrozenModels
-from m2m_jax.models.parameters import Params, merge
 from m2m_jax.models.unet import UNetConfig, unet_structure
-from m2m_jax.planning.chips import chip_of, gpus_of
-from m2m_jax.planning.workload import frozen_models
+from m2m_jax.training.workload import frozen_models
 
 TEXT_TOKENS, TEXT_WIDTH = 77, 1024  # Stable Diffusion 2.x's; they are a hundredth of the FLOPs
 LATENT_BYTES = 2  # float16

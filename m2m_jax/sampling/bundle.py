@@ -20,8 +20,8 @@ import jax
 import jax.export
 import numpy as np
 
-from m2m_jax import disk
-from m2m_jax.errors import UserError
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
 from m2m_jax.sampling.set_sampler import PROGRAMS, SetSampler
 
 FORMAT = 1

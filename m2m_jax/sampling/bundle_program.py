@@ -3,8 +3,8 @@
 import argparse
 import dataclasses
 
-from m2m_jax import runtime
-from m2m_jax.errors import UserError, refuse
+from m2m_jax.core import runtime
+from m2m_jax.core.errors import UserError, refuse
 from m2m_jax.sampling.bundle import Bundle
 from m2m_jax.sampling.job import Job, run
 

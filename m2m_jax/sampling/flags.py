@@ -2,9 +2,9 @@
 
 from absl import flags
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.diffusion.guidance import SCHEDULES
 from m2m_jax.diffusion.steppers import STEPPERS
-from m2m_jax.errors import UserError
 from m2m_jax.sampling.settings import CACHE_DTYPES, SamplingSettings
 
 # The run's config where a flag is not given.

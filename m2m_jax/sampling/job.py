@@ -20,13 +20,12 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from m2m_jax import disk
-from m2m_jax.errors import UserError
-from m2m_jax.images import SUFFIXES, write_png
-from m2m_jax.sampling import gathering
-from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
-from m2m_jax.sampling.html_page import html_page
+from m2m_jax.core import disk, gathering
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import SUFFIXES, write_png
 from m2m_jax.sampling.set_sampler import MAX_SEED, OnStep, Progress, SetSampler
+from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated
+from m2m_jax.view.html_page import html_page
 
 RECORD = "sample.json"  # the mark of a folder that this program wrote
 

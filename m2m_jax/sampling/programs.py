@@ -7,11 +7,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from m2m_jax.core.parameters import Params, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.steppers import STEPPERS, Carry, StepTable, advance, begin
 from m2m_jax.models.context_cache import ContextCache, append_image, denoise_next, empty_cache
 from m2m_jax.models.frozen import FrozenModels
-from m2m_jax.models.parameters import Params, merge
 from m2m_jax.models.unet import UNet, UNetConfig, unet_structure
 from m2m_jax.sampling.set_sampler import PROGRAMS
 from m2m_jax.sampling.settings import SamplingSettings

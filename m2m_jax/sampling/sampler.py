@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.errors import UserError
 from m2m_jax.models.folder import config_from
 from m2m_jax.models.frozen import FrozenModels, FrozenParams
-from m2m_jax.models.parameters import Params
 from m2m_jax.models.unet import UNetConfig
 from m2m_jax.sampling.programs import COMPILED, UNET, AllParams, Programs
 from m2m_jax.sampling.set_sampler import SetSampler

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from m2m_jax.errors import UserError
-from m2m_jax.images import read_image
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import read_image
 
 MAX_SEED = 2**32 - 1
 # What a sampler is made of; "append" is given the cache to use its memory again.

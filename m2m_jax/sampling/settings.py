@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.diffusion.guidance import Guidance
 from m2m_jax.diffusion.steppers import STEPPERS
-from m2m_jax.errors import UserError
 from m2m_jax.models.folder import config_from
 
 CACHE_DTYPES = ("float32", "bfloat16")

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params, fingerprint, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.steppers import STEPPERS, advance, begin
-from m2m_jax.errors import UserError
 from m2m_jax.models import diffusers_folder, text_encoders
 from m2m_jax.models.folder import config_from, read_json, require_same
 from m2m_jax.models.frozen import AUTOENCODER, TEXT_ENCODER, FrozenModels, FrozenParams
-from m2m_jax.models.parameters import Params, fingerprint, merge
 from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
 from m2m_jax.models.unet import UNetConfig, unet_structure
 from m2m_jax.sampling.settings import SamplingSettings

@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.configuration import to_json
-from m2m_jax.keys import Stream, stream_key
+from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.parameters import Params, abstract, merge, split
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.frozen import FrozenParams
-from m2m_jax.models.parameters import Params, abstract, merge, split
-from m2m_jax.sampling.contact_sheet import Group
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, side_by_side
+from m2m_jax.view.contact_sheet import Group
 
 
 class Autoencoding:

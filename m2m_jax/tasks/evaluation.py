@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.diffusion.objective import squared_error
+from m2m_jax.core.errors import warn
+from m2m_jax.core.keys import Stream, stream_key
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.errors import warn
-from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.unet import UNet
+from m2m_jax.tasks.objective import squared_error
 
 
 def stratified_timesteps(schedule: NoiseSchedule, key: jax.Array, count: int) -> jax.Array:

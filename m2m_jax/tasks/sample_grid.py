@@ -9,8 +9,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from m2m_jax.sampling import gathering
-from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
+from m2m_jax.core import gathering
+from m2m_jax.view.contact_sheet import Group, Row, contact_sheet
 
 SETS = 8
 PIXELS_AT_ONCE = 512 * 512  # on a device

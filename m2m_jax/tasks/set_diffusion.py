@@ -11,19 +11,19 @@ from PIL import Image
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.configuration import to_json
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.data.latents import require_autoencoder
-from m2m_jax.diffusion.objective import SetDraws, draw, set_loss
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.errors import UserError
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import initial_params
-from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.sampling.contact_sheet import Row, contact_sheet, context, generated
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.evaluation import context_losses
+from m2m_jax.tasks.objective import SetDraws, draw, set_loss
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces, side_by_side
+from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated
 
 
 class SetDiffusion:

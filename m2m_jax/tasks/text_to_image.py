@@ -17,20 +17,20 @@ from PIL import Image
 from m2m_jax.attention.backends import resolve
 from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.configuration import to_json
+from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.data.latents import require_autoencoder
-from m2m_jax.diffusion.objective import SetDraws, draw
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import initial_params
-from m2m_jax.models.parameters import Params, abstract, merge
 from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.sampling.contact_sheet import Group
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
 from m2m_jax.tasks.evaluation import another, stratified_timesteps
+from m2m_jax.tasks.objective import SetDraws, draw
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces, side_by_side
+from m2m_jax.view.contact_sheet import Group
 
 
 class TextToImageTask:

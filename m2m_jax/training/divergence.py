@@ -14,8 +14,8 @@ import jax
 from ml_collections import ConfigDict
 
 from m2m_jax.checkpoints.checkpointer import Checkpointer
+from m2m_jax.core.errors import UserError
 from m2m_jax.data.pipeline import SetExamples, make_dataset
-from m2m_jax.errors import UserError
 
 ROLLBACKS = 3  # from one checkpoint
 SKIPS = 20  # in a row

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from m2m_jax.checkpoints.save_errors import run_errors
+from m2m_jax.core.disk import run_errors
 from m2m_jax.training.metrics import forget_after
 
 FOLDER = "examples"

@@ -16,9 +16,9 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from m2m_jax import disk
-from m2m_jax.checkpoints.save_errors import run_errors
-from m2m_jax.program import duration
+from m2m_jax.core import disk
+from m2m_jax.core.disk import run_errors
+from m2m_jax.core.program import duration
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

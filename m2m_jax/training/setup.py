@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
+from m2m_jax.core.parameters import Params
 from m2m_jax.models.initialization import TRAINED
-from m2m_jax.models.parameters import Params
 from m2m_jax.training import sharding
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.state import TrainState

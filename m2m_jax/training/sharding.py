@@ -24,8 +24,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from m2m_jax.errors import UserError
-from m2m_jax.models.parameters import Params
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.parameters import Params
 from m2m_jax.training.state import TrainState
 
 AXES = ("slice", "data", "fsdp", "tensor", "context")

@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from m2m_jax.models.parameters import Params
+from m2m_jax.core.parameters import Params
 
 if TYPE_CHECKING:
     import optax

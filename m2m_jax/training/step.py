@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import FrozenParams
-from m2m_jax.models.parameters import Params
 from m2m_jax.training import sharding
 from m2m_jax.training.state import TrainState
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import jax
 from ml_collections import ConfigDict
 
-from m2m_jax.errors import warn
-from m2m_jax.planning import chips
-from m2m_jax.planning.workload import count_model_flops
+from m2m_jax.core import chips
+from m2m_jax.core.errors import warn
+from m2m_jax.training.workload import count_model_flops
 
 
 class Throughput:

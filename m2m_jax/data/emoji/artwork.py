@@ -21,8 +21,8 @@ import re
 import numpy as np
 from PIL import Image, ImageFont
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.data.emoji.subjects import EMOJI_PRESENTATION, JOINER, SKIN_TONES
-from m2m_jax.errors import UserError
 
 _NOTO_WEIGHTS = {"noto-light": 300, "noto-regular": 400, "noto-bold": 700}
 STYLES = ("twemoji", "openmoji", *_NOTO_WEIGHTS)

@@ -24,10 +24,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.data import records
 from m2m_jax.data.emoji import artwork
 from m2m_jax.data.emoji.subjects import SPLITS, Subject, Variant, load_subjects
-from m2m_jax.errors import UserError
 
 KINDS = ("style", "content")
 MIN_IMAGES = 4

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.data.emoji.artwork import STYLES
 from m2m_jax.data.emoji.subjects import SKIN_TONES, Subject, Variant
-from m2m_jax.errors import UserError
 
 SHARES = {
     "true": 0.25,

@@ -13,7 +13,7 @@ import hashlib
 import importlib.resources
 import json
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 MIN_SUBJECTS_TO_HOLD_OUT = 15  # smaller subgroups are training data altogether

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 MAX_CPU_DEVICES = 8
 JOIN_TIMEOUT = 300  # seconds, where M2M_JOIN_TIMEOUT does not say otherwise

@@ -12,8 +12,8 @@ from typing import TypeVar
 import jax
 from absl import flags
 
-from m2m_jax.errors import UserError
-from m2m_jax.training.interruption import Interruption
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.interruption import Interruption
 
 PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Which process this is, from 0; JAX's if not given.")
 PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many share the work; JAX's if not given.")

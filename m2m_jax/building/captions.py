@@ -23,7 +23,6 @@ import contextlib
 import dataclasses
 import functools
 import gzip
-import hashlib
 import io
 import json
 import unicodedata
@@ -33,7 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
+from m2m_jax.data.mis import digest
 
 MAX_LINE_BYTES = 2**16  # of a line, in Parquet of a caption: more is no caption, but another kind of file
 _COLUMNS = ("caption", "text")  # the first that is there
@@ -132,14 +132,6 @@ def latin_share(text: str) -> float:
 def _is_latin(character: str) -> bool:
     # NFKC: full-width forms are Latin letters, too.
     return character.isalpha() and "LATIN " in unicodedata.name(unicodedata.normalize("NFKC", character)[0], "")
-
-
-def digest(caption: str) -> int:
-    """64 bits of a caption, the same for those that count as duplicates. Among 12 million captions the
-    chance that any two that differ agree is 4 in a million."""
-    if not caption.isascii():
-        caption = " ".join(unicodedata.normalize("NFKC", caption).split())
-    return int.from_bytes(hashlib.blake2b(caption.casefold().encode(), digest_size=8).digest(), "little")
 
 
 def read_captions(path: str | Path) -> Iterator[str]:

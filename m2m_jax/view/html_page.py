@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from m2m_jax.images import as_pillow
-from m2m_jax.sampling.contact_sheet import Row
+from m2m_jax.core.images import as_pillow
+from m2m_jax.view.contact_sheet import Row
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #f8f8f6; --ink: #262a32; --faint: #6c7179; --line: #d4d6da; }

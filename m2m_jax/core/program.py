@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from m2m_jax.errors import UserError, refuse, tell
+from m2m_jax.core.errors import UserError, refuse, tell
 
 GOODBYE = 10  # seconds that a process which failed waits for the others of its launch
 

@@ -20,10 +20,10 @@ from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import TRAINED
-from m2m_jax.planning.attention import AttentionFlops, attention_flops
 from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.tasks.text_to_image import TextToImageTask
+from m2m_jax.training.attention_flops import AttentionFlops, attention_flops
 from m2m_jax.training.sharding import abstract_mesh
 
 Task = SetDiffusion | Autoencoding | TextToImageTask

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 HASH_BITS = 64
 # (images uint8 [n, S, S, 3], caption) -> bool [n], which of them to keep.

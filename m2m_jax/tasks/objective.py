@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from m2m_jax.attention.layout import SetLayout
+from m2m_jax.core.keys import Stream, stream_key
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.keys import Stream, stream_key
 from m2m_jax.models.unet import UNet, denoise_sets
 
 

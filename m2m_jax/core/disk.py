@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 UNFINISHED = ".partial"  # how a name ends while what it names is written
 # Ours: processes of several hosts, or containers, may have one number.
@@ -64,6 +64,11 @@ def errors(what: str | Path, more: str = "") -> Iterator[None]:
         if why:
             raise UserError(f"{what} cannot be written: {why}{more}") from error
         raise
+
+
+def run_errors(what: str | Path) -> contextlib.AbstractContextManager[None]:
+    """`errors`, for what a run writes."""
+    return errors(what, "; what was saved before is whole, and the run goes on from there when it is started again")
 
 
 def unfinished(path: Path) -> Path:

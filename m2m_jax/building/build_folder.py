@@ -13,11 +13,11 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from m2m_jax import disk
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, records
 from m2m_jax.data.mis import Build, Manifest, Shard, ShardReport
 from m2m_jax.data.record_writer import RecordWriter
-from m2m_jax.errors import UserError
 
 
 def start(directory: str | Path, build: Build) -> None:

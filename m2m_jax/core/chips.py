@@ -16,7 +16,7 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from m2m_jax.errors import UserError
+from m2m_jax.core.errors import UserError
 
 if TYPE_CHECKING:
     import jax

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from m2m_jax.images import as_pillow
+from m2m_jax.core.images import as_pillow
 
 Colour = tuple[int, int, int]
 

@@ -17,8 +17,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from m2m_jax import disk
-from m2m_jax.errors import UserError
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
 
 # What is read. Pillow knows more formats, but some of those start other programs (EPS) or are no pictures.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")

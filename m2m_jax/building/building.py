@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from PIL import Image
 
+from m2m_jax.building import build_folder
+from m2m_jax.building.cleaning import SafetyFilter, SetRules, clean_set
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.program import duration
 from m2m_jax.data import mis, precomputed, records
 from m2m_jax.data.mis import Shard
-from m2m_jax.data.set_building import build_folder
-from m2m_jax.data.set_building.cleaning import SafetyFilter, SetRules, clean_set
-from m2m_jax.errors import UserError
-from m2m_jax.program import duration
 
 if TYPE_CHECKING:
     from m2m_jax.sampling.text_to_image import TextToImage
