@@ -1,4 +1,4 @@
-"""Named choices: a thing registers itself under a name, and configs, flags, limits and error messages read the names."""
+"""Named choices: a thing registers itself under a name; configs, flags, limits and messages read the names from here."""
 
 from __future__ import annotations
 
