@@ -1,4 +1,4 @@
-"""Named choices: a thing registers itself under a name; configs, flags, limits and messages read the names from here."""
+"""Named choices: a thing registers under a name; configs, flags, limits and messages read the names from here."""
 
 from __future__ import annotations
 
