@@ -133,6 +133,9 @@ def default_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = 1_000  # steps between evaluations; the last step is evaluated in any case
     config.eval.batches = 4
+    # Whether held-out images are augmented as data.augment says, by draws of their own. True where the colours are the
+    # task, as with the emoji; False measures the images as they are.
+    config.eval.augment = True
     config.eval.batch_size = 16  # sets a batch, all hosts together; each is another's foreign context
 
     config.sample = ConfigDict()  # of the sample grids, and the sampler's defaults

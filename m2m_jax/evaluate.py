@@ -49,7 +49,7 @@ def main(argv):
     runtime.start()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
-    examples = open_examples(config.data, split=SPLIT.value, seed=config.seed)
+    examples = open_examples(config.data, split=SPLIT.value, seed=config.seed, augment=config.eval.augment)
     rows = sharding.local_rows(mesh, config.eval.batch_size)
     dataset = make_dataset(examples, batch_size=config.eval.batch_size, rows=rows, threads=config.data.threads)
     samplers = {path: load(path) for path in CHECKPOINTS.value}

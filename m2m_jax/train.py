@@ -85,7 +85,8 @@ def train(config, workdir, interruption, watchdog, stack):
 
     options = {"seed": config.seed, "tokenizer": task.tokenizer, "with_images": task.needs_images}
     train_examples = open_examples(config.data, split=config.data.train_split, **options)
-    eval_examples = open_examples(config.data, split=config.data.eval_split, whole_captions=True, **options)
+    options |= {"whole_captions": True, "augment": config.eval.augment}
+    eval_examples = open_examples(config.data, split=config.data.eval_split, **options)
     train_data = batched(train_examples, config.data.batch_size)
     eval_data = batched(eval_examples, config.eval.batch_size)
     grid_size = min(sample_grid.SETS, config.eval.batch_size)

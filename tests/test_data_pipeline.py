@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
-from data_fixtures import build_emoji, data_config, write_image_folder
+from data_fixtures import build_emoji, data_config, write_image_folder, write_latents
+from mis_fixtures import write_mis
 from PIL import Image
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square
 from m2m_jax.data import pipeline
+
+SPLITS = ("train", "validation")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,33 @@ def test_batch_size_does_not_change_examples(config):
 def test_seed_changes_everything(config):
     examples, others = _examples(config), _examples(config, seed=4)
     assert [examples.choose(index)[0] for index in range(20)] != [others.choose(index)[0] for index in range(20)]
+
+
+@pytest.mark.parametrize("name", ["emoji", "folder", "mis", "precomputed"])
+def test_splits_share_no_random_stream(name, config, tmp_path):
+    """Else the images of example i of every split would be recoloured alike, and in the same order of the sets."""
+    if name == "folder":
+        config.update(name=name, path=str(write_image_folder(tmp_path / "images", num_sets=12, images_per_set=4)))
+    elif name == "mis":
+        sets = dict.fromkeys(("train", "validation", "test"), 6)
+        config.update(name=name, path=str(write_mis(tmp_path / "mis", captions=sets)))
+    elif name == "precomputed":
+        config.update(name=name, path=str(write_latents(tmp_path, splits=("train", "validation", "test"))))
+        config.augment.enabled = False
+    draws = []
+    for split in ("train", "validation", "test"):
+        examples = _examples(config, split=split)
+        draws += [examples._rng(stream, index).random(4).tobytes() for stream in range(5) for index in range(20)]
+        draws.append(examples._epoch_seed(0))
+    assert len(set(draws)) == len(draws)
+
+
+def test_held_out_images_are_recoloured_by_draws_of_their_own(tmp_path):
+    """One picture in every split: the same example of two splits is another picture."""
+    root = write_image_folder(tmp_path / "images", num_sets=1, images_per_set=4)
+    config = data_config(name="folder", path=str(root))
+    splits = [[_examples(config, split=split)[i]["images_nhwc"].mean((0, 1, 2)) for i in range(8)] for split in SPLITS]
+    assert not np.isclose(splits[0], splits[1]).all(-1).any()
 
 
 def test_an_epoch_sees_every_set_once(config):
@@ -189,7 +219,7 @@ def test_latents_are_not_pixels(config):
         name, kinds, num_images, has_images = "some latents", ("style",), (4,), False
 
     with pytest.raises(UserError, match="some latents holds latents alone, and images are wanted"):
-        pipeline.SetExamples(Latents(), config, seed=0, augment=False)
+        pipeline.SetExamples(Latents(), config, split="train", seed=0, augment=False)
 
 
 def test_errors_of_the_background_threads_arrive(config, monkeypatch):

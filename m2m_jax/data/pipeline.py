@@ -1,12 +1,13 @@
 """The input pipeline: image sets -> batches, with an order that is computed rather than remembered.
 
 Everything about global example i (which record, which of its images in which order, which augmentation) is a
-function of (seed, i). Batch s holds the examples s * B to (s + 1) * B - 1, whatever the number of hosts; so a
+function of (seed, split, i). Batch s holds the examples s * B to (s + 1) * B - 1, whatever the number of hosts; so a
 run resumes from its step alone, also on another number of hosts.
 """
 
 import concurrent.futures
 import functools
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ class SetExamples:
     With one image a set (N = 1) an epoch goes through all images, otherwise through all sets.
 
     A damaged record raises BadRecord. With data.on_error=skip another one takes its place, which is drawn from
-    (seed, i) alone: the same on every resume and for any number of processes. `substituted` says so.
+    (seed, split, i) alone: the same on every resume and for any number of processes. `substituted` says so.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class SetExamples:
         source: RecordSource,
         config: ConfigDict,
         *,
+        split: str,
         seed: int,
         augment: bool,
         whole_captions: bool = False,
@@ -164,7 +166,7 @@ class SetExamples:
         self._counts = counts
         self._ends = np.cumsum(counts[self._usable])  # where each record's images end in a list of all
         self._epoch_length = int(self._ends[-1]) if wanted == 1 else len(self._usable)
-        self._source, self._seed = source, seed
+        self._source, self._seed = source, (seed, split_number(split))
         self._skip = not _strict(config)
         self._told, self._lock = 0, threading.Lock()
         left_out = int((of_kind & (counts < wanted)).sum())
@@ -275,10 +277,10 @@ class SetExamples:
         return record, rng.permutation(self._counts[record])[: self._images_per_set]
 
     def _epoch_seed(self, epoch: int) -> int:
-        return int(np.random.SeedSequence([self._seed, _ORDER_STREAM, epoch]).generate_state(1)[0])
+        return int(np.random.SeedSequence([*self._seed, _ORDER_STREAM, epoch]).generate_state(1)[0])
 
     def _rng(self, stream: int, *indices: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, stream, *indices])
+        return np.random.default_rng([*self._seed, stream, *indices])
 
     def _load_image(self, record_index: int, image_index: int) -> np.ndarray:
         """uint8 RGBA [S, S, 4], read-only because it is shared."""
@@ -290,6 +292,11 @@ class SetExamples:
             raise BadRecord(str(error)) from error
         pixels.flags.writeable = False
         return pixels
+
+
+def split_number(split: str) -> int:
+    """Return 32 bits of the name of a split: no two splits share a random stream."""
+    return int.from_bytes(hashlib.blake2s(split.encode(), digest_size=4).digest(), "little")
 
 
 def drop_tags(caption: str, share: float, rng: np.random.Generator) -> str:
@@ -330,6 +337,7 @@ def open_examples(
     return SetExamples(
         source,
         data_config,
+        split=split,
         seed=seed,
         augment=augment,
         whole_captions=whole_captions,
