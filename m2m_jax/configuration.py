@@ -27,6 +27,9 @@ def default_config() -> ConfigDict:
     # m2m_jax.data.build_mis
     config.data.name = "emoji"
     config.data.path = ""  # folder: the folder of folders of images; precomputed, mis: the --output of what made it
+    # Read by folder: whether links may lead out of it, as those of hub caches, DVC and git-annex do. Nothing but images
+    # and captions is read through them; but whoever made the links says which ones of this machine's.
+    config.data.follow_links = False
     config.data.latents = False  # read by mis: train on the latents that it holds, and not on its images
     config.data.directory = "data"  # where prepared data sets live (the TFDS data_dir)
     config.data.image_size = 32  # pixels a side

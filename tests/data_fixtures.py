@@ -41,6 +41,7 @@ def data_config(**changes) -> ConfigDict:
             "name": "emoji",
             "path": "",
             "latents": False,
+            "follow_links": False,
             "directory": "data",
             "image_size": IMAGE_SIZE,
             "images_per_set": 4,

@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     total, sheet = sum(len(source.kinds) for source in sources), Sheet(SHEET_SETS.value)
     with concurrent.futures.ThreadPoolExecutor(THREADS.value) as pool:
         for source in sources:
+            summary.notes += getattr(source, "notes", ())
             for report in _in_order(pool, source, wanted):
                 summary.add(source.name, report)
                 sheet.add(summary.sets, total, report)
@@ -65,8 +66,11 @@ def main(argv: Sequence[str]) -> int:
     return 1 if summary.problems else 0
 
 
-def find_sources(path: str) -> list[RecordSource]:
-    """Every split of what lies at `path`. Raises UserError where that is no data set."""
+def find_sources(path: str, *, follow_links: bool = False) -> list[RecordSource]:
+    """Every split of what lies at `path`. Raises UserError where that is no data set.
+
+    follow_links: `config.data.follow_links`.
+    """
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"{path}: no such folder")
@@ -79,12 +83,14 @@ def find_sources(path: str) -> list[RecordSource]:
     sizes = sorted(int(one.name[:-2]) for one in root.glob("emoji/*px") if one.name[:-2].isdecimal())
     if sizes:
         return [source for size in sizes for source in _emoji(path, size)]
-    return [folder.load(path, None, strict=False)]
+    return [folder.load(path, "all", strict=False, follow_links=follow_links)]
 
 
 def configured_sources(data: ConfigDict) -> list[RecordSource]:
     """Every split of the data set that a config names."""
-    return _emoji(data.directory, data.image_size) if data.name == "emoji" else find_sources(data.path)
+    if data.name == "emoji":
+        return _emoji(data.directory, data.image_size)
+    return find_sources(data.path, follow_links=data.follow_links)
 
 
 def _emoji(directory: str, image_size: int) -> list[RecordSource]:

@@ -94,7 +94,9 @@ def _open_emoji(config: ConfigDict, split: str) -> RecordSource:
 
 
 def _open_folder(config: ConfigDict, split: str) -> RecordSource:
-    return folder.load(config.path, split, config.images_per_set, strict=_strict(config))
+    return folder.load(
+        config.path, split, config.images_per_set, strict=_strict(config), follow_links=config.follow_links
+    )
 
 
 def _open_precomputed(config: ConfigDict, split: str) -> RecordSource:

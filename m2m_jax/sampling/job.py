@@ -22,7 +22,8 @@ import numpy as np
 
 from m2m_jax.core import disk, gathering
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.images import SUFFIXES, write_png
+from m2m_jax.core.image_folder import list_images, list_sets
+from m2m_jax.core.images import write_png
 from m2m_jax.sampling.set_sampler import MAX_SEED, OnStep, Progress, SetSampler
 from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated
 from m2m_jax.view.html_page import html_page
@@ -86,11 +87,10 @@ class Job:
         if not root.is_dir():
             raise UserError(f"--sets={root} is not a folder")
         sets = {}
-        for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-            files = _images_in(folder)
-            if not files:
-                raise UserError(f"{folder} holds no image")
-            sets[folder.name] = files[: self.num_context]
+        for one in list_sets(root, follow_links=True)[0]:
+            if one.fault:
+                raise UserError(one.fault)
+            sets[one.name] = list(one.files)[: self.num_context]
         if not sets:
             raise UserError(f"--sets={root} holds no folder of images")
         return sets
@@ -101,7 +101,7 @@ class Job:
         for item in self.context:
             path = Path(item)
             if path.is_dir():
-                found = _images_in(path)
+                found = list_images(path)
             elif glob.has_magic(item) and not path.exists():
                 found = sorted(Path(match) for match in glob.glob(item))
             else:
@@ -227,11 +227,6 @@ def _write_set(folder: Path, images: np.ndarray, record: dict[str, Any]) -> None
     for i, image in enumerate(images):
         write_png(folder / f"{i:03d}.png", image)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _images_in(folder: Path) -> list[Path]:
-    """Its image files, by name."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
 
 
 def _numbered_images(folder: Path) -> list[Path]:
