@@ -53,6 +53,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "data.batch_size": (1, math.inf),
     "data.prefetch": (0, math.inf),
     "data.threads": (1, math.inf),
+    "data.workers": (0, math.inf),
     "data.caption_tag_dropout": (0.0, 1.0),
     "data.augment.hue_degrees": (0.0, 180.0),
     "data.augment.ground_probability": (0.0, 1.0),

@@ -39,13 +39,15 @@ def default_config() -> ConfigDict:
     config.data.eval_split = "validation"
     config.data.kinds = ("style", "content")  # which kinds of emoji sets: rows of one style, of one content
     config.data.prefetch = 2  # batches made ahead in the background
-    config.data.threads = 2  # that read and decode
+    config.data.threads = 2  # that read, decode and augment
+    config.data.workers = 0  # processes that do, each with so many threads; 0: the training process does
     config.data.log_examples = False  # whether each process writes which sets it saw when, WORKDIR/examples
     config.data.on_error = "stop"  # a damaged record: stop | skip: another set in its place, always the same, counted
     config.data.caption_tag_dropout = 0.0  # read by task=text_to_image: of each of a caption's tags, which commas part
     # Augmentations are drawn once a set and shared by its images.
     config.data.augment = ConfigDict()
     config.data.augment.enabled = True
+    config.data.augment.on_device = False  # whether a training step augments, and not the host: the same images
     config.data.augment.hue_degrees = 180.0  # the largest rotation of the hue, either way
     config.data.augment.ground_probability = 0.5  # of a coloured instead of a white ground
     config.data.augment.ink_probability = 0.5  # of black line art drawn in a dark colour instead

@@ -20,12 +20,12 @@ from jax.sharding import Mesh
 
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import reads_latents, to_json
+from m2m_jax.configuration import to_json
 from m2m_jax.core import disk, runtime
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import fingerprint, merge
 from m2m_jax.core.program import run_program
-from m2m_jax.data.pipeline import batches, held_out_inputs, make_dataset, open_examples
+from m2m_jax.data.pipeline import batches, held_out_inputs, make_dataset, open_examples, reads_latents
 from m2m_jax.models.frozen import AUTOENCODER
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.sampling.sampler import Sampler

@@ -79,15 +79,15 @@ def train(config, workdir, interruption, watchdog, stack):
     task = TASKS[config.task](config)
 
     # Data
-    def batched(examples, batch_size, rows=None):
+    def batched(examples, batch_size, rows=None, workers=0):
         rows = sharding.local_rows(mesh, batch_size) if rows is None else rows
-        return make_dataset(examples, batch_size=batch_size, rows=rows, threads=config.data.threads)
+        return make_dataset(examples, batch_size=batch_size, rows=rows, threads=config.data.threads, workers=workers)
 
     options = {"seed": config.seed, "tokenizer": task.tokenizer, "with_images": task.needs_images}
-    train_examples = open_examples(config.data, split=config.data.train_split, **options)
+    train_examples = open_examples(config.data, split=config.data.train_split, in_step=True, **options)
     options |= {"whole_captions": True, "augment": config.eval.augment}
     eval_examples = open_examples(config.data, split=config.data.eval_split, **options)
-    train_data = batched(train_examples, config.data.batch_size)
+    train_data = batched(train_examples, config.data.batch_size, workers=config.data.workers)
     eval_data = batched(eval_examples, config.eval.batch_size)
     grid_size = min(sample_grid.SETS, config.eval.batch_size)
     grid_rows = sample_grid.rows_of_process(grid_size)

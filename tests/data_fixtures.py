@@ -50,6 +50,7 @@ def data_config(**changes) -> ConfigDict:
             "on_error": "stop",
             "augment": {
                 "enabled": True,
+                "on_device": False,
                 "hue_degrees": 180.0,
                 "ground_probability": 0.5,
                 "ink_probability": 0.5,

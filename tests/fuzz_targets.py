@@ -154,7 +154,7 @@ def _use(source, index: int) -> records.ImageSetRecord:
     config = default_config().data
     config.images_per_set, config.image_size, config.name = 2, 16, "folder"
     examples = pipeline.SetExamples(source, config, split="train", seed=0, augment=True)
-    images = [examples._load_image(index, image) for image in range(len(record.images))]
+    images = [examples._fetch.image(index, image) for image in range(len(record.images))]
     assert all(image.shape == (16, 16, 4) for image in images)
     assert record.latents.shape == (2, 4, 4, 4) and np.isfinite(record.latents).all()
     return record

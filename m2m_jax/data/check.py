@@ -15,20 +15,16 @@ import concurrent.futures
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import write_png
 from m2m_jax.core.program import run_program
-from m2m_jax.data import folder, mis, precomputed
 from m2m_jax.data.inspection import SetReport, Summary, inspect_set
-from m2m_jax.data.mis_source import MisRecords
-from m2m_jax.data.pipeline import RecordSource, open_emoji
+from m2m_jax.data.sources import SOURCES, RecordSource, find_sources
 from m2m_jax.view.contact_sheet import Group, Row, contact_sheet
 
 CONFIG = define_config_flag()
@@ -48,13 +44,14 @@ def main(argv: Sequence[str]) -> int:
         wanted, sources = 1, find_sources(argv[1])
     else:
         validate(config)
-        wanted, sources = config.data.images_per_set, configured_sources(config.data)
+        wanted = config.data.images_per_set
+        sources = SOURCES.choose(config.data.name).find_configured(config.data)
 
     summary = Summary()
     total, sheet = sum(len(source.kinds) for source in sources), Sheet(SHEET_SETS.value)
     with concurrent.futures.ThreadPoolExecutor(THREADS.value) as pool:
         for source in sources:
-            summary.notes += getattr(source, "notes", ())
+            summary.notes += source.notes
             for report in _in_order(pool, source, wanted):
                 summary.add(source.name, report)
                 sheet.add(summary.sets, total, report)
@@ -64,39 +61,6 @@ def main(argv: Sequence[str]) -> int:
         write_png(OUTPUT.value, sheet.draw())
         print(OUTPUT.value)
     return 1 if summary.problems else 0
-
-
-def find_sources(path: str, *, follow_links: bool = False) -> list[RecordSource]:
-    """Every split of what lies at `path`. Raises UserError where that is no data set.
-
-    follow_links: `config.data.follow_links`.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"{path}: no such folder")
-    splits = sorted(file.stem.removeprefix("precomputed-") for file in root.glob("precomputed-*.json"))
-    if splits:
-        return [precomputed.PrecomputedRecords(path, split, None, strict=False) for split in splits]
-    if mis.folder(root).is_dir():
-        splits = mis.read_manifest(root).splits
-        return [MisRecords(path, split, latents=None, image_size=None, strict=False) for split in splits]
-    sizes = sorted(int(one.name[:-2]) for one in root.glob("emoji/*px") if one.name[:-2].isdecimal())
-    if sizes:
-        return [source for size in sizes for source in _emoji(path, size)]
-    return [folder.load(path, "all", strict=False, follow_links=follow_links)]
-
-
-def configured_sources(data: ConfigDict) -> list[RecordSource]:
-    """Every split of the data set that a config names."""
-    if data.name == "emoji":
-        return _emoji(data.directory, data.image_size)
-    return find_sources(data.path, follow_links=data.follow_links)
-
-
-def _emoji(directory: str, image_size: int) -> list[RecordSource]:
-    from m2m_jax.data.emoji.subjects import SPLITS
-
-    return [open_emoji(directory, image_size, split, strict=False) for split in SPLITS]
 
 
 def _in_order(pool: concurrent.futures.Executor, source: RecordSource, wanted: int):

@@ -11,12 +11,11 @@ from absl import flags
 
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import reads_latents
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import write_png
 from m2m_jax.core.program import run_program
-from m2m_jax.data.pipeline import make_dataset, open_examples
+from m2m_jax.data.pipeline import make_dataset, open_examples, reads_latents
 
 CONFIG = define_config_flag()
 SPLIT = flags.DEFINE_string("split", "test", "Which split of the data set.")

@@ -16,11 +16,14 @@ import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
 
+from ml_collections import ConfigDict
+
 from m2m_jax.core.errors import UserError, warn
 from m2m_jax.core.image_folder import SetFolder, list_sets
 from m2m_jax.core.images import check_header, read_bytes
 from m2m_jax.data import records
 from m2m_jax.data.records import BadRecord
+from m2m_jax.data.source import SOURCES, DataSource, RecordSource
 
 MAX_CAPTION_BYTES = 1_000_000
 SPLITS = ("train", "validation", "test", "all")
@@ -48,21 +51,29 @@ class Files(Sequence):
         return read_bytes(path)
 
 
-class FolderRecords:
-    """The sets of one split: a `pipeline.RecordSource`. A set with a fault counts no images and raises BadRecord.
+@SOURCES.register("folder")
+class FolderSource(DataSource):
+    """The folder of folders of images `config.path`."""
 
-    notes: what of the folder is not used, a line each.
-    """
+    @classmethod
+    def open(cls, config: ConfigDict, split: str) -> RecordSource:
+        strict, follow_links = config.on_error == "stop", config.follow_links
+        return load(config.path, split, config.images_per_set, strict=strict, follow_links=follow_links)
+
+    @classmethod
+    def find(cls, path: pathlib.Path, *, follow_links: bool = False) -> list[RecordSource]:
+        return [load(str(path), "all", strict=False, follow_links=follow_links)]
+
+
+class FolderRecords(RecordSource):
+    """The sets of one split. A set with a fault counts no images and raises BadRecord."""
 
     def __init__(self, name: str, sets: Sequence[tuple[SetFolder, str | BadRecord]], notes: Sequence[str] = ()):
         """sets: each with its caption, or with the reason why it cannot be used."""
         self.name, self.notes = name, tuple(notes)
-        self.kinds, self.has_images = [KIND] * len(sets), True
+        self.kinds = [KIND] * len(sets)
         self.num_images = [0 if isinstance(caption, BadRecord) else len(one.files) for one, caption in sets]
         self._sets = sets
-
-    def __len__(self) -> int:
-        return len(self._sets)
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:
         one, caption = self._sets[index]

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, records
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
+from m2m_jax.data.source import SOURCES, DataSource, RecordSource
+
+
+@SOURCES.register("mis")
+class MisSource(DataSource):
+    """Sets that `m2m_jax.data.build_mis` made, in `config.path`: their images or, with `config.latents`, latents."""
+
+    @classmethod
+    def open(cls, config: ConfigDict, split: str) -> RecordSource:
+        size, strict = config.image_size, config.on_error == "stop"
+        return MisRecords(config.path, split, latents=config.latents, image_size=size, strict=strict)
+
+    @classmethod
+    def find(cls, path: Path, *, follow_links: bool = False) -> list[RecordSource]:
+        splits = mis.read_manifest(path).splits if mis.folder(path).is_dir() else ()
+        return [MisRecords(str(path), split, latents=None, image_size=None, strict=False) for split in splits]
+
+    @classmethod
+    def gives_latents(cls, config: ConfigDict) -> bool:
+        return config.latents
+
+    @classmethod
+    def autoencoder(cls, config: ConfigDict, split: str) -> dict:
+        made_with = mis.read_manifest(config.path).settings.get("autoencoder")
+        return made_with if isinstance(made_with, dict) else {}
 
 
 class MisRecords(ShardRecords):
-    """A split of what `m2m_jax.data.build_mis` made: a `pipeline.RecordSource`.
+    """A split of what `m2m_jax.data.build_mis` made.
 
     latents: what is wanted of the records: their latents, their images, or (None) whatever they hold.
     image_size: pixels a side that latents must be of; images are resized. None: any.
@@ -48,6 +77,7 @@ class MisRecords(ShardRecords):
             num_images,
             remedy="remove what is damaged, and build_mis, called as before, makes it again",
             strict=strict,
+            version=" ".join([store, *(shard.sha256 for shard in shards)]),
         )
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:

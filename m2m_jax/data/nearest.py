@@ -18,7 +18,7 @@ from m2m_jax.config_rules import validate
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square, on_white, read_image, write_png
 from m2m_jax.core.program import run_program
-from m2m_jax.data.pipeline import SOURCES
+from m2m_jax.data.pipeline import open_source
 from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated, nearest
 
 CONFIG = define_config_flag()
@@ -77,7 +77,7 @@ def context_files(record: Path) -> list[str]:
 
 def training_images(data_config) -> np.ndarray:
     """Every training image, as stored, on white: uint8 [n, size, size, 3]."""
-    source = SOURCES[data_config.name](data_config, data_config.train_split)
+    source = open_source(data_config, data_config.train_split)
     if not source.has_images:
         raise UserError(f"{source.name} holds latents alone; name the data set of images that they were made from")
     pixels = []

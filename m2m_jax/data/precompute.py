@@ -32,15 +32,14 @@ from ml_collections import ConfigDict
 
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import reads_latents
 from m2m_jax.core import runtime, work_sharing
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square, on_white
 from m2m_jax.core.interruption import Interruption
 from m2m_jax.core.program import run_program
 from m2m_jax.data import precomputed, records
-from m2m_jax.data.pipeline import SOURCES, RecordSource
 from m2m_jax.data.shards import count_records
+from m2m_jax.data.sources import RecordSource, open_source, reads_latents
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 
 CONFIG = define_config_flag()
@@ -66,7 +65,7 @@ def main(argv):
     check_flags(config, output)
     runtime.start()
     index, count = work_sharing.process()
-    source = SOURCES[config.data.name](config.data, split)
+    source = open_source(config.data, split)
     check_source(source)
     models, params = FrozenModels.load(config)
     models.require_image_size(config.data.image_size)
@@ -82,6 +81,7 @@ def main(argv):
         records_per_shard=RECORDS_PER_SHARD.value,
         kinds=list(source.kinds),
         num_images=list(source.num_images),
+        attributes=dict(source.attributes),
         made_from=source.name,
         command=work_sharing.command("m2m_jax.data.precompute"),
     )
@@ -175,6 +175,7 @@ def encoded_records(
             images=record.images if KEEP_IMAGES.value else (),
             image_captions=record.image_captions,
             latents=latents_nhwc,
+            attributes=record.attributes,
         )
 
 

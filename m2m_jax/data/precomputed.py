@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
 from m2m_jax.core import disk
@@ -23,11 +24,11 @@ from m2m_jax.data import records
 from m2m_jax.data.record_writer import RecordWriter
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
+from m2m_jax.data.source import SOURCES, DataSource, RecordSource
 from m2m_jax.models.autoencoder import AutoencoderConfig
 
 VERSION = 1
 _MAX_SIDE = 2**16  # of images and latents, pixels
-_FEATURES = records.features()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Manifest:
     records_per_shard: in every shard but the last.
     kinds, num_images: of each record, in order.
     made_from, command: the data set, and what completes the split; for people.
+    attributes: {name: numbers an image} of every record.
     """
 
     version: int
@@ -55,6 +57,7 @@ class Manifest:
     num_images: list[int]
     made_from: str
     command: str
+    attributes: dict = dataclasses.field(default_factory=dict)
 
     @property
     def num_shards(self) -> int:
@@ -74,6 +77,8 @@ class Manifest:
             raise ValueError("has_images")
         if self.latent_dtype not in records.LATENT_DTYPES or not isinstance(self.autoencoder, dict):
             raise ValueError("latent_dtype, autoencoder")
+        if not isinstance(self.attributes, dict) or not all(_whole(x, 1, 2**16) for x in self.attributes.values()):
+            raise ValueError("attributes")
 
     def shard_records(self, shard: int) -> range:
         """The records of one shard."""
@@ -82,7 +87,7 @@ class Manifest:
 
 
 class PrecomputedRecords(ShardRecords):
-    """A split of latents: a `pipeline.RecordSource`.
+    """A split of latents.
 
     strict: as for `ShardRecords`. Raises UserError where the split is missing, incomplete (if strict), or of another
     image size (pixels a side); None takes any.
@@ -104,6 +109,8 @@ class PrecomputedRecords(ShardRecords):
             manifest.num_images,
             remedy=f"remove what is damaged and make it again with: {manifest.command}",
             strict=strict,
+            version=json.dumps([manifest.autoencoder, manifest.latent_dtype, manifest.has_images]),
+            attributes=manifest.attributes,
         )
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:
@@ -113,6 +120,28 @@ class PrecomputedRecords(ShardRecords):
         if found != expected:
             raise BadRecord(f"{record.origin}, set {record.set_id!r}: its latents are {found}, not {expected}")
         return record
+
+
+@SOURCES.register("precomputed")
+class PrecomputedSource(DataSource):
+    """Latents that `m2m_jax.data.precompute` wrote to `config.path`, of images of `config.image_size`."""
+
+    @classmethod
+    def open(cls, config: ConfigDict, split: str) -> RecordSource:
+        return PrecomputedRecords(config.path, split, config.image_size, strict=config.on_error == "stop")
+
+    @classmethod
+    def find(cls, path: Path, *, follow_links: bool = False) -> list[RecordSource]:
+        splits = sorted(file.stem.removeprefix("precomputed-") for file in path.glob("precomputed-*.json"))
+        return [PrecomputedRecords(str(path), split, None, strict=False) for split in splits]
+
+    @classmethod
+    def gives_latents(cls, config: ConfigDict) -> bool:
+        return True
+
+    @classmethod
+    def autoencoder(cls, config: ConfigDict, split: str) -> dict:
+        return read_manifest(config.path, split).autoencoder
 
 
 def read_manifest(directory: str | Path, split: str) -> Manifest:
@@ -183,7 +212,8 @@ def describe_autoencoder(config: AutoencoderConfig, params: Params) -> dict:
 
 
 def serialize(record: records.ImageSetRecord) -> bytes:
-    serialized = _FEATURES.serialize_example(records.encode_record(record))
+    features = records.features(attributes=bool(record.attributes))
+    serialized = features.serialize_example(records.encode_record(record))
     # The fields of a TFDS example are in an order of each process's own; this one is the same everywhere.
     return tf_example_pb2.Example.FromString(serialized).SerializeToString(deterministic=True)
 

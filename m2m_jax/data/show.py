@@ -10,11 +10,10 @@ from absl import flags
 
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import reads_latents
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import write_png
 from m2m_jax.core.program import run_program
-from m2m_jax.data.pipeline import make_dataset, open_examples
+from m2m_jax.data.pipeline import make_dataset, open_examples, reads_latents
 from m2m_jax.view.contact_sheet import Group, Row, contact_sheet
 
 CONFIG = define_config_flag()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from m2m_jax.core.parameters import Params
+from m2m_jax.data import transform
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.training import sharding
 from m2m_jax.training.state import TrainState
@@ -58,6 +59,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: FrozenParams, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = transform.finish(batch)
         trained = {name: value for name, value in state.params.items() if trains(name)}
 
         def gradients_of(inputs: tuple) -> tuple[Params, dict]:
