@@ -10,6 +10,7 @@ Drawing is here; `transform.py` applies what was drawn, on the host or in the st
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -26,6 +27,9 @@ WEIGHT_ONE = 2**8
 
 # Places in the parameters of a set, int32 [p]; what resizes images follows, see `resampling_tables`.
 USE_INK, INK, MATRIX, OFFSET, GROUND, MIRROR, TABLES = 0, 1, 4, 13, 14, 17, 18
+
+ENLARGING_TAPS = 2  # pixels that one of an enlarged image is made of
+_SCALES = 1024  # steps of the size: fine enough, and their tables are made once
 
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 _RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -72,7 +76,7 @@ class SetAugmentation:
         ink = _hsv_to_rgb(rng.random(), rng.uniform(0.3, 1), rng.uniform(0.1, MAX_INK_VALUE))
         use_ink = rng.random() < self.ink_probability
         contrast = 1 + rng.uniform(-1, 1) * self.contrast
-        scale = 1 - rng.random() * self.scale
+        smaller = 1 - np.round(rng.random() * self.scale * _SCALES) / _SCALES
         mirror = rng.random() < self.mirror_probability
 
         parameters = np.zeros(self.num_parameters(image_size), np.int32)
@@ -82,12 +86,7 @@ class SetAugmentation:
         parameters[MATRIX : MATRIX + 9] = np.round(2**COLOUR_BITS * contrast * _hue_rotation(hue)).ravel()
         parameters[OFFSET] = np.round(2**COLOUR_BITS * 127.5 * (1 - contrast))
         if self.scale:
-            parameters[TABLES:] = np.concatenate(
-                [
-                    *resampling_table(image_size, scale, self._shrinking_taps),
-                    *resampling_table(image_size, 1 / scale, ENLARGING_TAPS),
-                ]
-            )
+            parameters[TABLES:] = _tables(image_size, float(smaller), self._shrinking_taps)
         return parameters
 
     def num_parameters(self, image_size: int) -> int:
@@ -100,7 +99,10 @@ class SetAugmentation:
         return int(np.floor(2 / (1 - self.scale))) + 1
 
 
-ENLARGING_TAPS = 2
+@functools.lru_cache(maxsize=_SCALES)
+def _tables(size: int, smaller: float, taps: int) -> np.ndarray:
+    shrinking = resampling_table(size, smaller, taps)
+    return np.concatenate([*shrinking, *resampling_table(size, 1 / smaller, ENLARGING_TAPS)]).astype(np.int32)
 
 
 def resampling_table(size: int, scale: float, taps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -123,11 +123,12 @@ def _rescale(
     """
     size = alpha.shape[-1]
     taps = tables.shape[-1] // size - 2 - ENLARGING_TAPS
-    shrinking, enlarging = (
-        _resampling_matrix(tables[..., first : first + size * (1 + count)], size, count, xp)
-        for first, count in ((0, taps), (size * (1 + taps), ENLARGING_TAPS))
-    )
-    matrix = xp.where(opaque[..., None, None], enlarging[..., None, :, :], shrinking[..., None, :, :])[..., None, :, :]
+    first = size * (1 + taps)
+    matrix = _resampling_matrix(tables[..., :first], size, taps, xp)[..., None, :, :]
+    if xp is jnp or opaque.any():
+        enlarging = _resampling_matrix(tables[..., first:], size, ENLARGING_TAPS, xp)[..., None, :, :]
+        matrix = xp.where(opaque[..., None, None], enlarging, matrix)
+    matrix = matrix[..., None, :, :]
 
     def product(a: Array, b: Array) -> Array:
         # Of whole numbers, so float32 is exact, but for the 11 bits of TF32 and the 8 of bfloat16.
