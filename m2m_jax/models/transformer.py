@@ -11,7 +11,7 @@ from flax import nnx
 from m2m_jax.attention.backends import BACKENDS, attend
 from m2m_jax.attention.cached import attend_to_kept
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.models.layers import gelu, timestep_features, zeros
+from m2m_jax.models.layers import GroupNorm, LayerNorm, gelu, timestep_features, zeros
 
 ORDER_CHANNELS = 64  # of the sinusoidal features of an image's position in its set
 ONE_IMAGE = SetLayout((0,), (), "itself")  # attention within an image, to the backends
@@ -185,7 +185,7 @@ class TransformerBlock(nnx.Module):
     def __init__(
         self, channels: int, num_heads: int, *, backend: str, make_attn2: Callable | None, dtype, rngs: nnx.Rngs
     ):
-        norm = functools.partial(nnx.LayerNorm, channels, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        norm = functools.partial(LayerNorm, channels, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.norm1 = norm()
         self.attn1 = SelfAttention(channels, num_heads, backend=backend, dtype=dtype, rngs=rngs)
         if make_attn2 is not None:
@@ -217,7 +217,7 @@ class SpatialTransformer(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.norm = nnx.GroupNorm(channels, norm_num_groups, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm = GroupNorm(channels, norm_num_groups, epsilon=1e-6, dtype=dtype, rngs=rngs)
         project = functools.partial(nnx.Linear, channels, channels)
         if not use_linear_projection:
             project = functools.partial(nnx.Conv, channels, channels, (1, 1))

@@ -14,6 +14,7 @@ from m2m_jax.core.parameters import abstract
 from m2m_jax.models.layers import (
     Conv3x3,
     Downsample,
+    GroupNorm,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
@@ -172,7 +173,7 @@ class UNet(nnx.Module):
             up_blocks.append(block)
         self.up_blocks = nnx.List(up_blocks)
 
-        self.conv_norm_out = nnx.GroupNorm(previous, c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
+        self.conv_norm_out = GroupNorm(previous, c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
         self.conv_out = Conv3x3(previous, c.out_channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
         for i, attn2 in enumerate(self.set_attentions()):
             attn2.layer = i
