@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention_backend": ("auto", "prefix", "prefix_cudnn", "splash", "dense"),
     "model.remat": ("none", "dots", "blocks"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.precision": ("default", "highest"),
     "schedule.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "rectified_flow"),
     "schedule.prediction_type": ("epsilon", "v_prediction", "sample", "flow"),
     "schedule.timestep_spacing": ("leading", "linspace", "trailing"),

@@ -77,8 +77,11 @@ def default_config() -> ConfigDict:
     # plain XLA, no work on forbidden blocks | prefix_cudnn: its kernel for GPUs, in bfloat16 | splash: a kernel for
     # TPUs | dense: the reference
     config.model.attention_backend = "auto"
-    config.model.remat = "none"  # computed again in the backward pass: none | dots: all but matmuls | blocks: all
+    config.model.remat = "none"  # computed again in the backward pass: none | dots: all but products | blocks: all
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters are always float32
+    # Of products of float32, here and in the frozen models. default: the platform's, TF32 on NVIDIA GPUs, bfloat16 on
+    # TPUs | highest: float32
+    config.model.precision = "default"
 
     # M2M-DINO: preceding images enter as tokens of this frozen encoder. With an empty path M2M-Self: as latents.
     config.image_encoder = ConfigDict()
