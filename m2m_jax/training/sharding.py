@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -26,6 +27,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from m2m_jax import configuration
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
+from m2m_jax.models.unet import IN_FLOAT32
 from m2m_jax.training.state import TrainState
 
 AXES = ("slice", "data", "fsdp", "tensor", "context")
@@ -118,7 +120,8 @@ def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
     whole on every device. Here each device sums the slice that it keeps (reduce-scatter).
 
     Args:
-      dtype: that layers cast their kernels to; they are gathered as that, and their gradients summed.
+      dtype: that layers cast their kernels to, but for the U-Net's `IN_FLOAT32`; they are gathered as that, and their
+        gradients summed.
     """
 
     def whole(name: str, value: jax.Array) -> jax.Array:
@@ -136,7 +139,7 @@ def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
                 lambda gradient: jax.lax.with_sharding_constraint(gradient, kept),
             )
 
-        return gather(value.astype(dtype))
+        return gather(value.astype(jnp.float32 if name.startswith(IN_FLOAT32) else dtype))
 
     return {name: whole(name, value) for name, value in params.items()}
 
