@@ -25,6 +25,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m2m_jax import configuration
+from m2m_jax.core import gathering
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
 from m2m_jax.models.unet import IN_FLOAT32
@@ -70,7 +71,9 @@ def make_mesh(config: configuration.Mesh, devices: Sequence[jax.Device] | None =
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto: XLA derives all shardings between; under Explicit axes a convolution with a sharded kernel raises.
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    gathering.connect(mesh)
+    return mesh
 
 
 def mesh_sizes(config: configuration.Mesh, num_devices: int) -> tuple[int, ...]:
