@@ -48,3 +48,9 @@ def check_arguments(argv: Sequence[str]) -> None:
             if any(name.startswith(match[2] + ".") for name in fields):
                 raise UserError(f"config.{match[2]} is a group of fields; set one, as --config.{match[2]}.NAME=VALUE")
             raise UserError(f"unknown config field config.{match[2]}{nearest(match[2], fields, 'config.')}")
+
+
+def check_arguments_if_given(argv: Sequence[str]) -> None:
+    """Check as `check_arguments` does, where a config or a field of one is named at all."""
+    if any(re.match(r"--?(no)?config\b", argument) for argument in argv[1:]):
+        check_arguments(argv)

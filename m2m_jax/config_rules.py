@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from m2m_jax.configuration import default_config, flatten, reads_latents
+from m2m_jax.configuration import default_config, expand_paths, flatten, reads_latents
 from m2m_jax.core.errors import UserError
 
 # An image set has at most as many images as a record may hold (m2m_jax/data/records.py).
@@ -100,7 +100,8 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError for the first field whose value makes no run."""
+    """Raise UserError for the first field whose value makes no run. `~` in paths is expanded."""
+    expand_paths(config)
     fields = flatten(config)
 
     for name, default in flatten(default_config()).items():

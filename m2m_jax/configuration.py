@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.paths import expand_home
 from m2m_jax.core.registry import nearest
 
 
@@ -174,6 +175,13 @@ def apply_preset(config: ConfigDict, preset: str, presets: Mapping[str, Mapping[
         raise UserError(f"unknown preset {preset!r}{nearest(preset, presets)}; this config has {known}")
     config.update_from_flattened_dict(dict(presets[preset]))
     return config
+
+
+def expand_paths(config: ConfigDict) -> None:
+    """Replace a leading `~` in all fields that hold paths. Raises UserError where there is no home folder."""
+    for name, value in flatten(config).items():
+        if name.rpartition(".")[2] in ("path", "directory") and value.startswith("~"):
+            config.update_from_flattened_dict({name: str(expand_home(value))})
 
 
 def reads_latents(data: ConfigDict) -> bool:
