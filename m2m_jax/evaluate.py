@@ -9,7 +9,7 @@ loss with the images before it as context, with those of another set in their pl
 refused. All devices of `config.mesh` share each batch; a launch of several processes makes the same table.
 """
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.core.program import define_flags, run_program
 from m2m_jax.evaluation.options import ContextEvaluation
 
@@ -25,4 +25,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

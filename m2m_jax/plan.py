@@ -18,7 +18,7 @@ Exit code 0: it fits; 1: it does not, and what to change is said; 2: bad input.
     --json                   for machines
 """
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.core.program import define_flags, run_program
 from m2m_jax.planning.options import Planning
 
@@ -36,4 +36,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

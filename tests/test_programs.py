@@ -14,7 +14,8 @@ from run_fixtures import ROOT, run
 from test_layers import is_program, modules
 
 from m2m_jax.building import options as building_options
-from m2m_jax.configuration import default_config, expand_paths, flatten
+from m2m_jax.config_fields import flatten
+from m2m_jax.configuration import default_config
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.options import Options, fields, option, split_list
 from m2m_jax.core.paths import expand_home, natural_order
@@ -169,9 +170,10 @@ def test_every_path_of_a_config_expands_a_home_folder():
     config = default_config()
     names = [name for name in flatten(config) if name.endswith(("path", "directory"))]
     assert len(names) >= 6
-    config.update_from_flattened_dict(dict.fromkeys(names, "~/x"))
-    expand_paths(config)
+    config.update(dict.fromkeys(names, "~/x"))
     assert {flatten(config)[name] for name in names} == {str(pathlib.Path.home() / "x")}
+    config.update(dict.fromkeys(names, ""))
+    assert {flatten(config)[name] for name in names} == {""}
 
 
 def test_the_data_set_beside_the_flags_expands_a_home_folder(tmp_path, monkeypatch):

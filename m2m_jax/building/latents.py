@@ -7,6 +7,7 @@ What is stored, and how several processes share the work: the docstring of `m2m_
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
@@ -16,11 +17,10 @@ import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from m2m_jax.building.options import Precomputation
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import reads_latents
+from m2m_jax.configuration import Config, Data, reads_latents
 from m2m_jax.core import runtime, work_sharing
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square, on_white
@@ -36,7 +36,7 @@ Encode = Callable[[np.ndarray], jax.Array]  # uint8 [batch, S, S, 3] to scaled f
 
 
 def precompute(
-    config: ConfigDict,
+    config: Config,
     options: Precomputation,
     *,
     command: str = "m2m_jax.building.latents.precompute",
@@ -54,7 +54,7 @@ def precompute(
     Raises:
       UserError: the data or the autoencoder cannot be used so, or the folder holds other latents or cannot be written.
     """
-    config = ConfigDict(config.to_dict())
+    config = copy.deepcopy(config)
     config.autoencoder.path = str(options.autoencoder or config.autoencoder.path)
     config.data.on_error = "stop"  # every set has its place
     validate(config)
@@ -131,7 +131,7 @@ def _make_encode(models: FrozenModels, params: FrozenParams, batch_size: int) ->
 
 
 def _encoded_records(
-    source: RecordSource, indices: range, data: ConfigDict, options: Precomputation, encode: Encode
+    source: RecordSource, indices: range, data: Data, options: Precomputation, encode: Encode
 ) -> Iterator[records.ImageSetRecord]:
     """The records of one shard, with latents. Batches end with the shard: its bytes do not depend on other shards."""
 

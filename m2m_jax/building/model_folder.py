@@ -9,11 +9,10 @@ import json
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from m2m_jax.building.options import ModelExport
 from m2m_jax.checkpoints.saved_model import load_for_sampling
-from m2m_jax.configuration import from_json
+from m2m_jax.configuration import Config, from_json
 from m2m_jax.core import runtime
 from m2m_jax.core.parameters import Params, abstract, count, merge
 from m2m_jax.data.pipeline import batches, make_dataset, open_examples
@@ -47,12 +46,12 @@ def save_model_folder(options: ModelExport) -> str:
         )
         return f"scaling factor {factor:.5f}\n{line}"
     save_unet(output, config_from(UNetConfig, saved.metadata["unet"], {}), saved.ema_params, dtype)
-    schedule = NoiseSchedule.from_config(config.schedule).to_config()
+    schedule = NoiseSchedule.from_config(vars(config.schedule)).to_config()
     (output / SCHEDULER).write_text(json.dumps(schedule, indent=2) + "\n")
     return line
 
 
-def scaling_factor(config: ConfigDict, autoencoder_config: AutoencoderConfig, params: Params) -> float:
+def scaling_factor(config: Config, autoencoder_config: AutoencoderConfig, params: Params) -> float:
     """Return 1 / standard deviation of the unscaled latents of the training data.
 
     Source: Rombach et al., arXiv 2112.10752, D.1.

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
+from m2m_jax.core import gathering
 from m2m_jax.core.errors import UserError, warn
 
 MAX_CPU_DEVICES = 8
@@ -101,6 +104,9 @@ def _join_processes() -> None:
             jax.distributed.initialize(**who, initialization_timeout=int(seconds))
     except ValueError as error:
         raise UserError(f"M2M_PROCESSES={processes}: the processes of this launch cannot meet: {error}") from error
+    # Of this form are the collectives of JAX's `multihost_utils`, and of Orbax.
+    devices = np.array(jax.devices()).reshape(jax.process_count(), jax.local_device_count())
+    gathering.connect(Mesh(devices, ("processes", "local_devices")))
 
 
 @contextmanager

@@ -12,12 +12,12 @@ can't be checked.
 
 from collections.abc import Sequence
 
-from m2m_jax.config_flag import check_arguments_if_given, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.program import define_flags, run_program
 from m2m_jax.data.options import DataCheck
 
-CONFIG = define_config_flag()
+CONFIG = define_config_flag(required=False)
 OPTIONS = define_flags(DataCheck)
 
 
@@ -38,4 +38,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments_if_given, arguments=1)
+    run_program(main, CONFIG.take, arguments=1)

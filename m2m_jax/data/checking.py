@@ -10,10 +10,10 @@ import collections
 import concurrent.futures
 from collections.abc import Iterator, Sequence
 
-from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.config_rules import validate
+from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import write_png
 from m2m_jax.core.paths import expand_home
@@ -66,7 +66,7 @@ def find_sources(path: str) -> list[RecordSource]:
     return [folder.load(path, None, strict=False)]
 
 
-def configured_sources(config: ConfigDict) -> list[RecordSource]:
+def configured_sources(config: Config) -> list[RecordSource]:
     """Return every split of the data set that a config names. Raises UserError for a bad config, too."""
     validate(config)
     data = config.data

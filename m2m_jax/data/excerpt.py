@@ -6,10 +6,9 @@ Sets, choice of images and augmentation are those that the config's input pipeli
 from __future__ import annotations
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import reads_latents
+from m2m_jax.configuration import Config, reads_latents
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import write_png
@@ -18,7 +17,7 @@ from m2m_jax.data.pipeline import make_dataset, open_examples
 from m2m_jax.view.contact_sheet import Group, Row, contact_sheet
 
 
-def draw_sets(config: ConfigDict, options: SetSheet) -> None:
+def draw_sets(config: Config, options: SetSheet) -> None:
     """Write a picture of sets: one row a set, its caption above it.
 
     Raises:
@@ -29,7 +28,7 @@ def draw_sets(config: ConfigDict, options: SetSheet) -> None:
     write_png(options.output, contact_sheet(rows))
 
 
-def export_sets(config: ConfigDict, options: SetExport) -> None:
+def export_sets(config: Config, options: SetExport) -> None:
     """Write sets as a new folder of folders of PNGs, 000/000.png and so on, as the sampler and data.name=folder read.
 
     Raises:
@@ -45,7 +44,7 @@ def export_sets(config: ConfigDict, options: SetExport) -> None:
                 write_png(folder / f"{i:03d}.png", image_hwc)
 
 
-def read_sets(config: ConfigDict, split: str, num_sets: int) -> tuple[list[str], np.ndarray]:
+def read_sets(config: Config, split: str, num_sets: int) -> tuple[list[str], np.ndarray]:
     """Return the first sets of a split: what each shows, and uint8 [num_sets, N, S, S, 3].
 
     Raises:

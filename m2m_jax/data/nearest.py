@@ -6,7 +6,7 @@
 mean and unit variance, so that a copy in other colours, on another ground or mirrored is found as well.
 """
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.core.program import define_flags, run_program
 from m2m_jax.evaluation.options import CopySearch
 
@@ -23,4 +23,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

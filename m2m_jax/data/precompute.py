@@ -18,7 +18,7 @@ shards of a split where each is told its --process_index and --process_count; pr
 """
 
 from m2m_jax.building.options import Precomputation
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.core.program import command_line, define_flags, run_program
 from m2m_jax.core.work_sharing import SHARE_FLAGS
 
@@ -33,4 +33,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

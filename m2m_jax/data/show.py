@@ -6,7 +6,7 @@ Sets, choice of images and augmentation are those that the config's input pipeli
 images a set with --config.data.images_per_set.
 """
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.core.program import define_flags, run_program
 from m2m_jax.data.options import SetSheet
 
@@ -23,4 +23,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

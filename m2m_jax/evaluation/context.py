@@ -15,10 +15,9 @@ import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import reads_latents, to_json
+from m2m_jax.configuration import Config, reads_latents, to_json
 from m2m_jax.core import disk, runtime
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import fingerprint, merge
@@ -44,7 +43,7 @@ class ContextReport:
       runs: {run: {"step", "parameters", and losses of `context_losses` as [mean, standard error or None]}}.
     """
 
-    config: ConfigDict
+    config: Config
     options: ContextEvaluation
     sets: list[str]
     runs: dict[str, dict[str, Any]]
@@ -89,7 +88,7 @@ def run_line(path: str, row: dict[str, Any], num_images: int) -> str:
     )
 
 
-def evaluate_context(config: ConfigDict, options: ContextEvaluation) -> ContextReport | None:
+def evaluate_context(config: Config, options: ContextEvaluation) -> ContextReport | None:
     """Measure the loss of the last image of held-out sets under different contexts, for each of several runs.
 
     All devices of `config.mesh` share each batch; processes that JAX joined must all call, and make the same table.
@@ -168,7 +167,7 @@ def _require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:
 
 
 def _losses(
-    sampler: Sampler, dataset: grain.MapDataset, num_batches: int, config: ConfigDict, mesh: Mesh
+    sampler: Sampler, dataset: grain.MapDataset, num_batches: int, config: Config, mesh: Mesh
 ) -> dict[str, list[float | None]]:
     """{name: [mean, its standard error]} over the batches; of one batch there is no error."""
     unet_config, models, schedule = sampler.static.unet_config, sampler.models, sampler.schedule

@@ -14,10 +14,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.config_rules import validate
+from m2m_jax.configuration import Config, Data
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square, on_white, read_image, write_png
 from m2m_jax.data.pipeline import SOURCES
@@ -49,7 +49,7 @@ class CopyReport:
         return "\n".join(lines)
 
 
-def find_copies(config: ConfigDict, options: CopySearch) -> CopyReport:
+def find_copies(config: Config, options: CopySearch) -> CopyReport:
     """Compare samples with all training images, and with their context, and write a sheet of both.
 
     Args:
@@ -99,7 +99,7 @@ def shapes(images_nhwc: np.ndarray) -> np.ndarray:
     return grey / (np.linalg.norm(grey, axis=1, keepdims=True) + 1e-6)
 
 
-def training_images(data: ConfigDict) -> np.ndarray:
+def training_images(data: Data) -> np.ndarray:
     """Return every training image of a data set, as stored, on white: uint8 [n, size, size, 3].
 
     Args:

@@ -6,14 +6,14 @@ planned.fits, planned.text, planned.values["memory"]
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from m2m_jax.config_rules import validate
+from m2m_jax.configuration import Config
 from m2m_jax.core import disk
 from m2m_jax.core.chips import gpus_of
 from m2m_jax.planning.compile import Plan, get_machine, make_plan, prepare
@@ -46,7 +46,7 @@ class Planned:
         return json.dumps(self.values, indent=1)
 
 
-def plan(config: ConfigDict, options: Planning) -> Planned:
+def plan(config: Config, options: Planning) -> Planned:
     """Plan a job of a config.
 
     Neither data nor weights are read; frozen models whose folders are not there are taken for Stable Diffusion's
@@ -56,7 +56,7 @@ def plan(config: ConfigDict, options: Planning) -> Planned:
     Raises:
       UserError: a bad config, no such topology, or no libtpu.
     """
-    config = ConfigDict(config.to_dict())
+    config = copy.deepcopy(config)
     config.data.path = config.data.path or NOT_READ
     validate(config)
     if config.mesh.slice == 1:
