@@ -39,8 +39,9 @@ ROAD_EVALUATE := $(RUN) m2m_jax.evaluate --config configs/emoji.py:road --split=
 SAMPLER ?= dist/m2m-sample.pyz
 SAMPLER_PYTHON ?= $(PYTHON)
 BUILD ?= build
-SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addprefix core/,disk.py errors.py gathering.py images.py runtime.py) \
-  $(addprefix view/,contact_sheet.py html_page.py) $(addprefix sampling/,bundle.py bundle_program.py job.py program_check.py set_sampler.py))
+SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix core/,disk errors gathering images options paths printing \
+  runtime) $(addprefix view/,contact_sheet html_page) $(addprefix sampling/,bundle bundle_program job program_check \
+  run_job set_sampler)))
 
 .PHONY: help demo road test test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
 
