@@ -8,9 +8,9 @@ from PIL import Image
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.image_folder import list_images
 from m2m_jax.core.images import decode_image
-from m2m_jax.data import folder
 from m2m_jax.data.pipeline import open_examples
 from m2m_jax.data.records import BadRecord
+from m2m_jax.data.sources import folder
 from m2m_jax.sampling.job import Job
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import SUFFIXES
+from m2m_jax.core.paths import natural_order
 
 CAPTION_FILE = "caption.txt"
 _ARCHIVE_FOLDER = "__MACOSX"
@@ -96,19 +95,10 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def by_name(paths: Iterable[Path]) -> list[Path]:
-    """Return paths in the order of their names, numbers by value: 2.png stands before 10.png."""
-
-    def parts(path: Path) -> list[tuple[int, int, str]]:
-        found = re.split(r"(\d+)", path.name)
-        return [(0, int(part), part) if i % 2 else (1, 0, part) for i, part in enumerate(found)]
-
-    return sorted(paths, key=parts)
-
-
 def _entries(folder: Path) -> list[Path]:
     try:
-        return by_name(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+        return sorted(entries, key=lambda entry: natural_order(Path(entry.name)))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
 

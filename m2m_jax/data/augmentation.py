@@ -13,7 +13,6 @@ import dataclasses
 import functools
 
 import numpy as np
-from ml_collections import ConfigDict
 
 # Grounds are at least this bright (Rec. 601 luminance, 0 to 1): black outlines must stay visible on them.
 MIN_GROUND_LUMINANCE = 0.45
@@ -59,12 +58,6 @@ class SetAugmentation:
     contrast: float = 0.0
     scale: float = 0.0
     mirror_probability: float = 0.0
-
-    @classmethod
-    def from_config(cls, config: ConfigDict) -> SetAugmentation:
-        """Return that of `data.augment`; a value that the configuration leaves out stays at its default, no change."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name in config]
-        return cls(**{name: config[name] for name in names})
 
     def draw(self, rng: np.random.Generator, image_size: int) -> np.ndarray:
         """Return the parameters of a set: int32 [p], p as `num_parameters` says."""

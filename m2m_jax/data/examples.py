@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from m2m_jax.configuration import Data, build, reads_latents
 from m2m_jax.core.errors import UserError, warn
 from m2m_jax.core.images import on_white
 from m2m_jax.data import transform
@@ -15,14 +15,14 @@ from m2m_jax.data.augmentation import SetAugmentation
 from m2m_jax.data.choose import Chooser, Stream, drop_tags
 from m2m_jax.data.fetch import HostFetch
 from m2m_jax.data.records import BadRecord
-from m2m_jax.data.sources import SOURCES, RecordSource, open_source
+from m2m_jax.data.source import RecordSource, open_source
 
 # With data.on_error=skip: so many sets are tried in the place of a damaged one, and so many are told of.
 _MAX_SUBSTITUTES, _MAX_TOLD = 10, 10
 
 
 def open_examples(
-    config: ConfigDict,
+    config: Data,
     *,
     split: str,
     seed: int,
@@ -79,7 +79,7 @@ class SetExamples:
     def __init__(
         self,
         source: RecordSource,
-        config: ConfigDict,
+        config: Data,
         *,
         split: str,
         seed: int,
@@ -92,7 +92,7 @@ class SetExamples:
         """See `open_examples`."""
         if config.images_per_set < 1:
             raise UserError(f"data.images_per_set={config.images_per_set}: must be at least 1")
-        self._latents = SOURCES.choose(config.name).gives_latents(config)
+        self._latents = reads_latents(config)
         self._images = with_images or not self._latents
         if self._images and not source.has_images:
             raise UserError(
@@ -105,7 +105,7 @@ class SetExamples:
         self._fetch = HostFetch(source, config.image_size)
         self._augmentation = None
         if augment and config.augment.enabled:
-            self._augmentation = SetAugmentation.from_config(config.augment)
+            self._augmentation = build(SetAugmentation, config.augment)
         self._in_step = in_step and self._augmentation is not None and config.augment.on_device
         self._tokenizer = tokenizer
         self._tag_dropout = config.caption_tag_dropout if augment and not whole_captions else 0.0

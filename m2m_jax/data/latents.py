@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict
-
+from m2m_jax.configuration import Data, reads_latents
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
 from m2m_jax.data import precomputed
-from m2m_jax.data.sources import SOURCES, reads_latents
+from m2m_jax.data.source import SOURCES
 from m2m_jax.models.autoencoder import AutoencoderConfig
 
 
-def require_autoencoder(data: ConfigDict, folder: str, config: AutoencoderConfig, params: Params) -> None:
+def require_autoencoder(data: Data, folder: str, config: AutoencoderConfig, params: Params) -> None:
     """Raises UserError if `config.data` names latents that were not made by the autoencoder in `folder`."""
     if not reads_latents(data):
         return

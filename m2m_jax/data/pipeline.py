@@ -6,15 +6,17 @@
     examples.py    example i: these three, one after another; damaged records are named or replaced
     loader.py      batches of step s: Grain maps, reads ahead, batches
 
-Sources register in `source.py: SOURCES`. What training and programs use of all this is here.
+Sources are the modules of `sources/`; they register in `source.py: SOURCES`. What training and programs use of all
+this is here.
 """
 
 from m2m_jax.data.examples import SetExamples, open_examples
 from m2m_jax.data.loader import batches, held_out_inputs, inputs, make_dataset
-from m2m_jax.data.sources import SOURCES, RecordSource, find_sources, open_source, reads_latents
+from m2m_jax.data.source import SOURCES, DataSource, RecordSource, find_sources, open_source
 
 __all__ = [
     "SOURCES",
+    "DataSource",
     "RecordSource",
     "SetExamples",
     "batches",
@@ -24,5 +26,4 @@ __all__ = [
     "make_dataset",
     "open_examples",
     "open_source",
-    "reads_latents",
 ]

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
 from m2m_jax.core import disk
@@ -24,7 +23,6 @@ from m2m_jax.data import records
 from m2m_jax.data.record_writer import RecordWriter
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
-from m2m_jax.data.source import SOURCES, DataSource, RecordSource
 from m2m_jax.models.autoencoder import AutoencoderConfig
 
 VERSION = 1
@@ -120,28 +118,6 @@ class PrecomputedRecords(ShardRecords):
         if found != expected:
             raise BadRecord(f"{record.origin}, set {record.set_id!r}: its latents are {found}, not {expected}")
         return record
-
-
-@SOURCES.register("precomputed")
-class PrecomputedSource(DataSource):
-    """Latents that `m2m_jax.data.precompute` wrote to `config.path`, of images of `config.image_size`."""
-
-    @classmethod
-    def open(cls, config: ConfigDict, split: str) -> RecordSource:
-        return PrecomputedRecords(config.path, split, config.image_size, strict=config.on_error == "stop")
-
-    @classmethod
-    def find(cls, path: Path, *, follow_links: bool = False) -> list[RecordSource]:
-        splits = sorted(file.stem.removeprefix("precomputed-") for file in path.glob("precomputed-*.json"))
-        return [PrecomputedRecords(str(path), split, None, strict=False) for split in splits]
-
-    @classmethod
-    def gives_latents(cls, config: ConfigDict) -> bool:
-        return True
-
-    @classmethod
-    def autoencoder(cls, config: ConfigDict, split: str) -> dict:
-        return read_manifest(config.path, split).autoencoder
 
 
 def read_manifest(directory: str | Path, split: str) -> Manifest:

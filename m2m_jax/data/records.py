@@ -23,17 +23,24 @@ A record holds `images` or `latents` or both (then for the same n images in the 
 already multiplied by the first stage's scaling factor. In Python a record is an `ImageSetRecord`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorflow_datasets as tfds
 
+from m2m_jax.configuration import MAX_IMAGES_PER_SET
 from m2m_jax.core.errors import UserError
 
-MAX_IMAGES_PER_RECORD = 25
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+MAX_IMAGES_PER_RECORD = MAX_IMAGES_PER_SET
+STORES = ("images", "latents", "both")  # what the records of a data set may hold
 LATENT_DTYPES = ("float16", "float32")
 
 
@@ -79,6 +86,8 @@ def features(*, attributes: bool = False) -> tfds.features.FeaturesDict:
 
     Images are opaque bytes: TFDS's own Image feature needs TensorFlow.
     """
+    import tensorflow_datasets as tfds  # not above: who reads this module's names need not wait for it
+
     of_attributes = {name: tfds.features.Sequence(tfds.features.Text()) for name in ("attribute_names", "attributes")}
     return tfds.features.FeaturesDict(
         {

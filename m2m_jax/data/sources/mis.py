@@ -1,11 +1,10 @@
-"""Image sets made from captions, as training reads them: `data.name=mis`. Layout of the folder: `mis.py`."""
+"""Image sets made from captions, as training reads them: `data.name=mis`. Layout of the folder: `data/mis.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
+from m2m_jax.configuration import Data
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, records
 from m2m_jax.data.records import BadRecord
@@ -15,10 +14,12 @@ from m2m_jax.data.source import SOURCES, DataSource, RecordSource
 
 @SOURCES.register("mis")
 class MisSource(DataSource):
-    """Sets that `m2m_jax.data.build_mis` made, in `config.path`: their images or, with `config.latents`, latents."""
+    """Image sets made from captions, from m2m_jax.data.build_mis."""
+
+    has_choice_of_latents = True
 
     @classmethod
-    def open(cls, config: ConfigDict, split: str) -> RecordSource:
+    def open(cls, config: Data, split: str) -> RecordSource:
         size, strict = config.image_size, config.on_error == "stop"
         return MisRecords(config.path, split, latents=config.latents, image_size=size, strict=strict)
 
@@ -28,11 +29,7 @@ class MisSource(DataSource):
         return [MisRecords(str(path), split, latents=None, image_size=None, strict=False) for split in splits]
 
     @classmethod
-    def gives_latents(cls, config: ConfigDict) -> bool:
-        return config.latents
-
-    @classmethod
-    def autoencoder(cls, config: ConfigDict, split: str) -> dict:
+    def autoencoder(cls, config: Data, split: str) -> dict:
         made_with = mis.read_manifest(config.path).settings.get("autoencoder")
         return made_with if isinstance(made_with, dict) else {}
 

@@ -16,8 +16,7 @@ import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from ml_collections import ConfigDict
-
+from m2m_jax.configuration import Data
 from m2m_jax.core.errors import UserError, warn
 from m2m_jax.core.image_folder import SetFolder, list_sets
 from m2m_jax.core.images import check_header, read_bytes
@@ -53,10 +52,10 @@ class Files(Sequence):
 
 @SOURCES.register("folder")
 class FolderSource(DataSource):
-    """The folder of folders of images `config.path`."""
+    """A folder of folders of images, each of them a set."""
 
     @classmethod
-    def open(cls, config: ConfigDict, split: str) -> RecordSource:
+    def open(cls, config: Data, split: str) -> RecordSource:
         strict, follow_links = config.on_error == "stop", config.follow_links
         return load(config.path, split, config.images_per_set, strict=strict, follow_links=follow_links)
 
