@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.configuration import to_json
-from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.keys import Domain, Stream, domain_key, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge, split
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.frozen import FrozenParams
@@ -49,7 +49,7 @@ class Autoencoding:
 
     def init(self) -> Params:
         """Parameters at step 0."""
-        key = stream_key(self.config.seed, 0, Stream.PARAMS)
+        key = domain_key(Domain.INITIALIZE, self.config.seed)
         return jax.jit(lambda key: split(self._build(key))[1])(key)
 
     def draw(self, batch: dict, step: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ class Autoencoding:
         b, n, height, width, _ = batch["images_bnhwc"].shape
         factor, channels = self.autoencoder_config.downsampling, self.autoencoder_config.latent_channels
         shape = (b, n, height // factor, width // factor, channels)
-        return jax.random.normal(stream_key(self.config.seed, step, Stream.AUTOENCODER), shape)
+        return jax.random.normal(stream_key(Domain.TRAIN, self.config.seed, step, Stream.POSTERIOR), shape)
 
     def loss(self, params: Params, frozen: FrozenParams, batch: dict, noise: jax.Array) -> tuple[jax.Array, dict]:
         """Scalar loss and scalars for the log. The decoder sees samples of the posterior."""

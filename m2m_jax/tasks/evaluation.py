@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.errors import warn
-from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet
 from m2m_jax.tasks.objective import squared_error
@@ -63,8 +63,9 @@ def context_losses(
       loss_by_context_size/k: the first k images of its own set, k = 0 .. n - 1.
     """
     b, n, *image = latents_bnhwc.shape
-    key = stream_key(seed, batch_index, Stream.EVAL)
-    noise_key, timestep_key = jax.random.split(key)
+    noise_key, timestep_key = (
+        stream_key(Domain.EVALUATE, seed, batch_index, stream) for stream in (Stream.NOISE, Stream.TIMESTEP)
+    )
     timestep_b = stratified_timesteps(schedule, timestep_key, b)
     noise_bhwc = jax.random.normal(noise_key, (b, *image))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet, denoise_sets
 
@@ -64,12 +64,13 @@ def draw(schedule: NoiseSchedule, shape: tuple[int, ...], *, seed: int, step: ja
       config: `config.diffusion`.
     """
     b, n = shape[:2]
-    dropout_key = stream_key(seed, step, Stream.CONTEXT_DROPOUT)
+    noise_key, timestep_key, dropout_key = (
+        stream_key(Domain.TRAIN, seed, step, stream)
+        for stream in (Stream.NOISE, Stream.TIMESTEP, Stream.CONTEXT_DROPOUT)
+    )
     return SetDraws(
-        noise_bnhwc=jax.random.normal(stream_key(seed, step, Stream.NOISE), shape),
-        timestep_bn=jax.random.randint(
-            stream_key(seed, step, Stream.TIMESTEP), (b, n), 0, schedule.num_train_timesteps
-        ),
+        noise_bnhwc=jax.random.normal(noise_key, shape),
+        timestep_bn=jax.random.randint(timestep_key, (b, n), 0, schedule.num_train_timesteps),
         keep_context_b=jax.random.uniform(dropout_key, (b,)) >= config.context_dropout,
     )
 

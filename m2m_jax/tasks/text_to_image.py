@@ -17,7 +17,7 @@ from PIL import Image
 from m2m_jax.attention.backends import resolve
 from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.configuration import to_json
-from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.data.latents import require_autoencoder
 from m2m_jax.diffusion.schedule import NoiseSchedule
@@ -92,7 +92,10 @@ class TextToImageTask:
         with the same noise and timestep."""
         ids_bns = batch["token_ids_bns"]
         shape = (*ids_bns.shape[:2], *self._latent_shape)
-        noise_key, timestep_key = jax.random.split(stream_key(self.config.seed, batch_index, Stream.EVAL))
+        noise_key, timestep_key = (
+            stream_key(Domain.EVALUATE, self.config.seed, batch_index, stream)
+            for stream in (Stream.NOISE, Stream.TIMESTEP)
+        )
         timestep_bn = stratified_timesteps(self.schedule, timestep_key, math.prod(shape[:2])).reshape(shape[:2])
         noise_bnhwc = jax.random.normal(noise_key, shape)
         captions = {
