@@ -6,13 +6,16 @@ single fields (`--config.train.steps=100`). Fields that do not exist cannot be s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import nearest
+
+T = TypeVar("T")
 
 
 def default_config() -> ConfigDict:
@@ -38,6 +41,7 @@ def default_config() -> ConfigDict:
     config.data.prefetch = 2  # batches made ahead in the background
     config.data.threads = 2  # that read and decode
     config.data.log_examples = False  # whether each process writes which sets it saw when, WORKDIR/examples
+    config.data.follow_links = False  # read by folder: whether links to folders and files outside of path are followed
     config.data.on_error = "stop"  # a damaged record: stop | skip: another set in its place, always the same, counted
     config.data.caption_tag_dropout = 0.0  # read by task=text_to_image: of each of a caption's tags, which commas part
     # Augmentations are drawn once a set and shared by its images.
@@ -78,6 +82,9 @@ def default_config() -> ConfigDict:
     # TPUs | dense: the reference
     config.model.attention_backend = "auto"
     config.model.remat = "none"  # computed again in the backward pass: none | dots: all but matmuls | blocks: all
+    # Of products of float32 matrices, by every network: default: the device's (TF32 on GPUs, bfloat16 on TPUs) |
+    # highest: float32
+    config.model.precision = "default"
     config.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters are always float32
 
     # M2M-DINO: preceding images enter as tokens of this frozen encoder. With an empty path M2M-Self: as latents.
@@ -125,6 +132,8 @@ def default_config() -> ConfigDict:
     config.train.steps = 10_000
     config.train.log_every = 20
     config.train.accumulation = 1  # parts of a batch that are computed one after another, to save memory
+    # Of the gradients, as devices sum them: model: model.dtype | float32: twice the traffic of bfloat16
+    config.train.reduce_dtype = "model"
     # Where loss or gradient are not finite: stop | skip: leave out that step | rollback: to the last checkpoint, and on
     # with the batches after. No such step changes anything, whatever is chosen.
     config.train.on_nonfinite = "stop"
@@ -134,6 +143,7 @@ def default_config() -> ConfigDict:
     config.eval.every = 1_000  # steps between evaluations; the last step is evaluated in any case
     config.eval.batches = 4
     config.eval.batch_size = 16  # sets a batch, all hosts together; each is another's foreign context
+    config.eval.augment = True  # whether held-out sets are augmented, too
 
     config.sample = ConfigDict()  # of the sample grids, and the sampler's defaults
     config.sample.steps = 25  # denoising steps an image
@@ -179,6 +189,18 @@ def apply_preset(config: ConfigDict, preset: str, presets: Mapping[str, Mapping[
 def reads_latents(data: ConfigDict) -> bool:
     """Whether batches hold latents, for which no step runs the autoencoder. data: the `data` part of a config."""
     return data.name == "precomputed" or data.latents
+
+
+def build(cls: type[T], group: Any, **others: Any) -> T:
+    """Return a `cls`, a dataclass, whose fields are those of the same name in `group`, a part of a config.
+
+    Fields of one alone are left out: the dataclass has defaults for its own.
+
+    Args:
+      others: further fields, and values that stand before the group's.
+    """
+    fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(cls) if hasattr(group, field.name)}
+    return cls(**(fields | others))
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

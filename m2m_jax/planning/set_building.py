@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from m2m_jax.configuration import build
 from m2m_jax.core.chips import chip_of, gpus_of
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, merge
@@ -137,11 +138,13 @@ def _chips(topology: str) -> tuple[int, float]:
 def _unet_flops(config: ConfigDict, models: FrozenModels, latent_shape: tuple[int, int, int]) -> float:
     channels = latent_shape[-1]
     fields = {"attn2": "text", "remat": "none", "attention_backend": "prefix", "order_embedding": False}
-    unet_config = UNetConfig(
+    unet_config = build(
+        UNetConfig,
+        config.model,
         in_channels=channels,
         out_channels=channels,
         cross_attention_dim=TEXT_WIDTH,
-        **{**config.model, **fields},
+        **fields,
     )
     unet, shapes = unet_structure(unet_config)
 

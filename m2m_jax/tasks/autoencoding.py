@@ -10,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from m2m_jax.configuration import to_json
+from m2m_jax.configuration import build, to_json
 from m2m_jax.core.keys import Domain, Stream, domain_key, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge, split
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
@@ -28,14 +28,7 @@ class Autoencoding:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        c = config.autoencoder
-        self.autoencoder_config = AutoencoderConfig(
-            latent_channels=c.latent_channels,
-            block_out_channels=c.block_out_channels,
-            layers_per_block=c.layers_per_block,
-            norm_num_groups=c.norm_num_groups,
-            scaling_factor=1.0,
-        )
+        self.autoencoder_config = build(AutoencoderConfig, config.autoencoder, scaling_factor=1.0)
         self.graphdef, self.shapes = abstract(self._build)
         self.frozen: FrozenParams = {}
 

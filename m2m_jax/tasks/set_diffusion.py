@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.attention.backends import resolve
-from m2m_jax.configuration import to_json
+from m2m_jax.configuration import build, to_json
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.data.latents import require_autoencoder
@@ -50,11 +50,13 @@ class SetDiffusion:
         channels, encoder = self.models.autoencoder.latent_channels, self.models.image_encoder
         platform = platform or jax.default_backend()
         backend = resolve(config.model.attention_backend, platform, config.model.dtype)
-        self.unet_config = UNetConfig(
+        self.unet_config = build(
+            UNetConfig,
+            config.model,
             in_channels=channels,
             out_channels=channels,
             cross_attention_dim=encoder.hidden_size if encoder else None,
-            **{**config.model, "attention_backend": backend},
+            attention_backend=backend,
         )
         self.models.require_image_size(config.data.image_size, len(self.unet_config.block_out_channels))
         self.unet, self.shapes = abstract(self._build)
@@ -161,7 +163,7 @@ class SetDiffusion:
             models=self.models,
             frozen=self.frozen,
             schedule=self.schedule,
-            settings=SamplingSettings(**self.config.sample),
+            settings=build(SamplingSettings, self.config.sample),
             clean_timestep=self.config.diffusion.clean_timestep,
             image_size=self.config.data.image_size,
             step=step,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.checkpoints.saved_model import SavedModel
-from m2m_jax.configuration import to_json
+from m2m_jax.configuration import build, to_json
 from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.data.latents import require_autoencoder
@@ -45,15 +45,17 @@ class TextToImageTask:
         self.schedule = NoiseSchedule.from_config(config.schedule)
         channels = self.models.autoencoder.latent_channels
         backend = resolve(config.model.attention_backend, jax.default_backend(), config.model.dtype)
-        self.unet_config = UNetConfig(
+        self.unet_config = build(
+            UNetConfig,
+            config.model,
             in_channels=channels,
             out_channels=channels,
             cross_attention_dim=self.models.text_encoder.hidden_size,
-            **{**config.model, "attention_backend": backend},
+            attention_backend=backend,
         )
         self.unet, self.shapes = abstract(self._build)
         # Settings and a size that make no sample are refused now, and not at the first evaluation.
-        settings, size = SamplingSettings(**config.sample), config.data.image_size
+        settings, size = build(SamplingSettings, config.sample), config.data.image_size
         TextPrograms(self.unet_config, self.models, self.schedule, settings, size)
 
     needs_images = False  # where the data set holds latents
