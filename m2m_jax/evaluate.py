@@ -29,7 +29,7 @@ from m2m_jax.data.pipeline import batches, held_out_inputs, make_dataset, open_e
 from m2m_jax.models.frozen import AUTOENCODER
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.sampling.sampler import Sampler
-from m2m_jax.tasks.evaluation import as_text, context_losses, warn_of_one_set
+from m2m_jax.tasks.evaluation import as_text, context_errors, mean_and_error, warn_of_one_set
 from m2m_jax.training import sharding
 
 CONFIG = define_config_flag()
@@ -102,15 +102,15 @@ def require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:
 
 
 def losses(sampler: Sampler, dataset, config, mesh: Mesh) -> dict[str, list[float | None]]:
-    """{name: [mean, standard error of it]} over the batches; of one batch there is no error."""
+    """{name: [mean, standard error over the records that were evaluated, or None where that is one]}."""
     unet_config, models, schedule = sampler.static.unet_config, sampler.models, sampler.schedule
     graphdef = unet_structure(unet_config)[0]
 
-    @jax.jit
+    @jax.jit(out_shardings=sharding.replicated(mesh))
     def of_batch(unet_params, frozen, batch, batch_index):
         images_bnhwc = batch["images_bnhwc"]
         context = models.context(frozen, images_bnhwc[:, :-1])
-        return context_losses(
+        error = context_errors(
             merge(graphdef, unet_params),
             schedule,
             models.encode(frozen, images_bnhwc),
@@ -120,15 +120,16 @@ def losses(sampler: Sampler, dataset, config, mesh: Mesh) -> dict[str, list[floa
             batch_index=batch_index,
             clean_timestep=sampler.clean_timestep,
         )
+        return error, batch["record_index_b"]
 
     params = sharding.replicate((sampler.unet_params, sampler.frozen), mesh)
     stream = batches(dataset, 0, config.data.prefetch)
     found = []
     for i in range(BATCHES.value):
         batch = sharding.make_global_batch(mesh, held_out_inputs(next(stream)), config.eval.batch_size)
-        found.append(of_batch(*params, batch, np.uint32(i)))
-    values = {name: np.array([float(one[name]) for one in found]) for name in found[0]}
-    return {name: [x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else None] for name, x in values.items()}
+        found.append(jax.device_get(of_batch(*params, batch, np.uint32(i))))
+    error, record_k = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+    return {name: list(mean_and_error(error_k, record_k)) for name, error_k in error.items()}
 
 
 if __name__ == "__main__":

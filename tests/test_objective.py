@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from model_fixtures import quick_jit, random_params
 
@@ -13,7 +14,7 @@ from m2m_jax.configuration import default_config
 from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.tasks.evaluation import another, context_losses
+from m2m_jax.tasks.evaluation import another, context_errors, stratified_timesteps
 from m2m_jax.tasks.objective import draw, set_loss, squared_error
 
 CONFIG = UNetConfig(
@@ -87,7 +88,7 @@ def test_sets_without_context_teach_nothing_about_keys_and_values():
 
 @functools.cache
 def evaluate():
-    """`(latents, batch_index) -> context_losses`."""
+    """`(latents, batch_index) -> context_errors`."""
     graphdef, params = random_unet()
 
     @quick_jit
@@ -95,7 +96,7 @@ def evaluate():
         unet = merge(graphdef, params)
         config = default_config().diffusion
         context = latents[:, :-1]
-        return context_losses(
+        errors = context_errors(
             unet,
             SCHEDULE,
             latents,
@@ -105,11 +106,12 @@ def evaluate():
             batch_index=batch_index,
             clean_timestep=config.clean_timestep,
         )
+        return jax.tree.map(jnp.mean, errors)
 
     return functools.partial(run, params)
 
 
-def test_context_losses_are_named_and_hang_together():
+def test_context_errors_are_named_and_hang_together():
     losses = evaluate()(LATENTS, 0)
     by_size = [losses[f"loss_by_context_size/{k}"] for k in range(NUM_IMAGES)]
     assert losses.keys() == {
@@ -144,6 +146,14 @@ def test_a_row_after_one_of_its_own_set_is_under_the_context_of_the_nearest_othe
     # Where there is no other, under its own.
     alone = evaluate()(LATENTS, 0, np.array([7, 7, 7], np.int32))
     assert alone["loss_other_context"] == alone["loss_own_context"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_no_timestep_is_beyond_the_last(monkeypatch, count):
+    """The largest fraction that can be drawn rounds to 1 in the last of many strata."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, 1 - 2**-24, jnp.float32))
+    timestep_k = stratified_timesteps(SCHEDULE, jax.random.key(0), count)
+    assert timestep_k.max() == SCHEDULE.num_train_timesteps - 1
 
 
 def test_which_row_is_anothers():

@@ -1,4 +1,4 @@
-"""How M2M starts from a pretrained U-Net, and which of its parameters train."""
+"""How M2M starts from a pretrained U-Net, and what its parameters are called."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,14 +24,6 @@ def is_set_attention(name: str) -> bool:
 def is_attention(name: str) -> bool:
     """Parameters of a transformer block's attentions, with the norms before them."""
     return is_set_attention(name) or ".attn1." in name or (".norm1." in name and ".transformer_blocks." in name)
-
-
-# `config.train.parameters`: which parameters train, by name.
-TRAINED: dict[str, Callable[[str], bool]] = {
-    "all": lambda name: True,
-    "attention": is_attention,
-    "set_attention": is_set_attention,
-}
 
 
 def initial_params(

@@ -55,7 +55,7 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, workload: Work
     task, notes = make_task(config)
     setup = set_up(task, config, mesh)
     state_bytes, params = memory.state_bytes(setup.state), setup.state.params
-    trained = {name: x for name, x in params.items() if setup.trains(name)}
+    trained = setup.trained.of(params)
     trained_bytes = memory.bytes_per_device(trained)
     kept_of_one, kept_of_two = (kept_bytes(config, task, n) for n in (1, 2))
     kept_of_a_set = kept_of_two - kept_of_one

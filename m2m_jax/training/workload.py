@@ -19,7 +19,7 @@ from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
-from m2m_jax.models.initialization import TRAINED
+from m2m_jax.models.trained import PARAMETERS
 from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.tasks.text_to_image import TextToImageTask
@@ -123,9 +123,13 @@ def _loss_of_trained(
     task: Task, config: ConfigDict, params: dict, frozen: dict, batch: dict, step: jax.Array
 ) -> tuple[Callable[[dict], jax.Array], dict]:
     """The loss of a batch, as a function of the parameters that train, and these."""
-    trains, draws = TRAINED[config.train.parameters], task.draw(batch, step)
-    trained = {name: x for name, x in params.items() if trains(name)}
-    return lambda trained: task.loss(params | trained, frozen, batch, draws)[0], trained
+    trained, draws = PARAMETERS.choose(config.train.parameters), task.draw(batch, step)
+    params = trained.start(config.seed, params)
+
+    def loss(values: dict) -> jax.Array:
+        return task.loss(trained.effective(params, values), frozen, batch, draws)[0]
+
+    return loss, trained.of(params)
 
 
 def kept_bytes(config: ConfigDict, task: Task, sets: int) -> int:
