@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import reads_latents, to_json
 from m2m_jax.core import disk, runtime
@@ -133,4 +133,4 @@ def losses(sampler: Sampler, dataset, config, mesh: Mesh) -> dict[str, list[floa
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

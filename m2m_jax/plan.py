@@ -27,7 +27,7 @@ from pathlib import Path
 
 from absl import flags
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.core import disk
 from m2m_jax.core.chips import gpus_of
@@ -118,4 +118,4 @@ def _print_progress(overrides: str, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

@@ -45,7 +45,7 @@ def main(argv):
         print(f"scaling factor {factor:.5f}")
     else:
         save_unet(output, config_from(UNetConfig, saved.metadata["unet"], {}), saved.ema_params, dtype)
-        schedule = NoiseSchedule.from_config(config.schedule).to_config()
+        schedule = NoiseSchedule.from_config(vars(config.schedule)).to_config()
         (output / SCHEDULER).write_text(json.dumps(schedule, indent=2) + "\n")
     print(f"{output}: {count(saved.ema_params):,} parameters of step {saved.step} as {dtype}")
 

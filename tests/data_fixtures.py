@@ -12,9 +12,9 @@ import os
 import pathlib
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
+from m2m_jax.configuration import Data
 from m2m_jax.data import prepare
 
 IMAGE_SIZE = 32
@@ -33,30 +33,9 @@ def build_emoji(tmp_path_factory) -> str:
     return str(directory)
 
 
-def data_config(**changes) -> ConfigDict:
+def data_config(**changes) -> Data:
     """The `data` part of a configuration: all augmentations on, fields replaced by `changes`."""
-    config = ConfigDict(
-        {
-            "name": "emoji",
-            "path": "",
-            "latents": False,
-            "directory": "data",
-            "image_size": IMAGE_SIZE,
-            "images_per_set": 4,
-            "kinds": ("style", "content"),
-            "caption_tag_dropout": 0.0,
-            "on_error": "stop",
-            "augment": {
-                "enabled": True,
-                "hue_degrees": 180.0,
-                "ground_probability": 0.5,
-                "ink_probability": 0.5,
-                "contrast": 0.2,
-                "scale": 0.15,
-                "mirror_probability": 0.5,
-            },
-        }
-    )
+    config = Data(image_size=IMAGE_SIZE)
     config.update(changes)
     return config
 

@@ -8,10 +8,8 @@ import functools
 import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from absl import flags
@@ -27,8 +25,9 @@ from safetensors.numpy import load_file
 from m2m_jax import config_flag
 from m2m_jax.building.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.checkpoints.saved_model import SavedModel
-from m2m_jax.config_rules import CHOICES, validate
-from m2m_jax.configuration import default_config, flatten, from_json, to_json
+from m2m_jax.config_fields import fields_of, flatten, groups_in
+from m2m_jax.config_rules import validate
+from m2m_jax.configuration import default_config, from_json, to_json
 from m2m_jax.core import program
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import check_header, read_image, write_png
@@ -290,7 +289,7 @@ def _small_sampler(folder: pathlib.Path) -> Sampler:
         unet_params=split(UNet(SMALL_UNET, rngs=nnx.Rngs(0)))[1],
         models=models,
         frozen={"autoencoder": diffusers_folder.load_params(vae)},
-        schedule=NoiseSchedule.from_config(default_config().schedule),
+        schedule=NoiseSchedule.from_config(vars(default_config().schedule)),
         settings=SamplingSettings(steps=1, cache_size=2),
         clean_timestep=0,
         image_size=8,
@@ -418,7 +417,8 @@ _STRANGE = (
     *("__import__('os')", "1_000", "-", "--", "=", "1+1j"),
 )
 _WORDS = st.sampled_from([*_STRANGE, "", "1" * 5000, "9" * 30, "1 if True else 2", "a\nb", "\0"])
-_CHOICES = sorted({word for words in CHOICES.values() for word in words})
+_FIELDS = [one for group in groups_in(default_config()) for one in fields_of(type(group)).values()]
+_CHOICES = sorted({word for one in _FIELDS for word in one.about.words})
 _PLAUSIBLE = st.integers(0, 64).map(str) | st.floats(0, 1).map(str) | st.sampled_from(_CHOICES)
 _TUPLES = st.lists(_WORDS | st.integers(0, 64).map(str), max_size=3).map(lambda items: f"({','.join(items)})")
 _TEXT = _PLAUSIBLE | _WORDS | _TUPLES | st.text(max_size=30) | st.integers().map(str) | st.floats().map(str)
@@ -439,8 +439,7 @@ def _parse(config_file, folder: pathlib.Path, arguments):
     argv += [f"{dashes}config.{name}" + ("" if text is None else f"={text}") for dashes, name, text in arguments]
     values = flags.FlagValues()
     holder = config_flag.define_config_flag(values)
-    with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
-        program.read_flags(argv, config_flag.check_arguments, values)
+    program.read_flags(argv, holder.take, values)
     validate(holder.value)
     validate(from_json(json.loads(json.dumps(to_json(holder.value)))))
 

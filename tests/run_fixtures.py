@@ -22,8 +22,9 @@ import jax
 from absl import flags
 from data_fixtures import build_emoji
 from flax import nnx
-from ml_collections import ConfigDict
 
+from m2m_jax import config_flag
+from m2m_jax.configuration import Config
 from m2m_jax.core.parameters import split
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.diffusers_folder import save_autoencoder
@@ -73,10 +74,9 @@ def run(module: str, *arguments: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def load_config(name: str) -> ConfigDict:
+def load_config(name: str) -> Config:
     """The config that `config_argument` of that name says: "emoji" or, with a preset, "emoji:tiny"."""
-    file, _, preset = name.partition(":")
-    return runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"](*[preset] * bool(preset))
+    return config_flag.load_config(config_argument(name).partition("=")[2])
 
 
 def free_address() -> str:

@@ -237,9 +237,7 @@ def test_gradients_are_summed_in_float32_where_that_is_asked_for(accumulation):
     shapes = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
     placed = sharding.state_shardings(shapes, mesh)
     state = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=placed)(params)
-    step = make_train_step(
-        Product, optimizer, placed, mesh, 0.9, accumulation=accumulation, reduce_dtype="float32"
-    )
+    step = make_train_step(Product, optimizer, placed, mesh, 0.9, accumulation=accumulation, reduce_dtype="float32")
     text = step.lower(state, {}, batch).as_text()
     sums = re.findall(r'"stablehlo\.(reduce_scatter|all_reduce)".*?\}\) : \(tensor<([^>]*)>', text, re.DOTALL)
     assert sums and all(of.endswith("f32") for _, of in sums), sums

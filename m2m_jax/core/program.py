@@ -19,13 +19,13 @@ GOODBYE = 10  # seconds that a process which failed waits for the others of its 
 
 def run_program(
     main: Callable[[Sequence[str]], object],
-    check_arguments: Callable[[Sequence[str]], None] | None = None,
+    take: Callable[[Sequence[str]], list[str]] | None = None,
     arguments: int = 0,
 ) -> None:
     """Runs `main(argv)` with parsed absl flags; bad input ends in one line on stderr and exit code 2.
 
     `arguments`: so many may stand beside the flags; `argv[1:]` are those.
-    `check_arguments(argv)` may refuse the raw command line with a UserError before absl reads it.
+    `take(argv)` gives back what of the command line is left for absl, and may refuse it with a UserError.
     Every other exception keeps its traceback: it is a fault of ours, and the traceback is the report.
     Of the processes of a launch one that fails ends likewise, by itself.
     """
@@ -42,7 +42,7 @@ def run_program(
             raise
 
     def parse_flags(argv: Sequence[str]) -> list[str]:
-        rest = _parse_flags(argv, check_arguments)
+        rest = _parse_flags(argv, take)
         if len(rest) > 1 + arguments:
             refuse(UserError(f"unexpected argument {rest[1 + arguments]!r}: every option starts with --"))
         return rest
@@ -73,9 +73,9 @@ def _say_goodbye() -> None:
         sys.modules["jax"].distributed.shutdown()
 
 
-def _parse_flags(argv: Sequence[str], check_arguments: Callable[[Sequence[str]], None] | None) -> list[str]:
+def _parse_flags(argv: Sequence[str], take: Callable[[Sequence[str]], list[str]] | None) -> list[str]:
     try:
-        rest = read_flags(argv, check_arguments)
+        rest = read_flags(argv, take)
     except UserError as error:
         refuse(error)
     # Below absl's default, or Orbax reports every file it touches between our own lines.
@@ -86,13 +86,12 @@ def _parse_flags(argv: Sequence[str], check_arguments: Callable[[Sequence[str]],
 
 def read_flags(
     argv: Sequence[str],
-    check_arguments: Callable[[Sequence[str]], None] | None,
+    take: Callable[[Sequence[str]], list[str]] | None,
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> list[str]:
     """Sets the flags and returns the program's name and what stands beside the flags. Raises UserError."""
-    # Who asks for help has nothing to be checked.
-    if check_arguments and not any(a.lstrip("-").startswith("help") for a in argv[1:]):
-        check_arguments(argv)
+    if take:
+        argv = take(argv)
     try:
         return flag_values(argv)
     except flags.Error as error:

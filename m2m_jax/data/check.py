@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.config_rules import validate
+from m2m_jax.configuration import Data
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import write_png
 from m2m_jax.core.program import run_program
@@ -31,7 +31,7 @@ from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.pipeline import RecordSource, open_emoji
 from m2m_jax.view.contact_sheet import Group, Row, contact_sheet
 
-CONFIG = define_config_flag()
+CONFIG = define_config_flag(required=False)
 OUTPUT = flags.DEFINE_string("output", "data_check.png", "The sheet of thumbnails; empty: none.")
 SHEET_SETS = flags.DEFINE_integer("sheet_sets", 24, "Sets on the sheet.")
 THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "That read and decode.")
@@ -82,7 +82,7 @@ def find_sources(path: str) -> list[RecordSource]:
     return [folder.load(path, None, strict=False)]
 
 
-def configured_sources(data: ConfigDict) -> list[RecordSource]:
+def configured_sources(data: Data) -> list[RecordSource]:
     """Every split of the data set that a config names."""
     return _emoji(data.directory, data.image_size) if data.name == "emoji" else find_sources(data.path)
 
@@ -136,10 +136,5 @@ def _print_progress(done: int, total: int) -> None:
         print(f"read {done} of {total} sets", file=sys.stderr, flush=True)
 
 
-def _check_arguments(argv: Sequence[str]) -> None:
-    if any(argument.lstrip("-").split("=")[0].startswith("config") for argument in argv[1:] if argument[:1] == "-"):
-        check_arguments(argv)
-
-
 if __name__ == "__main__":
-    run_program(main, _check_arguments, arguments=1)
+    run_program(main, CONFIG.take, arguments=1)

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square, on_white, read_image, write_png
@@ -96,4 +96,4 @@ def shapes(images_nhwc: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

@@ -28,11 +28,10 @@ import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import reads_latents
+from m2m_jax.configuration import Config, Data, reads_latents
 from m2m_jax.core import runtime, work_sharing
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square, on_white
@@ -110,7 +109,7 @@ def main(argv):
     return 0
 
 
-def check_flags(config: ConfigDict, output: Path) -> None:
+def check_flags(config: Config, output: Path) -> None:
     """Refuses flags that cannot be meant, before anything is opened."""
     if reads_latents(config.data):
         raise UserError(
@@ -146,7 +145,7 @@ def make_encode(models: FrozenModels, params: FrozenParams, batch_size: int) -> 
 
 
 def encoded_records(
-    source: RecordSource, indices: range, data: ConfigDict, encode: Encode
+    source: RecordSource, indices: range, data: Data, encode: Encode
 ) -> Iterator[records.ImageSetRecord]:
     """The records of one shard, with latents. Batches end with the shard: its bytes do not depend on other shards."""
 
@@ -188,4 +187,4 @@ def encode_images(images: Iterable[np.ndarray], encode: Encode) -> Iterator[np.n
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

@@ -8,7 +8,7 @@ images a set with --config.data.images_per_set.
 
 from absl import flags
 
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import reads_latents
 from m2m_jax.core.errors import UserError
@@ -37,4 +37,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from flax import nnx
 
+from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.models import diffusers_folder, text_encoders, transformers_folder
@@ -20,9 +21,6 @@ from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config, preprocess
 from m2m_jax.models.folder import config_from, require_same
 from m2m_jax.models.text_encoders import TextEncoderConfig
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict  # sampling does without
 
 # The keys of their parameters: {AUTOENCODER: {name: array}, IMAGE_ENCODER: ...}.
 AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER = "autoencoder", "image_encoder", "text_encoder"
@@ -45,7 +43,7 @@ class FrozenModels:
     text_encoder: TextEncoderConfig | None = None
 
     @classmethod
-    def load(cls, config: ConfigDict) -> tuple[FrozenModels, FrozenParams]:
+    def load(cls, config: Config) -> tuple[FrozenModels, FrozenParams]:
         """Those of a run, from the folders that `autoencoder`, `image_encoder` and `text_encoder` in `config` name.
 
         Raises:
@@ -71,7 +69,7 @@ class FrozenModels:
         if config.text_encoder.path:
             encoder, params[TEXT_ENCODER] = text_encoders.load_text_encoder(config.text_encoder.path)
             models = dataclasses.replace(models, text_encoder=encoder)
-        models.require_params(params, {name: config[name].path for name in params})
+        models.require_params(params, {name: getattr(config, name).path for name in params})
         return models, params
 
     @classmethod

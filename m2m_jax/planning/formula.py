@@ -1,20 +1,21 @@
 """Plans a training step on GPUs by formula: XLA compiles for CUDA only where there is a GPU.
 
 What a step keeps for its backward pass is counted exactly, before XLA optimises anything: fusions keep less of it, and
-convolutions take room for themselves. FLOPs are those of the model, and of what `model.remat` computes again.
+convolutions take room for themselves. FLOPs are counted in the program, with what `model.remat` computes again.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
+from m2m_jax.configuration import Config
 from m2m_jax.core.chips import Chip
 from m2m_jax.core.errors import UserError
 from m2m_jax.planning import memory
@@ -32,7 +33,7 @@ NOTE = (
 )
 
 
-def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, workload: Workload) -> Plan:
+def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload) -> Plan:
     """A plan like that of `compile.make_plan`, with `NOTE` among its notes.
 
     Args:
@@ -41,7 +42,7 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, workload: Work
     Raises:
       UserError: the config splits tensors or rows; or does not go with so many devices.
     """
-    config = ConfigDict(config.to_dict())
+    config = copy.deepcopy(config)
     mesh = sharding.abstract_mesh(config.mesh, devices)
     if mesh.shape["tensor"] * mesh.shape["context"] > 1:
         raise UserError("GPUs are planned by formula, which knows config.mesh.data, .fsdp and .slice alone")
@@ -60,25 +61,28 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, workload: Work
     kept_of_one, kept_of_two = (kept_bytes(config, task, n) for n in (1, 2))
     kept_of_a_set = kept_of_two - kept_of_one
     kept = kept_of_one + (sets // parts - 1) * kept_of_a_set
+    # Gathered kernels all live from forward to backward; where layers cast them, the casts are among what is kept.
+    separate = config.train.reduce_dtype == "float32" and task.compute_dtype != "float32"
+    float32 = separate or task.compute_dtype == "float32"
+    split = {name: x for name, x in params.items() if "fsdp" in sharding.parameter_spec(name, x.shape, mesh)}
+    gathered = _bytes(split) if float32 else 0
     frozen_bytes, batch = _bytes(task.frozen), _bytes(batch_shapes(config, task, sets))
     beside = _bytes(not_read(config, task.frozen))
     needs = Memory(
         **state_bytes,
         frozen=frozen_bytes,
         batch=batch,
-        peak=sum(state_bytes.values()) + trained_bytes + kept + batch + frozen_bytes - beside,
+        peak=sum(state_bytes.values()) + trained_bytes + gathered + kept + batch + frozen_bytes - beside,
         beside=beside,
         limit=chip.hbm,
     )
 
-    # Forward, and twice that backward; remat computes blocks or what is no product again.
-    again = {"none": 1.0, "dots": 1.0, "blocks": 4 / 3}[config.model.remat]
-    flops = workload.model_flops * sets * again
+    flops = workload.model_flops * workload.again * sets
     hbm_bytes = 2 * sum(state_bytes.values()) + 2 * trained_bytes + 2 * parts * kept
-    per_scalar = (
-        jnp.dtype(task.compute_dtype).itemsize / 4
-    )  # kernels are gathered, and gradients summed, as layers compute
-    collectives = _collectives(mesh, _bytes(params) * per_scalar, _bytes(trained) * per_scalar, parts)
+    # Kernels are gathered, and gradients summed, as layers compute; those that devices sum themselves once a step.
+    per_scalar = 1 if float32 else jnp.dtype(task.compute_dtype).itemsize / 4
+    sums = 1 if separate else parts
+    collectives = _collectives(mesh, _bytes(params) * per_scalar, _bytes(trained) * per_scalar, sums)
     times = roofline(
         chip, flops, hbm_bytes, sum(c.ici_bytes for c in collectives), sum(c.dcn_bytes for c in collectives)
     )
@@ -103,8 +107,13 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _collectives(mesh: AbstractMesh, kernels: float, gradients: float, parts: int) -> list[Collective]:
-    """Bytes of gradients, summed over all devices, and of kernels, gathered once where fsdp shares them."""
+def _collectives(mesh: AbstractMesh, kernels: float, gradients: float, sums: int) -> list[Collective]:
+    """Return what devices send for gradients, summed over all, and for kernels, gathered once where fsdp shares them.
+
+    Args:
+      kernels, gradients: bytes.
+      sums: how often a step sums gradients: once for each part of a batch.
+    """
     slices, data, fsdp = tuple(mesh.shape.values())[:3]
     share = gradients / fsdp
     found = []
@@ -114,7 +123,7 @@ def _collectives(mesh: AbstractMesh, kernels: float, gradients: float, parts: in
             found.append(Collective(kind, between, slices, count, ici_bytes, dcn_bytes))
 
     add("all-gather", fsdp, 1, wire_bytes("all-gather", kernels, fsdp))
-    add("reduce-scatter", fsdp, parts, parts * wire_bytes("reduce-scatter", share, fsdp))
-    add("all-reduce", data, 1, wire_bytes("all-reduce", share, data))
-    add("all-reduce", slices, 1, 0.0, wire_bytes("all-reduce", share / data, slices), slices)
+    add("reduce-scatter", fsdp, sums, sums * wire_bytes("reduce-scatter", share, fsdp))
+    add("all-reduce", data, sums, sums * wire_bytes("all-reduce", share, data))
+    add("all-reduce", slices, sums, 0.0, sums * wire_bytes("all-reduce", share / data, slices), slices)
     return found

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
-from m2m_jax.configuration import build, to_json
+from m2m_jax.configuration import Config, build, to_json
 from m2m_jax.core.parameters import Params, abstract
 from m2m_jax.data.latents import require_autoencoder
 from m2m_jax.diffusion.schedule import NoiseSchedule
@@ -39,7 +38,7 @@ class LatentDiffusion:
     tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None  # captions are not read
     needs_images = False  # where the data set holds latents
 
-    def __init__(self, config: ConfigDict, platform: str | None = None, models: FrozenModels | None = None):
+    def __init__(self, config: Config, platform: str | None = None, models: FrozenModels | None = None):
         """Read the frozen models that `config` names.
 
         Args:
@@ -55,7 +54,7 @@ class LatentDiffusion:
             require_autoencoder(config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER])
         else:
             self.models, self.frozen = models, models.shapes
-        self.schedule = NoiseSchedule.from_config(config.schedule)
+        self.schedule = NoiseSchedule.from_config(vars(config.schedule))
         channels, encoder = self.models.autoencoder.latent_channels, self._encoder
         backend = resolve(config.model.attention_backend, platform or jax.default_backend(), config.model.dtype)
         self.unet_config = build(
@@ -68,6 +67,13 @@ class LatentDiffusion:
         )
         self.models.require_image_size(config.data.image_size, len(self.unet_config.block_out_channels))
         self.unet, self.shapes = abstract(self._build)
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """Raise UserError where the config makes no network or schedule, without reading a folder."""
+        tokens = {"cross_attention_dim": 1} if config.text_encoder.path or config.image_encoder.path else {}
+        build(UNetConfig, config.model, attention_backend="prefix", **tokens)
+        NoiseSchedule.from_config(vars(config.schedule))
 
     @property
     def _encoder(self) -> Any:

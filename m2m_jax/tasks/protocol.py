@@ -1,7 +1,7 @@
 """What a task is: what its config makes of it for the training step, for evaluations, and for their previews.
 
-A task is a class, made of a config, which registers in `tasks/registry.py: TASKS` under the word that `config.task` says. Most are a kind of
-`tasks/latent_diffusion.py: LatentDiffusion` and say little more than what the network is told.
+A task is a class, made of a config, which registers in `tasks/registry.py: TASKS` under the word that `config.task`
+says. Most are a kind of `tasks/latent_diffusion.py: LatentDiffusion` and say little more than what the network is told.
 
 Example, a task whose loss pulls a pretrained network to zero:
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
-from m2m_jax.configuration import build
+from m2m_jax.configuration import Config, build
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, merge
 from m2m_jax.models.frozen import FrozenModels, FrozenParams
@@ -34,11 +33,25 @@ class SetDiffusion(LatentDiffusion):
         loss, metrics = task.loss(task.init(), task.frozen, batch, task.draw(batch, step))
     """
 
-    def __init__(self, config: ConfigDict, platform: str | None = None, models: FrozenModels | None = None):
+    def __init__(self, config: Config, platform: str | None = None, models: FrozenModels | None = None):
         super().__init__(config, platform, models)
-        if config.data.images_per_set > 1 and config.model.attn2 == "none":
-            raise UserError("model.attn2='none' sees one image at a time: set data.images_per_set=1")
         self.sampler({}, step=0)  # its settings are refused now and not at the first evaluation
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """Raise UserError where the config does not go with this task."""
+        model = config.model
+        if model.attn2 == "text":
+            raise UserError("config.model.attn2 is text; that is for task=text_to_image")
+        if config.text_encoder.path:
+            raise UserError("config.text_encoder.path is set; only task=text_to_image has a text encoder")
+        if model.attn2 == "none" and config.data.images_per_set > 1:
+            raise UserError("config.model.attn2=none sees one image at a time: set --config.data.images_per_set=1")
+        if model.attn2 == "none" and config.image_encoder.path:
+            raise UserError("config.image_encoder.path is set; model.attn2=none attends to no image")
+        if model.attn2 == "none" and config.train.parameters != "all":
+            raise UserError(f"config.train.parameters is {config.train.parameters}; with model.attn2=none all train")
+        super().check_config(config)
 
     @property
     def needs_images(self) -> bool:
@@ -98,7 +111,10 @@ class SetDiffusion(LatentDiffusion):
 
     @staticmethod
     def sheet(samples: Samples) -> Image.Image:
-        """Return a picture with a row for each set: its context, and what was generated from it. Of single images, a grid."""
+        """Return a picture with a row for each set: its context, and what was generated from it.
+
+        Of single images, which have no context, a grid.
+        """
         generated_bnhwc, context_bmhwc = samples["generated_bnhwc"], samples.get("context_bmhwc")
         if context_bmhwc is None:
             return side_by_side(generated(generated_bnhwc[:, 0]))

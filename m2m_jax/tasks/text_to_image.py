@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.checkpoints.saved_model import SavedModel
-from m2m_jax.configuration import build
+from m2m_jax.configuration import Config, build
+from m2m_jax.core.errors import UserError
 from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params, merge
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
@@ -37,13 +37,24 @@ class TextToImageTask(LatentDiffusion):
         loss, metrics = task.loss(task.init(), task.frozen, batch, task.draw(batch, step))
     """
 
-    def __init__(self, config: ConfigDict, platform: str | None = None, models: FrozenModels | None = None):
+    def __init__(self, config: Config, platform: str | None = None, models: FrozenModels | None = None):
         super().__init__(config, platform, models)
         self.tokenizer = load_tokenizer(config.text_encoder.path, config.text_encoder.max_tokens)
         self.empty_ids_1s = self.tokenizer([""])
         # Settings and a size that make no sample are refused now, and not at the first evaluation.
         settings, size = build(SamplingSettings, config.sample), config.data.image_size
         TextPrograms(self.unet_config, self.models, self.schedule, settings, size)
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """Raise UserError where the config does not go with this task."""
+        if config.model.attn2 != "text":
+            raise UserError(f"config.model.attn2 is {config.model.attn2}; task=text_to_image needs model.attn2=text")
+        if not config.text_encoder.path:
+            raise UserError("config.text_encoder.path is empty; task=text_to_image needs a text encoder")
+        if config.image_encoder.path:
+            raise UserError("config.image_encoder.path is set; task=text_to_image attends to no image")
+        super().check_config(config)
 
     def errors(self, params: Params, frozen: FrozenParams, batch: dict, draws: SetDraws) -> jax.Array:
         """Return the squared error of the prediction for each image, [b, n].

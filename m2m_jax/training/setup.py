@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 from jax.sharding import Mesh
 
+from m2m_jax.configuration import Config
 from m2m_jax.core.parameters import Params
 from m2m_jax.models.trained import PARAMETERS, Trained
 from m2m_jax.tasks.protocol import Objective
@@ -19,7 +20,6 @@ from m2m_jax.training.step import Step, make_train_step
 
 if TYPE_CHECKING:
     import optax
-    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Setup:
     trained: Trained
 
 
-def set_up(task: Objective, config: ConfigDict, mesh: Mesh) -> Setup:
+def set_up(task: Objective, config: Config, mesh: Mesh) -> Setup:
     """Return what training `task` on `mesh` consists of. Computes nothing, and asks no device for anything."""
     optimizer, learning_rate = make_optimizer(config.optimizer, config.train.steps)
     trained = PARAMETERS.choose(config.train.parameters)

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from m2m_jax import configuration
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
 from m2m_jax.training.state import TrainState
@@ -49,7 +49,7 @@ MESH_AXIS = {"in": "fsdp", "out": "fsdp", "split": "tensor"}
 ARRAY_AXES: dict[str, tuple[str, ...]] = {"b": BATCH_AXES, "n": (), "h": ("context",), "w": (), "c": (), "s": ()}
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: configuration.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`, over all devices of all hosts or over `devices`.
 
     Raises UserError where the axes do not multiply to the number of devices, or `slice` is not how TPUs are connected.
@@ -71,9 +71,9 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_sizes(config: ConfigDict, num_devices: int) -> tuple[int, ...]:
+def mesh_sizes(config: configuration.Mesh, num_devices: int) -> tuple[int, ...]:
     """The devices along each of `AXES`. Raises UserError where they do not multiply to `num_devices`."""
-    sizes = [config[axis] for axis in AXES]
+    sizes = [getattr(config, axis) for axis in AXES]
     named = [(axis, size) for axis, size in zip(AXES, sizes, strict=True) if size != 1 or axis in ("data", "fsdp")]
     asked = ", ".join(f"config.mesh.{axis}={size}" for axis, size in named)
     if sizes.count(-1) > 1:
@@ -84,7 +84,7 @@ def mesh_sizes(config: ConfigDict, num_devices: int) -> tuple[int, ...]:
     return tuple(num_devices // fixed if size == -1 else size for size in sizes)
 
 
-def abstract_mesh(config: ConfigDict, num_devices: int) -> AbstractMesh:
+def abstract_mesh(config: configuration.Mesh, num_devices: int) -> AbstractMesh:
     """`make_mesh` without devices, which shapes and shares of them do not need. Raises UserError as `mesh_sizes`."""
     return AbstractMesh(mesh_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

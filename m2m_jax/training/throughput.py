@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 
 import jax
-from ml_collections import ConfigDict
 
+from m2m_jax.configuration import Config
 from m2m_jax.core import chips
 from m2m_jax.core.errors import warn
 from m2m_jax.training.workload import count_model_flops
@@ -23,8 +23,9 @@ class Throughput:
     asks for, that time is saved.
     """
 
-    def __init__(self, config: ConfigDict):
-        self._config = config
+    def __init__(self, config: Config, compute_dtype: str):
+        """Begin to time. compute_dtype: what layers compute in."""
+        self._config, self._compute_dtype = config, compute_dtype
         self._flops: concurrent.futures.Future | None = None
         if jax.default_backend() != "cpu":
             counting = concurrent.futures.ThreadPoolExecutor(1, "flops")
@@ -68,7 +69,9 @@ class Throughput:
             rate = self._flops.result() * sets_per_second / jax.device_count()
             metrics["model_flops_per_second"] = rate  # of a device
             if self._peak:
-                metrics["mfu"] = rate / self._peak
+                # The peak is that of bfloat16: no utilisation, where float32 is computed.
+                name = "mfu" if self._compute_dtype == "bfloat16" else "share_of_bfloat16_peak"
+                metrics[name] = rate / self._peak
         memory = jax.local_devices()[0].memory_stats()
         if memory:  # a CPU has none
             metrics["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
@@ -76,7 +79,7 @@ class Throughput:
         return metrics
 
 
-def _model_flops(config: ConfigDict) -> float | None:
+def _model_flops(config: Config) -> float | None:
     """None where they cannot be counted: a number in a log is not worth the run."""
     try:
         return count_model_flops(config)

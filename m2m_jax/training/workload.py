@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable
@@ -10,23 +11,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
-from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
-from m2m_jax.config_rules import CHOICES
-from m2m_jax.configuration import reads_latents
+from m2m_jax.configuration import Config, reads_latents
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.trained import PARAMETERS
-from m2m_jax.tasks.autoencoding import Autoencoding
-from m2m_jax.tasks.set_diffusion import SetDiffusion
-from m2m_jax.tasks.text_to_image import TextToImageTask
+from m2m_jax.models.unet import REMAT
+from m2m_jax.tasks.latent_diffusion import LatentDiffusion
+from m2m_jax.tasks.protocol import Task
+from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.attention_flops import AttentionFlops, attention_flops
 from m2m_jax.training.sharding import abstract_mesh
 
-Task = SetDiffusion | Autoencoding | TextToImageTask
 NOT_READ = "(not read)"
 PLATFORM = "tpu"
 
@@ -41,27 +40,29 @@ class Workload:
         it is trained, so that plans can be compared by them.
       attention: of the products of attention, by the config's backend and mesh.
       backend: that one; empty where there is no U-Net.
+      again: how many times `model_flops` a step computes, with what `model.remat` computes a second time; counted for
+        GPUs alone, as a compiled program says it itself.
     """
 
     model_flops: float
     attention: AttentionFlops
     backend: str = ""
+    again: float = 1.0
 
 
-def make_task(config: ConfigDict) -> tuple[Task, list[str]]:
+def make_task(config: Config) -> tuple[Task, list[str]]:
     """The task of a run, with shapes for parameters; and what had to be assumed of folders that are not there.
 
     Raises UserError for text-to-image where its folders are not there, as a run does.
     """
-    if config.task == "autoencoder":
-        return Autoencoding(config), []
-    if config.task == "text_to_image":
-        return TextToImageTask(config), []
+    task = TASKS.choose(config.task)
+    if not issubclass(task, LatentDiffusion) or config.text_encoder.path:
+        return task(config), []
     models, notes = frozen_models(config)
-    return SetDiffusion(config, platform=PLATFORM, models=models), notes
+    return task(config, platform=PLATFORM, models=models), notes
 
 
-def frozen_models(config: ConfigDict) -> tuple[FrozenModels, list[str]]:
+def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
     """What the config's folders hold, by their config.json or, where there is none, by what is published."""
     notes = []
     folder = config.autoencoder.path
@@ -83,7 +84,7 @@ def frozen_models(config: ConfigDict) -> tuple[FrozenModels, list[str]]:
     return FrozenModels(autoencoder, encoder, config.image_encoder.image_size), notes
 
 
-def batch_shapes(config: ConfigDict, task: Task, batch_size: int) -> dict:
+def batch_shapes(config: Config, task: Task, batch_size: int) -> dict:
     """A batch as it reaches the devices; see `data.pipeline.make_dataset` and `inputs`."""
     sets, size = (batch_size, config.data.images_per_set), config.data.image_size
     shapes = {}
@@ -96,19 +97,23 @@ def batch_shapes(config: ConfigDict, task: Task, batch_size: int) -> dict:
     return shapes
 
 
-def not_read(config: ConfigDict, frozen: FrozenParams) -> FrozenParams:
+def not_read(config: Config, frozen: FrozenParams) -> FrozenParams:
     """The frozen models that a step does not run and an evaluation's preview does: of latents, the autoencoder."""
     return {AUTOENCODER: frozen[AUTOENCODER]} if reads_latents(config.data) else {}
 
 
-def count_model_flops(config: ConfigDict) -> float:
-    """`Workload.model_flops`. Traces the whole model: half a minute at the size of Stable Diffusion."""
+def count_model_flops(config: Config, remat: str = "none") -> float:
+    """Return `Workload.model_flops`. Traces the whole model: half a minute at the size of Stable Diffusion.
+
+    Args:
+      remat: a value of config.model.remat: what it computes a second time counts, too.
+    """
     # An accelerator's client counts nothing; the CPU's is asked, whatever the model runs on.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return _lowered_gradient(_plain_task(config), config).cost_analysis()["flops"]
+        return _lowered_gradient(_plain_task(config, remat), config).cost_analysis()["flops"]
 
 
-def _lowered_gradient(task: Task, config: ConfigDict) -> jax.stages.Lowered:
+def _lowered_gradient(task: Task, config: Config) -> jax.stages.Lowered:
     """The gradient of the loss of one set."""
 
     def gradient(params: dict, frozen: dict, batch: dict, step: jax.Array) -> dict:
@@ -120,7 +125,7 @@ def _lowered_gradient(task: Task, config: ConfigDict) -> jax.stages.Lowered:
 
 
 def _loss_of_trained(
-    task: Task, config: ConfigDict, params: dict, frozen: dict, batch: dict, step: jax.Array
+    task: Task, config: Config, params: dict, frozen: dict, batch: dict, step: jax.Array
 ) -> tuple[Callable[[dict], jax.Array], dict]:
     """The loss of a batch, as a function of the parameters that train, and these."""
     trained, draws = PARAMETERS.choose(config.train.parameters), task.draw(batch, step)
@@ -132,7 +137,7 @@ def _loss_of_trained(
     return loss, trained.of(params)
 
 
-def kept_bytes(config: ConfigDict, task: Task, sets: int) -> int:
+def kept_bytes(config: Config, task: Task, sets: int) -> int:
     """What the loss of so many sets keeps for its gradient, beside its inputs; before XLA fuses anything."""
 
     def kept(params, frozen, batch, step):
@@ -145,18 +150,18 @@ def kept_bytes(config: ConfigDict, task: Task, sets: int) -> int:
     return sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
 
 
-def kept_by_remat(config: ConfigDict) -> dict[str, int]:
+def kept_by_remat(config: Config) -> dict[str, int]:
     """{config.model.remat: `kept_bytes` of a set}: of the config's own, and of those that compute more again."""
-    levels = CHOICES["model.remat"]
+    levels = list(REMAT)
     found = {}
     for remat in levels[levels.index(config.model.remat) :]:
-        other = ConfigDict(config.to_dict())
+        other = copy.deepcopy(config)
         other.model.remat = remat
         found[remat] = kept_bytes(other, make_task(other)[0], 1)
     return found
 
 
-def count_flops(config: ConfigDict, devices: int, platform: str = PLATFORM) -> Workload:
+def count_flops(config: Config, devices: int, platform: str = PLATFORM) -> Workload:
     """Of one set of a run of `config` on so many devices of "tpu" or "gpu"; see `count_model_flops`.
 
     Raises UserError where `config.mesh` does not go with so many.
@@ -169,11 +174,13 @@ def count_flops(config: ConfigDict, devices: int, platform: str = PLATFORM) -> W
     unet_config = dataclasses.replace(task.unet_config, attention_backend=backend)
     side = task.models.latent_shape(config.data.image_size)[0]
     attention = attention_flops(unet_config, config.data.images_per_set, side, task.models.context_tokens, mesh)
-    return Workload(flops, attention, backend)
+    remat = config.model.remat
+    again = count_model_flops(config, remat) / flops if platform == "gpu" and remat != "none" else 1.0
+    return Workload(flops, attention, backend, again)
 
 
-def _plain_task(config: ConfigDict) -> Task:
-    """Nothing is computed twice, and nothing by a kernel."""
-    plain = ConfigDict(config.to_dict())
-    plain.model.update({"remat": "none", "attention_backend": "prefix"})
+def _plain_task(config: Config, remat: str) -> Task:
+    """Return a task of which nothing is computed by a kernel, and a second time what `remat` says."""
+    plain = copy.deepcopy(config)
+    plain.model.update({"remat": remat, "attention_backend": "prefix"})
     return make_task(plain)[0]
