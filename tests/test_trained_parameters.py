@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from compare_runs import saved_arrays
 from flax import nnx
-from run_fixtures import one_level_arguments, run
+from model_fixtures import random_params
+from run_fixtures import load_config, one_level_arguments, run
 
 from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.configuration import default_config
 from m2m_jax.core.parameters import abstract
+from m2m_jax.models.diffusers_folder import save_unet
 from m2m_jax.models.trained import PARAMETERS, Trained
 from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.training import sharding
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.state import TrainState
@@ -115,10 +118,17 @@ def adapter(monkeypatch):
 
 
 def test_an_adapter_trains_alone_resumes_and_is_sampled(adapter, tmp_path_factory, tmp_path):
+    arguments = one_level_arguments(tmp_path_factory)
+    config = load_config("emoji:tiny")
+    config.model.update(block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), num_attention_heads=(2,))
+    config.autoencoder.path = next(x.partition("=")[2] for x in arguments if "autoencoder.path" in x)
+    # Something to adapt: of a network from scratch the last layer is zero, and stays so.
+    task = SetDiffusion(config)
+    save_unet(tmp_path / "unet", task.unet_config, random_params(task.shapes))
     arguments = (
-        *one_level_arguments(tmp_path_factory),
+        *arguments,
         f"--config.train.parameters={adapter}",
-        "--config.init.path=",
+        f"--config.init.path={tmp_path / 'unet'}",
         "--config.optimizer.learning_rate=0.1",
         "--config.optimizer.warmup_steps=0",
     )

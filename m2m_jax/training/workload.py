@@ -167,7 +167,7 @@ def count_flops(config: Config, devices: int, platform: str = PLATFORM) -> Workl
     Raises UserError where `config.mesh` does not go with so many.
     """
     mesh = abstract_mesh(config.mesh, devices)
-    task, flops = _plain_task(config), count_model_flops(config)
+    task, flops = _plain_task(config, "none"), count_model_flops(config)
     if config.task == "autoencoder":
         return Workload(flops, AttentionFlops())
     backend = resolve(config.model.attention_backend, platform, config.model.dtype)
