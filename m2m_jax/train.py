@@ -34,7 +34,7 @@ from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.saved_model import FOLDER
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
-from m2m_jax.core import runtime
+from m2m_jax.core import disk, runtime
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import write_png
 from m2m_jax.core.interruption import Interruption
@@ -63,6 +63,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics 
 
 def main(argv):
     validate(CONFIG.value)
+    disk.require_plain(Path(WORKDIR.value), "--workdir")
     runtime.start()
     with Interruption() as interruption, Watchdog() as watchdog, ExitStack() as stack:
         return train(CONFIG.value, Path(WORKDIR.value), interruption, watchdog, stack)
