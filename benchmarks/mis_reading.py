@@ -12,6 +12,7 @@ in memory, so a disk must bring the bytes that are said. Training takes steps of
 The two take turns; what counts is the median over rounds. With --notrain only reading is measured, of any size.
 """
 
+import copy
 import io
 import itertools
 import statistics
@@ -22,12 +23,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.building import build_folder
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.config_rules import validate
+from m2m_jax.configuration import Config, Data
 from m2m_jax.core import runtime
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import SUFFIXES, read_image
@@ -57,7 +58,7 @@ WEBP = {"format": "WEBP", "quality": 80}
 class Training:
     """Steps of the config on a batch of its own data set, or on latents."""
 
-    def __init__(self, config: ConfigDict, latents: bool):
+    def __init__(self, config: Config, latents: bool):
         mesh = sharding.make_mesh(config.mesh)
         task = SetDiffusion(config)
         setup = set_up(task, config, mesh)
@@ -82,7 +83,7 @@ class Training:
         return steps * self._images / (time.perf_counter() - start)
 
 
-def read_sets(data: ConfigDict, seed: int) -> tuple[float, float]:
+def read_sets(data: Data, seed: int) -> tuple[float, float]:
     """Sets a second that are read of the data set in its first epoch, and seconds of processors that a set takes."""
     size = data.batch_size
     examples = open_examples(data, split="train", seed=seed)
@@ -122,14 +123,14 @@ def write_data_set(directory: Path, pictures: list[np.ndarray], size: int, laten
     build_folder.finish(directory, build)
 
 
-def load_pictures(config: ConfigDict, size: int) -> list[np.ndarray]:
+def load_pictures(config: Config, size: int) -> list[np.ndarray]:
     """uint8 [size, size, 3]."""
     if PICTURES.value:
         files = [path for path in sorted(Path(PICTURES.value).glob("**/*")) if path.suffix.lower() in SUFFIXES]
         if not files:
             raise UserError(f"--pictures={PICTURES.value}: no images there")
         return [read_image(file, size) for file in files]
-    data = config.data.copy_and_resolve_references()
+    data = copy.deepcopy(config.data)
     data.update({"image_size": size, "images_per_set": 1})
     examples = open_examples(data, split=data.train_split, seed=0, augment=False)
     return [examples[index]["images_nhwc"][0] for index in range(_PICTURES)]
@@ -152,7 +153,7 @@ def main(argv):
         )
         cases = {}
         for latents, taken in itertools.product((False, True), TAKEN):
-            data = config.data.copy_and_resolve_references()
+            data = copy.deepcopy(config.data)
             data.update({"name": "mis", "path": directory, "image_size": size})
             data.update({"images_per_set": taken, "latents": latents})
             data.augment.enabled &= not latents
@@ -194,4 +195,4 @@ def _webp(image_hwc: np.ndarray) -> bytes:
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

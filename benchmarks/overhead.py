@@ -26,7 +26,7 @@ import optax
 from absl import flags
 
 from m2m_jax.checkpoints.checkpointer import Checkpointer
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.core import runtime
 from m2m_jax.core.interruption import Interruption
@@ -181,4 +181,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

@@ -8,9 +8,7 @@ Presets: none, the full run (hours on 2 cores, minutes on a GPU); `:demo`, what 
 scratch. Results: docs/emoji.md.
 """
 
-from ml_collections import ConfigDict
-
-from m2m_jax.configuration import apply_preset, default_config
+from m2m_jax.configuration import Config, apply_preset, default_config
 
 PRESETS = {
     "demo": {
@@ -45,7 +43,7 @@ PRESETS = {
 }
 
 
-def get_config(preset: str = "") -> ConfigDict:
+def get_config(preset: str = "") -> Config:
     """The config of a preset; '' is the full run."""
     config = default_config()
     config.optimizer.learning_rate = 5e-4

@@ -12,10 +12,10 @@ those after block 9 are. It sees images of 56 pixels, 16 patches. Presets as in 
 import runpy
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from m2m_jax.configuration import Config
 
 
-def get_config(preset: str = "") -> ConfigDict:
+def get_config(preset: str = "") -> Config:
     """The config of a preset of configs/emoji.py, as M2M-DINO."""
     config = runpy.run_path(str(Path(__file__).with_name("emoji.py")))["get_config"](preset)
     config.image_encoder.path = "data/vit_s14"

@@ -10,9 +10,7 @@ split's images and their captions, "cat face, animal mammal, twemoji". It is sma
 what it makes of a caption is often only of the right kind. Results: docs/road.md.
 """
 
-from ml_collections import ConfigDict
-
-from m2m_jax.configuration import apply_preset, default_config
+from m2m_jax.configuration import Config, apply_preset, default_config
 
 PRESETS = {
     "tiny": {  # tests
@@ -31,7 +29,7 @@ PRESETS = {
 }
 
 
-def get_config(preset: str = "") -> ConfigDict:
+def get_config(preset: str = "") -> Config:
     """The config of a preset; '' is the full run."""
     config = default_config()
     config.task = "text_to_image"

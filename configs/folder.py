@@ -11,10 +11,10 @@ more, train one of your own (configs/emoji_vae.py) or start from Stable Diffusio
 import runpy
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from m2m_jax.configuration import Config
 
 
-def get_config(preset: str = "") -> ConfigDict:
+def get_config(preset: str = "") -> Config:
     """The config of a preset of configs/emoji.py, for folders."""
     config = runpy.run_path(str(Path(__file__).with_name("emoji.py")))["get_config"](preset)
     config.data.name = "folder"

@@ -12,10 +12,10 @@ DINOV2 is a local folder in transformers' layout. The paper says "DINO"; which, 
 import runpy
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from m2m_jax.configuration import Config
 
 
-def get_config(preset: str = "") -> ConfigDict:
+def get_config(preset: str = "") -> Config:
     """The config of configs/mis_sd21_self.py, as M2M-DINO."""
     config = runpy.run_path(str(Path(__file__).with_name("mis_sd21_self.py")))["get_config"](preset)
     config.image_encoder.path = "dinov2-large"

@@ -8,12 +8,10 @@ LATENTS comes from `python -m m2m_jax.data.precompute` with the same autoencoder
 noise; batch size, rates, images a set and context dropout are not known of it and chosen here.
 """
 
-from ml_collections import ConfigDict
-
-from m2m_jax.configuration import apply_preset, default_config
+from m2m_jax.configuration import Config, apply_preset, default_config
 
 
-def get_config(preset: str = "") -> ConfigDict:
+def get_config(preset: str = "") -> Config:
     """The one config; there are no presets."""
     config = default_config()
     config.data.name = "precomputed"

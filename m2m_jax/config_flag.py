@@ -1,50 +1,203 @@
-"""`--config=FILE[:PRESET]` and its overrides, for every program that reads a configuration."""
+"""`--config=FILE[:PRESET]` and `--config.GROUP.FIELD=VALUE`, for every program that reads a configuration.
+
+    CONFIG = define_config_flag()
+
+    def main(argv):
+        validate(CONFIG.value)
+
+    run_program(main, CONFIG.take)
+
+A config file is Python: its `get_config(preset)` returns a `Config`. It may register things of its own, a data source
+or a stepper, and then name them.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import re
-import runpy
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
-from m2m_jax.configuration import flatten
+from m2m_jax.config_fields import (
+    Field,
+    Group,
+    described,
+    fields_of,
+    given_options,
+    groups_in,
+    limits,
+    names_of,
+    options_known,
+    unknown_field,
+)
+from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.registry import nearest
+from m2m_jax.core.registry import Registry
 
 flags.disclaim_key_flags()  # --help of a program lists --config among its own
 
-
-def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
-    """Defines `--config=FILE[:PRESET]` and its overrides; `check_arguments` says what is wrong with them."""
-    return config_flags.DEFINE_config_file(
-        "config", None, "Config file and preset: configs/emoji.py:demo", lock_config=True, flag_values=flag_values
-    )
+EXAMPLE = "for example --config=configs/emoji.py:demo"
+HELP = "Config file and preset, as in configs/emoji.py:demo. Beside it, --help lists all fields: --config.NAME=VALUE."
 
 
-def check_arguments(argv: Sequence[str]) -> None:
-    """Raises UserError for a config file, a preset or a field that does not exist.
+class ConfigFlag:
+    """The config of a command line.
 
-    For `run_program(main, check_arguments)`: ml_collections reports these three with tracebacks, so they are
-    looked for before it reads the command line.
+    Attributes:
+      value: the config, once `take` has read the command line.
     """
-    where = next((i for i, argument in enumerate(argv) if re.match(r"--?config(=|$)", argument)), None)
-    if where is None:
-        raise UserError("no config; name one, for example --config=configs/emoji.py:demo")
-    value = argv[where].partition("=")[2] if "=" in argv[where] else "".join(argv[where + 1 : where + 2])
-    path, _, preset = value.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"there is no config file {path!r}; name one, for example --config=configs/emoji.py:demo")
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise UserError(f"{path} is no config file: it has no get_config")
-    fields = flatten(get_config(preset))
 
-    for argument in argv:
-        match = re.match(r"--?(no)?config\.([^=]*)", argument)
-        if match and match[2] not in fields:
-            if any(name.startswith(match[2] + ".") for name in fields):
-                raise UserError(f"config.{match[2]} is a group of fields; set one, as --config.{match[2]}.NAME=VALUE")
-            raise UserError(f"unknown config field config.{match[2]}{nearest(match[2], fields, 'config.')}")
+    def __init__(self, flag_values: flags.FlagValues, required: bool):
+        self.value: Any = None
+        self._flag_values, self._required = flag_values, required
+        flags.DEFINE_string("config", None, HELP, flag_values=flag_values)
+
+    def take(self, argv: Sequence[str]) -> list[str]:
+        """Return the command line without `--config` and its overrides, and set `value` to the config that they mean.
+
+        Where help is asked for, the fields become flags, for its list; without a config there are none to list.
+
+        Raises:
+          UserError: the file, the preset or a field does not exist, or a field takes no such value.
+        """
+        rest, file, overrides = _parted(argv)
+        helps = any(re.match("--?help", argument) for argument in argv[1:])
+        if file is None and (helps or not (self._required or overrides)):
+            return rest
+        if file is None:
+            raise UserError(f"no config; name one, {EXAMPLE}")
+        self.value = load_config(file)
+        for name, text in overrides.items():
+            _override(self.value, name, text)
+        for group in groups_in(self.value):
+            for name, one in fields_of(type(group)).items():
+                if one.about.options_of and getattr(group, name):
+                    setattr(group, name, given_options(group, name))  # typed
+        if helps:
+            self._define_fields()
+        return rest
+
+    def _define_fields(self) -> None:
+        module = self._flag_values.find_module_defining_flag("config")
+        for name, text in _listed(self.value):
+            flags.DEFINE_string(f"config.{name}", None, text, flag_values=self._flag_values, module_name=module)
+
+
+def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS, *, required: bool = True) -> ConfigFlag:
+    """Define `--config` of a program, and return what reads it and its overrides.
+
+    required: whether there must be a config; without one `value` is None.
+    """
+    return ConfigFlag(flag_values, required)
+
+
+def load_config(file: str) -> Config:
+    """Return the config of FILE[:PRESET].
+
+    Raises:
+      UserError: there is no such file or preset, or no config in it.
+    """
+    path, _, preset = file.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"there is no config file {path!r}; name one, {EXAMPLE}")
+    # By its place: two files of one name are two modules, and a file that is read again registers its things anew.
+    name = f"config file {Path(path).resolve()}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no config file: its name does not end in .py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{path} is no config file: line {error.lineno}: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} is no config file: it has no get_config")
+    config = module.get_config(preset)
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: get_config gives no Config; start from default_config()")
+    return config
+
+
+def _parted(argv: Sequence[str]) -> tuple[list[str], str | None, dict[str, str | None]]:
+    """Return what is not the config's, FILE[:PRESET], and {field: text}; the text None for --config.NAME alone."""
+    rest, file, overrides = list(argv[:1]), None, {}
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        if argument == "--":
+            rest += [argument, *arguments]
+        elif match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            file = match[1] if match[1] is not None else next(arguments, "")
+        elif match := re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL):
+            no, name, text = match.groups()
+            if no and text is not None:
+                raise UserError(f"--noconfig.{name} takes no value: it means --config.{name}=False")
+            one = _field(name)
+            if text is None and not no and (one is None or one.kind is not bool):
+                text = next(arguments, None)
+                if text is None:
+                    raise UserError(f"--config.{name} lacks a value")
+            overrides[name] = "False" if no else text if text is not None else "True"
+        else:
+            rest.append(argument)
+    return rest, file, overrides
+
+
+def _field(name: str) -> Field | None:
+    """The field of a dotted name; None where there is none, as of options."""
+    cls, one = Config, None
+    for part in name.split("."):
+        one = fields_of(cls).get(part) if isinstance(cls, type) and issubclass(cls, Group) else None
+        if one is None:
+            return None
+        cls = one.kind
+    return one
+
+
+def _override(config: Config, name: str, text: str) -> None:
+    """Set a field, or one of the options of what a group chooses, to the value that a text means."""
+    *groups, last = name.split(".")
+    group = config
+    for depth, part in enumerate(groups, 1):
+        one = fields_of(type(group)).get(part)
+        if one and one.about.options_of and depth == len(groups):
+            setattr(group, part, getattr(group, part) | {last: text})
+            return
+        if one is None or not one.is_group:
+            raise unknown_field(name, names_of(Config))
+        group = getattr(group, part)
+    one = fields_of(type(group)).get(last)
+    if one is None:
+        raise unknown_field(name, names_of(Config))
+    if one.about.options_of:
+        raise UserError(f"config.{name} is a group of options; set one, as --config.{name}.NAME=VALUE")
+    setattr(group, last, one.read(text, name))
+
+
+def _listed(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield the dotted name of every field and option, and its help."""
+    for group in groups_in(config):
+        for name, one in fields_of(type(group)).items():
+            if one.about.options_of:
+                given = getattr(group, name)
+                for option, its in options_known(group, name).items():
+                    yield f"{group.name_of(name)}.{option}", _help(its, given.get(option, its.default))
+            elif not one.is_group:
+                yield group.name_of(name), _help(one, getattr(group, name))
+
+
+def _help(one: Field, value: object) -> str:
+    """The help of a field: what it is, its words and what they choose, its type, limits and value."""
+    about, lines = one.about, [one.about.help]
+    if about.choices:
+        lines.append(f"One of {', '.join(about.words)}.")
+    if isinstance(about.table, Registry):
+        documented = {word: inspect.getdoc(thing) for word, thing in about.table.items()}
+        lines += [f"{word}: {text.splitlines()[0]}" for word, text in documented.items() if text]
+    kind = ", ".join(filter(None, [described(one.kind), limits(about)]))
+    default = "" if one.default == value else f"; {one.default!r} where this config does not set it"
+    return "\n".join([*lines, f"({kind}; {value!r}{default})"])

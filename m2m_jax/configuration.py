@@ -1,223 +1,428 @@
-"""The configuration of a training run: every field with its default and its meaning. `config_rules.py` has the limits.
+"""The configuration of a training run: every field with its type, its default, its limits and what it means.
 
-A file in `configs/` starts from `default_config()` and changes what it must; the command line overrides
-single fields (`--config.train.steps=100`). Fields that do not exist cannot be set: neither there nor here.
+A file in `configs/` starts from `default_config()` and changes what it must; the command line overrides single fields
+(`--config.train.steps=100`). What fields are made of stands in `config_fields.py`; `config_rules.validate` looks at
+their values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from ml_collections import ConfigDict
-
+from m2m_jax.config_fields import Group, chosen, field, fields_of, names_of, options_of, unknown_field
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import nearest
 
-
-def default_config() -> ConfigDict:
-    """Every field there is, locked: a name that is not here cannot be set."""
-    config = ConfigDict()
-
-    config.task = "set_diffusion"  # what is trained: set_diffusion | text_to_image | autoencoder
-    config.seed = 0  # of the parameters, the order of the data and all noise
-
-    config.data = ConfigDict()
-    # emoji | folder | precomputed: latents, from m2m_jax.data.precompute | mis: sets made from captions, from
-    # m2m_jax.data.build_mis
-    config.data.name = "emoji"
-    config.data.path = ""  # folder: the folder of folders of images; precomputed, mis: the --output of what made it
-    config.data.latents = False  # read by mis: train on the latents that it holds, and not on its images
-    config.data.directory = "data"  # where prepared data sets live (the TFDS data_dir)
-    config.data.image_size = 32  # pixels a side
-    config.data.images_per_set = 4  # 1 to 25
-    config.data.batch_size = 16  # sets a step, all hosts together
-    config.data.train_split = "train"
-    config.data.eval_split = "validation"
-    config.data.kinds = ("style", "content")  # which kinds of emoji sets: rows of one style, of one content
-    config.data.prefetch = 2  # batches made ahead in the background
-    config.data.threads = 2  # that read and decode
-    config.data.log_examples = False  # whether each process writes which sets it saw when, WORKDIR/examples
-    config.data.on_error = "stop"  # a damaged record: stop | skip: another set in its place, always the same, counted
-    config.data.caption_tag_dropout = 0.0  # read by task=text_to_image: of each of a caption's tags, which commas part
-    # Augmentations are drawn once a set and shared by its images.
-    config.data.augment = ConfigDict()
-    config.data.augment.enabled = True
-    config.data.augment.hue_degrees = 180.0  # the largest rotation of the hue, either way
-    config.data.augment.ground_probability = 0.5  # of a coloured instead of a white ground
-    config.data.augment.ink_probability = 0.5  # of black line art drawn in a dark colour instead
-    config.data.augment.contrast = 0.2  # the largest relative change, either way
-    config.data.augment.scale = 0.15  # the largest relative change: smaller on a ground, larger where there is none
-    config.data.augment.mirror_probability = 0.5  # of left and right exchanged
-
-    config.autoencoder = ConfigDict()
-    config.autoencoder.path = "pretrained/vae"  # the frozen first stage: a folder in diffusers' layout
-    # The rest is read by task=autoencoder only; a frozen one says in its folder what it is.
-    config.autoencoder.block_out_channels = (32, 64, 64)
-    config.autoencoder.layers_per_block = 1
-    config.autoencoder.latent_channels = 4
-    config.autoencoder.norm_num_groups = 16
-    config.autoencoder.kl_weight = 1e-4  # of the divergence from a unit normal, beside the pixels' errors
-
-    config.model = ConfigDict()  # the U-Net, in diffusers' words
-    config.model.block_out_channels = (64, 128)
-    config.model.layers_per_block = 1
-    # CrossAttnDownBlock2D or, without attention, DownBlock2D; the way up mirrors the way down.
-    config.model.down_block_types = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-    config.model.num_attention_heads = (2, 4)  # a level
-    config.model.transformer_layers_per_block = 1
-    config.model.norm_num_groups = 16
-    config.model.norm_eps = 1e-5
-    config.model.use_linear_projection = True  # around the transformers: linear (2.x) or 1x1 convolution (1.x)
-    # image_set | text: what task=text_to_image has | none: the single-image model has none
-    config.model.attn2 = "image_set"
-    config.model.order_embedding = False  # whether attn2 is told the positions of the images in their set
-    config.model.clean_sees = "preceding"  # clean images see preceding: those up to itself | itself: only that
-    # Within images and within sets. auto: what the platform runs best, see attention/backends.py: resolve. prefix:
-    # plain XLA, no work on forbidden blocks | prefix_cudnn: its kernel for GPUs, in bfloat16 | splash: a kernel for
-    # TPUs | dense: the reference
-    config.model.attention_backend = "auto"
-    config.model.remat = "none"  # computed again in the backward pass: none | dots: all but matmuls | blocks: all
-    config.model.dtype = "float32"  # of the computation: float32 | bfloat16; parameters are always float32
-
-    # M2M-DINO: preceding images enter as tokens of this frozen encoder. With an empty path M2M-Self: as latents.
-    config.image_encoder = ConfigDict()
-    config.image_encoder.path = ""  # a DINOv2 in transformers' layout
-    config.image_encoder.image_size = 224  # pixels a side that it is shown; a multiple of its patches
-    config.image_encoder.layer = -1  # tokens after so many of its blocks; -1: after all of them and the last norm
-
-    config.text_encoder = ConfigDict()  # read by task=text_to_image
-    config.text_encoder.path = ""  # a CLIP text encoder or a BERT in transformers' layout, with its tokenizer
-    config.text_encoder.max_tokens = 77  # of a caption; longer ones are cut
-
-    config.init = ConfigDict()
-    config.init.path = "pretrained/unet"  # a U-Net in diffusers' layout to start from; empty: from scratch
-
-    config.schedule = ConfigDict()  # noise levels, in the words of diffusers' scheduler_config.json
-    config.schedule.num_train_timesteps = 1000
-    # linear | scaled_linear | squaredcos_cap_v2, or rectified_flow: it has no betas and reads nothing but
-    # num_train_timesteps, prediction_type (flow) and shift.
-    config.schedule.beta_schedule = "squaredcos_cap_v2"
-    config.schedule.beta_start = 0.00085  # not read by squaredcos_cap_v2
-    config.schedule.beta_end = 0.012  # likewise
-    config.schedule.rescale_betas_zero_snr = True  # end in pure noise, as sampling begins
-    config.schedule.prediction_type = "v_prediction"  # epsilon | v_prediction | sample; of rectified_flow: flow
-    config.schedule.timestep_spacing = "trailing"  # leading | linspace | trailing
-    config.schedule.shift = 1.0  # read by rectified_flow: above 1 there are more levels of much noise
-
-    config.diffusion = ConfigDict()  # the objective
-    config.diffusion.loss_weight = "uniform"  # uniform | min_snr
-    config.diffusion.min_snr_gamma = 5.0  # read by loss_weight=min_snr
-    config.diffusion.context_dropout = 0.1  # of sets trained without any context (or caption), for guidance
-    config.diffusion.clean_timestep = 0  # the timestep that the clean branch is told
-
-    config.optimizer = ConfigDict()  # AdamW
-    config.optimizer.learning_rate = 3e-4  # after the warm-up; a cosine to zero over train.steps follows
-    config.optimizer.warmup_steps = 100
-    config.optimizer.weight_decay = 0.01  # of kernels only
-    config.optimizer.clip_norm = 1.0  # the largest global norm of the gradient
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.attn2_rate = 1.0  # multiplies the updates of attn2, which is new where the rest is pretrained
-
-    config.train = ConfigDict()
-    config.train.parameters = "all"  # which train: all | attention | set_attention
-    config.train.steps = 10_000
-    config.train.log_every = 20
-    config.train.accumulation = 1  # parts of a batch that are computed one after another, to save memory
-    # Where loss or gradient are not finite: stop | skip: leave out that step | rollback: to the last checkpoint, and on
-    # with the batches after. No such step changes anything, whatever is chosen.
-    config.train.on_nonfinite = "stop"
-    config.train.ema_decay = 0.999  # reached by and by: min(ema_decay, (1 + step) / (10 + step))
-
-    config.eval = ConfigDict()
-    config.eval.every = 1_000  # steps between evaluations; the last step is evaluated in any case
-    config.eval.batches = 4
-    config.eval.batch_size = 16  # sets a batch, all hosts together; each is another's foreign context
-
-    config.sample = ConfigDict()  # of the sample grids, and the sampler's defaults
-    config.sample.steps = 25  # denoising steps an image
-    # Deterministic: dpmpp_2m | unipc | ddim | euler | heun (rectified_flow only, twice the evaluations).
-    # With fresh noise at every step: ddpm | euler_ancestral | dpmpp_2m_sde.
-    config.sample.stepper = "dpmpp_2m"
-    config.sample.guidance_scale = 1.5  # over the context; 1 is no guidance
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 1_000  # steps between checkpoints; the last step is saved in any case
-    config.checkpoint.keep = 2  # the newest so many stay on disk
-    config.checkpoint.keep_every = 0  # steps: those of its multiples stay for ever; 0: none do
-    config.checkpoint.keep_best = 1  # so many stay that their own evaluation found best
-    config.checkpoint.fallback = False  # where the newest is damaged, go on from the newest whole one
-
-    config.profile = ConfigDict()
-    config.profile.steps = (0, 0)  # first and last step of a profiler trace, WORKDIR/profile; 0: none
-
-    config.mesh = ConfigDict()  # devices along each axis; -1: all that are left
-    config.mesh.slice = 1  # TPU slices, which only the data-centre network connects (or nodes of GPUs): copies of all
-    config.mesh.data = -1  # copies of the parameters
-    config.mesh.fsdp = 1  # shares of every kernel, gathered when it is used
-    config.mesh.tensor = 1  # shares of heads and channels
-    config.mesh.context = 1  # shares of the rows of every image
-
-    return config.lock()
+T = TypeVar("T")
+MAX_IMAGES_PER_SET = 25  # the paper's sets; a record holds no more
 
 
-def apply_preset(config: ConfigDict, preset: str, presets: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
-    """Sets the fields `{dotted name: value}` of `presets[preset]`; the preset '' changes nothing.
+@dataclasses.dataclass
+class Augment(Group, prefix="data.augment."):
+    """Augmentations: drawn once a set, and shared by its images."""
 
-    Raises UserError for a preset that is not there.
+    enabled: bool = field(True, "Whether sets are augmented.")
+    hue_degrees: float = field(180.0, "The largest rotation of the hue, either way.", low=0, high=180)
+    ground_probability: float = field(0.5, "Of a coloured ground in the place of a white one.", low=0, high=1)
+    ink_probability: float = field(0.5, "Of black line art drawn in a dark colour instead.", low=0, high=1)
+    contrast: float = field(0.2, "The largest relative change of contrast, either way.", low=0, high=0.99)
+    scale: float = field(
+        0.15, "The largest relative change of size: smaller on a ground, larger where there is none.", low=0, high=0.99
+    )
+    mirror_probability: float = field(0.5, "Of left and right exchanged.", low=0, high=1)
+
+
+@dataclasses.dataclass
+class Data(Group, prefix="data."):
+    """The image sets."""
+
+    name: str = field("emoji", "Where the sets come from.", choices="m2m_jax.data.pipeline:SOURCES")
+    path: str = field(
+        "",
+        "Of folder: the folder of folders of images. Of precomputed and mis: the --output of the program behind it.",
+        path=True,
+    )
+    options: dict[str, Any] = options_of("name", "What this source alone reads.")
+    follow_links: bool = field(False, "Read by folder: whether links out of data.path are followed.")
+    latents: bool = field(False, "Read by mis: train on the latents that it holds, and not on its images.")
+    directory: str = field("data", "Where prepared data sets lie: the data_dir of TFDS.", path=True)
+    image_size: int = field(32, "Pixels a side.", low=8)
+    images_per_set: int = field(4, "How many images of each set are used.", low=1, high=MAX_IMAGES_PER_SET)
+    batch_size: int = field(16, "Sets a step, all hosts together.", low=1)
+    train_split: str = field("train", "The split that is trained on.")
+    eval_split: str = field("validation", "The split that is evaluated on while training.")
+    kinds: tuple[str, ...] = field(
+        ("style", "content"), "Kinds of emoji sets: of one style, of one content.", choices=("style", "content")
+    )
+    prefetch: int = field(2, "Batches made ahead in the background.", low=0)
+    threads: int = field(2, "Threads that read and decode.", low=1)
+    log_examples: bool = field(False, "Whether each process writes which sets it saw when, to WORKDIR/examples.")
+    on_error: str = field(
+        "stop",
+        "What a damaged record does: stop the run; or skip: another set takes its place, always the same one, counted.",
+        choices=("stop", "skip"),
+    )
+    caption_tag_dropout: float = field(
+        0.0,
+        "Read by task=text_to_image: how often each tag of a caption, parted by commas, is dropped.",
+        low=0,
+        high=1,
+    )
+    augment: Augment = dataclasses.field(default_factory=Augment)
+
+    def check(self) -> None:
+        if reads_latents(self) and self.augment.enabled:
+            raise UserError(
+                "config.data.augment.enabled is True; precomputed latents cannot be augmented: "
+                "set --config.data.augment.enabled=False, or train on the images"
+            )
+
+
+@dataclasses.dataclass
+class Autoencoder(Group, prefix="autoencoder."):
+    """The first stage. All but its path is read by task=autoencoder alone: a frozen one's folder says what it is."""
+
+    path: str = field("pretrained/vae", "The frozen autoencoder: a folder in diffusers' layout.", path=True)
+    block_out_channels: tuple[int, ...] = field((32, 64, 64), "Channels of each level.", low=1)
+    layers_per_block: int = field(1, "Residual blocks of a level.", low=1)
+    latent_channels: int = field(4, "Channels of a latent.", low=1)
+    norm_num_groups: int = field(16, "Groups of the group norms.", low=1)
+    kl_weight: float = field(1e-4, "Of the divergence from a unit normal, beside the pixels' errors.", low=0)
+
+
+@dataclasses.dataclass
+class Model(Group, prefix="model."):
+    """The U-Net, in diffusers' words."""
+
+    block_out_channels: tuple[int, ...] = field((64, 128), "Channels of each level.", low=1)
+    layers_per_block: int = field(1, "Residual blocks of a level.", low=1)
+    down_block_types: tuple[str, ...] = field(
+        ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "Of each level, with or without attention; the way up mirrors the way down.",
+        choices="m2m_jax.models.unet:BLOCK_TYPES",
+    )
+    num_attention_heads: tuple[int, ...] = field((2, 4), "Of each level.", low=1)
+    transformer_layers_per_block: int = field(1, "Transformer layers after a residual block.", low=1)
+    norm_num_groups: int = field(16, "Groups of the group norms.", low=1)
+    norm_eps: float = field(1e-5, "Added to the variance in the group norms.", low=1e-12, high=1)
+    use_linear_projection: bool = field(
+        True, "Around the transformers: linear layers (Stable Diffusion 2.x), or 1x1 convolutions (1.x)."
+    )
+    attn2: str = field(
+        "image_set",
+        "What the second attention of a block attends to: the images of the set; the text of task=text_to_image; "
+        "nothing: a model of single images.",
+        choices="m2m_jax.models.unet:ATTN2",
+    )
+    order_embedding: bool = field(False, "Whether Image-Set Attention is told the positions of images in their set.")
+    clean_sees: str = field(
+        "preceding",
+        "What clean images attend to: themselves and those before them, or themselves alone.",
+        choices="m2m_jax.attention.layout:CLEAN_SEES",
+    )
+    attention_backend: str = field(
+        "auto",
+        "What computes attention within images and within sets; auto: what runs best on the platform.",
+        choices="m2m_jax.attention.backends:BACKENDS",
+        also=("auto",),
+    )
+    remat: str = field(
+        "none",
+        "What the backward pass computes again, to save memory.",
+        choices="m2m_jax.models.unet:REMAT",
+    )
+    precision: str = field(
+        "default",
+        "Of products of float32 matrices, in every network: the device's own (TF32 on GPUs, bfloat16 on TPUs), or the "
+        "highest: float32.",
+        choices=("default", "highest"),
+    )
+    dtype: str = field(
+        "float32", "What is computed in; parameters are always float32.", choices=("float32", "bfloat16")
+    )
+
+
+@dataclasses.dataclass
+class ImageEncoder(Group, prefix="image_encoder."):
+    """M2M-DINO: preceding images enter as tokens of this frozen encoder. With an empty path M2M-Self: as latents."""
+
+    path: str = field("", "A DINOv2 in transformers' layout.", path=True)
+    image_size: int = field(224, "Pixels a side of the images that it is shown; a multiple of its patches.", low=1)
+    layer: int = field(
+        -1, "Its tokens are taken after so many of its blocks; -1: after all of them and the last norm.", low=-1
+    )
+
+
+@dataclasses.dataclass
+class TextEncoder(Group, prefix="text_encoder."):
+    """Read by task=text_to_image."""
+
+    path: str = field("", "A CLIP text encoder or a BERT in transformers' layout, with its tokenizer.", path=True)
+    max_tokens: int = field(77, "Tokens of a caption; longer ones are cut.", low=2)
+
+
+@dataclasses.dataclass
+class Init(Group, prefix="init."):
+    """What training starts from."""
+
+    path: str = field("pretrained/unet", "A U-Net in diffusers' layout to start from; empty: from scratch.", path=True)
+
+
+@dataclasses.dataclass
+class Schedule(Group, prefix="schedule."):
+    """Noise levels, in the words of diffusers' scheduler_config.json."""
+
+    num_train_timesteps: int = field(1000, "Noise levels.", low=2)
+    beta_schedule: str = field(
+        "squaredcos_cap_v2",
+        "How noise grows. rectified_flow has no betas and reads num_train_timesteps, prediction_type and shift alone.",
+        choices="m2m_jax.diffusion.schedule:BETA_SCHEDULES",
+    )
+    beta_start: float = field(0.00085, "The first beta; not read by squaredcos_cap_v2.", low=0, high=1)
+    beta_end: float = field(0.012, "The last beta; not read by squaredcos_cap_v2.", low=0, high=1)
+    rescale_betas_zero_snr: bool = field(True, "Whether the last level is pure noise, with which sampling begins.")
+    prediction_type: str = field(
+        "v_prediction",
+        "What the network predicts: flow, of rectified_flow; one of the others, of all other schedules.",
+        choices="m2m_jax.diffusion.schedule:PREDICTION_TYPES",
+    )
+    timestep_spacing: str = field(
+        "trailing", "Which levels sampling visits.", choices="m2m_jax.diffusion.schedule:TIMESTEP_SPACINGS"
+    )
+    shift: float = field(1.0, "Read by rectified_flow: above 1 there are more levels of much noise.", low=1e-6)
+
+
+@dataclasses.dataclass
+class Diffusion(Group, prefix="diffusion."):
+    """The objective."""
+
+    loss_weight: str = field(
+        "uniform", "How the errors of noise levels are weighed.", choices="m2m_jax.diffusion.schedule:LOSS_WEIGHTS"
+    )
+    min_snr_gamma: float = field(5.0, "Read by loss_weight=min_snr.", low=1e-6)
+    context_dropout: float = field(
+        0.1, "Share of sets that train without any context, or caption, for guidance.", low=0, high=1
+    )
+    clean_timestep: int = field(0, "The timestep that the clean branch is told.", low=0)
+
+
+@dataclasses.dataclass
+class Optimizer(Group, prefix="optimizer."):
+    """AdamW."""
+
+    learning_rate: float = field(3e-4, "After the warm-up; a cosine to zero over train.steps follows.", low=0)
+    warmup_steps: int = field(100, "Steps in which the learning rate grows from zero.", low=0)
+    weight_decay: float = field(0.01, "Of kernels alone.", low=0)
+    clip_norm: float = field(1.0, "The largest global norm of the gradient.", low=1e-12)
+    b1: float = field(0.9, "Decay of the mean of gradients.", low=0, high=0.999999)
+    b2: float = field(0.999, "Decay of the mean of their squares.", low=0, high=0.999999)
+    attn2_rate: float = field(1.0, "Multiplies the updates of attn2, which is new where the rest is pretrained.", low=0)
+
+
+@dataclasses.dataclass
+class Train(Group, prefix="train."):
+    """The run."""
+
+    parameters: str = field("all", "Which parameters train.", choices="m2m_jax.models.initialization:TRAINED")
+    steps: int = field(10_000, "Steps of the whole run.", low=1)
+    log_every: int = field(20, "Steps between lines of the log.", low=1)
+    accumulation: int = field(1, "Parts of a batch, computed one after another to save memory.", low=1)
+    reduce_dtype: str = field(
+        "model",
+        "What devices sum gradients in: in model.dtype; or in float32, with twice the traffic of bfloat16.",
+        choices=("model", "float32"),
+    )
+    on_nonfinite: str = field(
+        "stop",
+        "What a loss or gradient that is not finite does, beside changing nothing: stop the run; skip the step; or "
+        "rollback: go back to the last checkpoint, and on with the batches after.",
+        choices=("stop", "skip", "rollback"),
+    )
+    ema_decay: float = field(
+        0.999, "Reached by and by: min(ema_decay, (1 + step) / (10 + step)).", low=0, high=0.999999
+    )
+
+
+@dataclasses.dataclass
+class Eval(Group, prefix="eval."):
+    """Evaluations while training."""
+
+    every: int = field(1_000, "Steps between evaluations; the last step is evaluated in any case.", low=1)
+    batches: int = field(4, "Batches of an evaluation.", low=1)
+    batch_size: int = field(16, "Sets a batch, all hosts together; each is another's foreign context.", low=2)
+    augment: bool = field(True, "Whether held-out sets are augmented, too, as data.augment says.")
+
+
+@dataclasses.dataclass
+class Sample(Group, prefix="sample."):
+    """The sample grids, and the sampler's defaults."""
+
+    steps: int = field(25, "Denoising steps an image.", low=1)
+    stepper: str = field(
+        "dpmpp_2m", "What goes from one noise level to the next.", choices="m2m_jax.diffusion.steppers:STEPPERS"
+    )
+    guidance_scale: float = field(1.5, "How far the context is exaggerated; 1: not at all.", low=0)
+
+
+@dataclasses.dataclass
+class Checkpoint(Group, prefix="checkpoint."):
+    """Checkpoints."""
+
+    every: int = field(1_000, "Steps between checkpoints; the last step is saved in any case.", low=1)
+    keep: int = field(2, "How many of the newest stay on disk.", low=1)
+    keep_every: int = field(0, "Those of steps that are multiples of this stay for ever; 0: none do.", low=0)
+    keep_best: int = field(1, "How many stay that their own evaluation found best.", low=0)
+    fallback: bool = field(False, "Where the newest is damaged, go on from the newest whole one.")
+
+
+@dataclasses.dataclass
+class Profile(Group, prefix="profile."):
+    """The profiler."""
+
+    steps: tuple[int, int] = field(
+        (0, 0), "First and last step of a trace, written to WORKDIR/profile; (0, 0): none.", low=0
+    )
+
+    def check(self) -> None:
+        first, last = self.steps
+        if first > last or (first < 1 and last > 0):
+            raise UserError(
+                f"config.profile.steps is {self.steps}; it must be a first and a last step, or (0, 0) for none"
+            )
+
+
+@dataclasses.dataclass
+class Mesh(Group, prefix="mesh."):
+    """Devices along each axis; -1: all that are left."""
+
+    slice: int = field(
+        1, "TPU slices, which only the data-centre network connects, or nodes of GPUs: copies of all.", low=-1
+    )
+    data: int = field(-1, "Copies of the parameters.", low=-1)
+    fsdp: int = field(1, "Shares of every kernel, gathered when it is used.", low=-1)
+    tensor: int = field(1, "Shares of heads and channels.", low=-1)
+    context: int = field(1, "Shares of the rows of every image.", low=-1)
+
+    def check(self) -> None:
+        for axis in fields_of(Mesh):
+            if not getattr(self, axis):
+                raise UserError(f"config.mesh.{axis} is 0; it must be positive, or -1 for all that are left")
+
+
+@dataclasses.dataclass
+class Config(Group):
+    """A configuration.
+
+    Example:
+        config = default_config()
+        config.train.steps = 100
+        config.update({"data.image_size": 64, "sample.stepper": "ddim"})
+        validate(config)  # m2m_jax.config_rules
+    """
+
+    task: str = field("set_diffusion", "What is trained.", choices="m2m_jax.tasks.registry:TASKS")
+    seed: int = field(0, "Of the parameters, the order of the data and all noise.", low=0)
+    data: Data = dataclasses.field(default_factory=Data)
+    autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
+    model: Model = dataclasses.field(default_factory=Model)
+    image_encoder: ImageEncoder = dataclasses.field(default_factory=ImageEncoder)
+    text_encoder: TextEncoder = dataclasses.field(default_factory=TextEncoder)
+    init: Init = dataclasses.field(default_factory=Init)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    diffusion: Diffusion = dataclasses.field(default_factory=Diffusion)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    train: Train = dataclasses.field(default_factory=Train)
+    eval: Eval = dataclasses.field(default_factory=Eval)
+    sample: Sample = dataclasses.field(default_factory=Sample)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    profile: Profile = dataclasses.field(default_factory=Profile)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+
+    def check(self) -> None:
+        if self.diffusion.clean_timestep >= self.schedule.num_train_timesteps:
+            raise UserError(
+                f"config.diffusion.clean_timestep is {self.diffusion.clean_timestep}; it must be less than "
+                f"config.schedule.num_train_timesteps = {self.schedule.num_train_timesteps}"
+            )
+
+
+def default_config() -> Config:
+    """Return a config with every field at its default."""
+    return Config()
+
+
+def apply_preset(config: Config, preset: str, presets: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Set the fields `{dotted name: value}` of `presets[preset]`, and return the config; '' changes nothing.
+
+    Raises:
+      UserError: there is no such preset, or no such field.
     """
     if not preset:
         return config
     if preset not in presets:
         known = ", ".join(f":{name}" for name in presets)
         raise UserError(f"unknown preset {preset!r}{nearest(preset, presets)}; this config has {known}")
-    config.update_from_flattened_dict(dict(presets[preset]))
+    config.update(presets[preset])
     return config
 
 
-def reads_latents(data: ConfigDict) -> bool:
-    """Whether batches hold latents, for which no step runs the autoencoder. data: the `data` part of a config."""
-    return data.name == "precomputed" or data.latents
+def reads_latents(data: Data) -> bool:
+    """Whether batches hold latents, for which no step runs the autoencoder."""
+    return data.latents or getattr(chosen(data, "name"), "gives_latents", False)
 
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The config as a dict that `json` can write: tuples become lists."""
+def build(cls: type[T], group: Group, **others: Any) -> T:
+    """Return a `cls`, a dataclass, whose fields are those of the same name in a group of a config.
+
+    Fields of one of them alone are left out: the dataclass has defaults for its own.
+
+    Args:
+      others: further fields, and values that stand before the group's.
+
+    Raises:
+      UserError: the fields make no `cls`.
+    """
+    known = fields_of(type(group))
+    fields = {one.name: getattr(group, one.name) for one in dataclasses.fields(cls) if one.name in known}
+    try:
+        return cls(**(fields | others))
+    except UserError as error:
+        raise UserError(f"config.{group.prefix[:-1]}: {error}") from error
+
+
+def to_json(config: Group) -> dict[str, Any]:
+    """Return a config as a dict that `json` can write: tuples are lists."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, Mapping | ConfigDict):
-            return {key: plain(item) for key, item in value.items()}
-        return list(value) if isinstance(value, tuple) else value
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
 
-    return plain(config)
+    return plain(dataclasses.asdict(config))
 
 
-def from_json(values: Mapping[str, Any]) -> ConfigDict:
-    """The locked config that `to_json` wrote; UserError where its fields are not today's fields."""
+def from_json(values: Mapping[str, Any]) -> Config:
+    """Return the config that `to_json` wrote. Fields that were added since then keep their defaults.
+
+    Raises:
+      UserError: it has fields that are none of today's, or values of other types.
+    """
     config = default_config()
-    if not isinstance(values, Mapping):
-        raise UserError(f"a config is a group of fields, not {values!r:.60}")
-    fields, given = flatten(config), flatten(values)
-    strange = sorted(set(given) ^ set(fields))
-    if strange:
-        raise UserError(
-            f"a config of another version: {', '.join(strange)} {'is' if len(strange) == 1 else 'are'} "
-            "in only one of it and m2m_jax.configuration"
-        )
-    lists = {name for name, value in fields.items() if isinstance(value, tuple)}
-    try:
-        config.update_from_flattened_dict({k: tuple(v) if k in lists else v for k, v in given.items()})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"a config that is damaged: {error}") from error
+    _fill(config, values)
     return config
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted name: value} of the leaves of nested mappings."""
-    fields = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping | ConfigDict):
-            fields |= flatten(value, f"{prefix}{key}.")
+def _fill(group: Group, values: Mapping[str, Any]) -> None:
+    if not isinstance(values, Mapping):
+        raise UserError(f"config.{group.prefix}: a group of fields, not {values!r:.60}")
+    known = fields_of(type(group))
+    for name, value in values.items():
+        if name not in known:
+            error = unknown_field(group.name_of(name), names_of(Config))
+            raise UserError(f"a config of another version, or damaged: {error}")
+        if known[name].is_group:
+            _fill(getattr(group, name), value)
         else:
-            fields[prefix + key] = value
-    return fields
+            setattr(group, name, value)

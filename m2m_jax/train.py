@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.saved_model import FOLDER
-from m2m_jax.config_flag import check_arguments, define_config_flag
+from m2m_jax.config_flag import define_config_flag
 from m2m_jax.config_rules import validate
 from m2m_jax.core import disk, runtime
 from m2m_jax.core.errors import UserError
@@ -42,10 +42,8 @@ from m2m_jax.core.parameters import count, fingerprint
 from m2m_jax.core.program import run_program
 from m2m_jax.data.pipeline import batches, held_out_inputs, inputs, make_dataset, open_examples
 from m2m_jax.tasks import sample_grid
-from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.tasks.evaluation import warn_of_one_set
-from m2m_jax.tasks.set_diffusion import SetDiffusion
-from m2m_jax.tasks.text_to_image import TextToImageTask
+from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training import sharding
 from m2m_jax.training.divergence import Divergence
 from m2m_jax.training.example_log import ExampleLog
@@ -54,8 +52,6 @@ from m2m_jax.training.profiler import Profiler
 from m2m_jax.training.setup import set_up
 from m2m_jax.training.throughput import Throughput
 from m2m_jax.training.watchdog import Watchdog
-
-TASKS = {"autoencoder": Autoencoding, "set_diffusion": SetDiffusion, "text_to_image": TextToImageTask}
 
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and samples.", required=True)
@@ -77,7 +73,7 @@ def train(config, workdir, interruption, watchdog, stack):
     sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
 
     # Task
-    task = TASKS[config.task](config)
+    task = TASKS.choose(config.task)(config)
 
     # Data
     def batched(examples, batch_size, rows=None):
@@ -102,7 +98,7 @@ def train(config, workdir, interruption, watchdog, stack):
         (workdir / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error.strerror}") from error
-    kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "keep_best", "fallback")}
+    kept = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "keep_best", "fallback")}
     checkpoints = stack.enter_context(Checkpointer(workdir, **kept))
 
     metadata = task.metadata | {"sha256": {name: fingerprint(params) for name, params in task.frozen.items()}}
@@ -263,4 +259,4 @@ def train(config, workdir, interruption, watchdog, stack):
 
 
 if __name__ == "__main__":
-    run_program(main, check_arguments)
+    run_program(main, CONFIG.take)

@@ -12,10 +12,10 @@ import os
 import pathlib
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
-from m2m_jax.data import prepare
+from m2m_jax.configuration import Data
+from m2m_jax.data.emoji.preparing import prepare_emoji
 
 IMAGE_SIZE = 32
 
@@ -29,34 +29,13 @@ def build_emoji(tmp_path_factory) -> str:
     # Whoever comes second waits here and then finds the data set made.
     with open(root / "emoji_data.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        prepare.prepare_emoji(IMAGE_SIZE, str(directory), verbose=False)
+        prepare_emoji(IMAGE_SIZE, str(directory), verbose=False)
     return str(directory)
 
 
-def data_config(**changes) -> ConfigDict:
+def data_config(**changes) -> Data:
     """The `data` part of a configuration: all augmentations on, fields replaced by `changes`."""
-    config = ConfigDict(
-        {
-            "name": "emoji",
-            "path": "",
-            "latents": False,
-            "directory": "data",
-            "image_size": IMAGE_SIZE,
-            "images_per_set": 4,
-            "kinds": ("style", "content"),
-            "caption_tag_dropout": 0.0,
-            "on_error": "stop",
-            "augment": {
-                "enabled": True,
-                "hue_degrees": 180.0,
-                "ground_probability": 0.5,
-                "ink_probability": 0.5,
-                "contrast": 0.2,
-                "scale": 0.15,
-                "mirror_probability": 0.5,
-            },
-        }
-    )
+    config = Data(image_size=IMAGE_SIZE)
     config.update(changes)
     return config
 

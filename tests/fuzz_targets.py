@@ -8,11 +8,11 @@ import functools
 import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -21,14 +21,16 @@ from flax import nnx
 from fuzz_mutations import CHANGES, JSON_CHANGES, damaged, damaged_json, image_seeds, mended_png
 from hypothesis import strategies as st
 from mis_fixtures import set_name, write_mis
+from program_fixtures import CALL, PLACES, arithmetic, composite, custom_call, infeed, nested, write_program
 from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
 
 from m2m_jax import config_flag
 from m2m_jax.building.captions import CaptionRules, clean_captions, read_captions
 from m2m_jax.checkpoints.saved_model import SavedModel
-from m2m_jax.config_rules import CHOICES, validate
-from m2m_jax.configuration import default_config, flatten, from_json, to_json
+from m2m_jax.config_fields import fields_of, flatten, groups_in
+from m2m_jax.config_rules import validate
+from m2m_jax.configuration import default_config, from_json, to_json
 from m2m_jax.core import program
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import check_header, read_image, write_png
@@ -41,7 +43,7 @@ from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
 from m2m_jax.models.folder import require_same
 from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.sampling.bundle import MANIFEST, Bundle, write_manifest
+from m2m_jax.sampling.bundle import MANIFEST, Bundle, _load, program_file, write_manifest
 from m2m_jax.sampling.bundle_writer import write_bundle
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
@@ -290,7 +292,7 @@ def _small_sampler(folder: pathlib.Path) -> Sampler:
         unet_params=split(UNet(SMALL_UNET, rngs=nnx.Rngs(0)))[1],
         models=models,
         frozen={"autoencoder": diffusers_folder.load_params(vae)},
-        schedule=NoiseSchedule.from_config(default_config().schedule),
+        schedule=NoiseSchedule.from_config(vars(default_config().schedule)),
         settings=SamplingSettings(steps=1, cache_size=2),
         clean_timestep=0,
         image_size=8,
@@ -333,6 +335,49 @@ def _link(source, target):
 _BUNDLES = st.tuples(st.sampled_from(["bytes", "manifest", "manifest"]), _WHICH, CHANGES, JSON_CHANGES)
 BUNDLES = Target(_BUNDLES, _small_bundle, _open_bundle, 30, 800)
 SIGNED = Target(st.tuples(st.just("signed"), _WHICH, CHANGES, JSON_CHANGES), _small_bundle, _open_bundle, 4, 200, 120.0)
+
+
+# What a forger may write: any call, anywhere, with any fields; and arithmetic, which is read.
+_TARGETS = st.sampled_from(
+    [
+        "xla_ffi_python_cpu_callback",
+        "xla_buffer_python_cpu_callback",
+        "shape_assertion",
+        "lapack_sgetrf_ffi",
+        "Sharding",
+    ]
+) | st.from_regex(r"[A-Za-z_$.]{1,20}", fullmatch=True)
+_CALL_FIELDS = st.sampled_from(
+    [
+        "api_version = 2 : i32",
+        "api_version = 4 : i32, backend_config = {index = 1234567 : ui64}",
+        'api_version = 1 : i32, backend_config = "1234567", has_side_effect = true',
+        "api_version = 4 : i32, called_computations = [@main]",
+    ]
+)
+_OPERATIONS = st.one_of(
+    st.builds(custom_call, _TARGETS, _CALL_FIELDS),
+    st.builds(composite, st.sampled_from(["chlo.erf", "chlo.top_k", "xla.gpu.triton", "a.b"])),
+    st.builds(arithmetic, st.sampled_from(["", 'mhlo.sharding = "{replicated}"', "mhlo.frontend_attributes = {}"])),
+    st.builds(nested, st.integers(1, 300)),
+    st.sampled_from(["main", "inner"]).map(CALL.format),
+    st.just(infeed()),
+)
+
+
+def _read_program(nothing, folder: pathlib.Path, example):
+    """A program that is read can be compiled and run, and ends; nothing that it names is called."""
+    operation, place = example
+    if "@inner" in operation and "@inner" not in PLACES[place]:
+        operation = CALL.format("main")
+    file = folder / program_file("encode")
+    file.write_bytes(write_program(operation, place))
+    program = _load(folder, "encode", {"jax": jax.__version__})
+    assert "custom_call" not in operation and "infeed" not in operation and "mhlo." not in operation
+    assert program(jnp.ones(2)).shape == (2,)
+
+
+PROGRAMS = Target(st.tuples(_OPERATIONS, st.sampled_from(list(PLACES))), lambda folder: None, _read_program, 60, 2000)
 
 
 # Model folders
@@ -418,7 +463,8 @@ _STRANGE = (
     *("__import__('os')", "1_000", "-", "--", "=", "1+1j"),
 )
 _WORDS = st.sampled_from([*_STRANGE, "", "1" * 5000, "9" * 30, "1 if True else 2", "a\nb", "\0"])
-_CHOICES = sorted({word for words in CHOICES.values() for word in words})
+_FIELDS = [one for group in groups_in(default_config()) for one in fields_of(type(group)).values()]
+_CHOICES = sorted({word for one in _FIELDS for word in one.about.words})
 _PLAUSIBLE = st.integers(0, 64).map(str) | st.floats(0, 1).map(str) | st.sampled_from(_CHOICES)
 _TUPLES = st.lists(_WORDS | st.integers(0, 64).map(str), max_size=3).map(lambda items: f"({','.join(items)})")
 _TEXT = _PLAUSIBLE | _WORDS | _TUPLES | st.text(max_size=30) | st.integers().map(str) | st.floats().map(str)
@@ -439,8 +485,7 @@ def _parse(config_file, folder: pathlib.Path, arguments):
     argv += [f"{dashes}config.{name}" + ("" if text is None else f"={text}") for dashes, name, text in arguments]
     values = flags.FlagValues()
     holder = config_flag.define_config_flag(values)
-    with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
-        program.read_flags(argv, config_flag.check_arguments, values)
+    program.read_flags(argv, holder.take, values)
     validate(holder.value)
     validate(from_json(json.loads(json.dumps(to_json(holder.value)))))
 
@@ -465,6 +510,7 @@ TARGETS = {
     "manifests of image sets from captions": MIS_MANIFESTS,
     "bundles": BUNDLES,
     "bundles, hashes mended": SIGNED,
+    "bundles, programs by hand": PROGRAMS,
     "model folders": MODELS,
     "metadata of checkpoints": METADATA,
     "config: command line": ARGUMENTS,

@@ -22,8 +22,9 @@ import jax
 from absl import flags
 from data_fixtures import build_emoji
 from flax import nnx
-from ml_collections import ConfigDict
 
+from m2m_jax import config_flag
+from m2m_jax.configuration import Config
 from m2m_jax.core.parameters import split
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.diffusers_folder import save_autoencoder
@@ -59,24 +60,16 @@ def run(module: str, *arguments: object) -> Result:
     except SystemExit as end:
         code = end.code or 0
     finally:
-        # The next program defines its flags, some under the same names, and imports what defines them again.
-        by_module = flags.FLAGS.flags_by_module_dict().items()
-        defining = {name: defined for name, defined in by_module if name == module or name.startswith("m2m_jax.")}
-        own = {flag.name for defined in defining.values() for flag in defined}
+        # The next program defines flags of the same names.
+        own = {flag.name for flag in flags.FLAGS.flags_by_module_dict().get(module, ())}
         for name in [name for name in flags.FLAGS if name in own or name.partition(".")[0] == "config"]:
             delattr(flags.FLAGS, name)
-        for name in defining:
-            sys.modules.pop(name, None)
-            package, _, attribute = name.rpartition(".")
-            if package in sys.modules:  # `from package import module` would find the old one
-                vars(sys.modules[package]).pop(attribute, None)
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def load_config(name: str) -> ConfigDict:
+def load_config(name: str) -> Config:
     """The config that `config_argument` of that name says: "emoji" or, with a preset, "emoji:tiny"."""
-    file, _, preset = name.partition(":")
-    return runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"](*[preset] * bool(preset))
+    return config_flag.load_config(config_argument(name).partition("=")[2])
 
 
 def free_address() -> str:

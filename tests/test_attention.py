@@ -10,7 +10,6 @@ from model_fixtures import RUN_HERE
 
 from m2m_jax.attention.backends import BACKENDS, dense, prefix, prefix_cudnn, resolve
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout, allowed
-from m2m_jax.config_rules import CHOICES
 from m2m_jax.configuration import default_config
 from m2m_jax.core.errors import UserError
 from m2m_jax.training import sharding
@@ -243,10 +242,6 @@ def test_auto_is_what_the_platform_runs_and_a_name_is_itself(name, platform, dty
 def test_a_kernel_of_another_platform_or_dtype_is_refused(name, platform, dtype, message):
     with pytest.raises(UserError, match=message):
         resolve(name, platform, dtype)
-
-
-def test_the_config_offers_every_backend():
-    assert set(CHOICES["model.attention_backend"]) == {"auto", *BACKENDS} - {"splash_interpreted"}
 
 
 def test_cudnn_refuses_float32_and_what_it_cannot_run():

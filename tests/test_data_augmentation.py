@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from m2m_jax.core.images import on_white
 from m2m_jax.data.augmentation import MIN_GROUND_LUMINANCE, SetAugmentation
@@ -122,8 +121,3 @@ def test_draws_do_not_depend_on_other_values():
     with_mirror = _apply(SetAugmentation(hue_degrees=90, mirror_probability=1), images, 7)
     without = _apply(SetAugmentation(hue_degrees=90, contrast=0.0), images, 7)
     np.testing.assert_array_equal(with_mirror, without[:, :, ::-1])
-
-
-def test_from_config_defaults_what_is_left_out():
-    config = ConfigDict({"enabled": True, "hue_degrees": 30.0, "scale": 0.1})
-    assert SetAugmentation.from_config(config) == SetAugmentation(hue_degrees=30.0, scale=0.1)

@@ -20,7 +20,7 @@ LAYERS = (
     ("programs",),
 )
 RANK = {package: rank for rank, packages in enumerate(LAYERS) for package in packages}
-CONFIG = ("configuration", "config_rules", "config_flag")  # modules of the layer "config"
+CONFIG = ("configuration", "config_fields", "config_rules", "config_flag")  # modules of the layer "config"
 
 
 def modules() -> dict[str, ast.Module]:

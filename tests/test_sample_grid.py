@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 def config_of(file, folders, **changes):
     config = load_config(f"{file}:tiny")
     paths = {name: str(folders[name]) for name in folders if name != "text_encoder.path" or "t2i" in file}
-    config.update_from_flattened_dict({"data.image_size": SIZE, **paths, **changes})
+    config.update({"data.image_size": SIZE, **paths, **changes})
     return config
 
 

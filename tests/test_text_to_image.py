@@ -237,7 +237,7 @@ def test_what_makes_no_sample_is_refused_before_training(changes, words, tmp_pat
 
 def tiny_config(folder, **changes):
     config = load_config("emoji_t2i:tiny")
-    config.update_from_flattened_dict(changes)
+    config.update(changes)
     config.autoencoder.path, config.text_encoder.path = (
         str(make(folder / name)) for make, name in ((make_autoencoder, "vae"), (make_bert, "bert"))
     )

@@ -23,7 +23,7 @@ from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import precomputed
-from m2m_jax.data.prepare import prepare_emoji
+from m2m_jax.data.emoji.preparing import prepare_emoji
 
 # Where it may lie
 

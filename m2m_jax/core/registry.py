@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from m2m_jax.core.errors import UserError
 
@@ -23,22 +25,31 @@ class Registry(Mapping[str, T], Generic[T]):
         STEPPERS.choose("ddmi")  # UserError: unknown stepper 'ddmi'; did you mean ddim? there are ddim, euler
     """
 
-    def __init__(self, kind: str):
-        """kind: what is registered, a noun for messages ("stepper")."""
+    def __init__(self, kind: str, package: str | None = None):
+        """Make an empty registry.
+
+        Args:
+          kind: what is registered, a noun for messages ("stepper").
+          package: all of its modules are imported before a name is looked up: what lies in it is registered.
+        """
         self.kind = kind
-        self._things: dict[str, T] = {}
+        self._package = package
+        self._registered: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that adds a class or function under `name`, and gives it back unchanged.
 
+        What is defined again, as a config file does that is read twice, takes the place of what it was.
+
         Raises:
-          ValueError: the name is taken.
+          ValueError: the name is taken by another.
         """
-        if name in self._things:
-            raise ValueError(f"there is a {self.kind} {name!r} already")
 
         def add(thing: T) -> T:
-            self._things[name] = thing
+            before = self._registered.get(name)
+            if before is not None and _identity(before) != _identity(thing):
+                raise ValueError(f"there is a {self.kind} {name!r} already: {before!r}")
+            self._registered[name] = thing
             return thing
 
         return add
@@ -49,10 +60,19 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
           UserError: nothing is; names what is there.
         """
-        if name not in self._things:
-            there = ", ".join(self._things)
-            raise UserError(f"unknown {self.kind} {name!r}{nearest(name, self._things) or ';'} there are {there}")
-        return self._things[name]
+        if name not in self:
+            there = ", ".join(self)
+            raise UserError(f"unknown {self.kind} {name!r}{nearest(name, self) or ';'} there are {there}")
+        return self[name]
+
+    @property
+    def _things(self) -> dict[str, T]:
+        """What is registered, once the modules of the package are imported."""
+        package, self._package = self._package, None  # at once: the modules may look up names themselves
+        if package:
+            for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+                importlib.import_module(f"{package}.{module.name}")
+        return self._registered
 
     def __getitem__(self, name: str) -> T:
         return self._things[name]
@@ -71,3 +91,7 @@ def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     # A field put into the wrong group (config.steps) is near to no whole name, but its last part is one.
     matches = matches or [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+def _identity(thing: Any) -> tuple[Any, Any]:
+    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)

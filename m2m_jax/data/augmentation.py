@@ -8,7 +8,6 @@ styles.
 import dataclasses
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.core.images import composite
@@ -43,12 +42,6 @@ class SetAugmentation:
     contrast: float = 0.0
     scale: float = 0.0
     mirror_probability: float = 0.0
-
-    @classmethod
-    def from_config(cls, config: ConfigDict) -> "SetAugmentation":
-        """From `data.augment`; a value that the configuration leaves out stays at its default, no change."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name in config]
-        return cls(**{name: config[name] for name in names})
 
     def __call__(self, images_nhwc: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 RGBA [n, h, w, 4], h == w, straight alpha -> uint8 RGB [n, h, w, 3]."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict
-
-from m2m_jax.configuration import reads_latents
+from m2m_jax.configuration import Data, reads_latents
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
 from m2m_jax.data import mis, precomputed
 from m2m_jax.models.autoencoder import AutoencoderConfig
 
 
-def require_autoencoder(data: ConfigDict, folder: str, config: AutoencoderConfig, params: Params) -> None:
+def require_autoencoder(data: Data, folder: str, config: AutoencoderConfig, params: Params) -> None:
     """Raises UserError if `config.data` names latents that were not made by the autoencoder in `folder`."""
     if not reads_latents(data):
         return
@@ -26,7 +24,7 @@ def require_autoencoder(data: ConfigDict, folder: str, config: AutoencoderConfig
             )
 
 
-def _made_with(data: ConfigDict, split: str) -> dict:
+def _made_with(data: Data, split: str) -> dict:
     if data.name == "precomputed":
         return precomputed.read_manifest(data.path, split).autoencoder
     made_with = mis.read_manifest(data.path).settings.get("autoencoder")

@@ -15,11 +15,11 @@ from typing import Protocol
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
-from ml_collections import ConfigDict
 
-from m2m_jax.configuration import reads_latents
+from m2m_jax.configuration import Data, build, reads_latents
 from m2m_jax.core.errors import UserError, warn
 from m2m_jax.core.images import decode_image, fit_square, on_white
+from m2m_jax.core.registry import Registry
 from m2m_jax.data import augmentation, folder, mis, precomputed, records
 from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.records import BadRecord
@@ -88,34 +88,56 @@ def open_emoji(directory: str, image_size: int, split: str, *, strict: bool) -> 
     )
 
 
-def _open_emoji(config: ConfigDict, split: str) -> RecordSource:
+# data.name -> opens a split of it. What opens it may say more of itself than its docstring:
+#   check_config(data): raises UserError where the `data` part of a config makes no sense for it;
+#   gives_latents: whether it gives latents in any case, and not only where data.latents asks for them;
+#   Options: a dataclass of what it alone reads from a config, see `config_fields.options`.
+SOURCES: Registry[Callable[[Data, str], RecordSource]] = Registry("data source")
+
+
+def _source(name: str, *, needs_path: bool = True, has_choice_of_latents: bool = False, gives_latents: bool = False):
+    """Return a decorator that registers a source, with the rules that follow from what it needs and has."""
+
+    def check_config(data: Data) -> None:
+        if needs_path and not data.path:
+            raise UserError(f"config.data.path is empty; data.name={name} needs --config.data.path=DIR")
+        if data.latents and not has_choice_of_latents:
+            raise UserError(f"config.data.latents is True; data.name={name} has no choice of them")
+
+    def register(open_source: Callable[[Data, str], RecordSource]) -> Callable[[Data, str], RecordSource]:
+        vars(open_source).update(check_config=check_config, gives_latents=gives_latents)
+        return SOURCES.register(name)(open_source)
+
+    return register
+
+
+@_source("emoji", needs_path=False)
+def _open_emoji(config: Data, split: str) -> RecordSource:
+    """Emoji of a few styles, recoloured set by set, from m2m_jax.data.prepare."""
     return open_emoji(config.directory, config.image_size, split, strict=_strict(config))
 
 
-def _open_folder(config: ConfigDict, split: str) -> RecordSource:
+@_source("folder")
+def _open_folder(config: Data, split: str) -> RecordSource:
+    """A folder of folders of images, each of them a set."""
     return folder.load(config.path, split, config.images_per_set, strict=_strict(config))
 
 
-def _open_precomputed(config: ConfigDict, split: str) -> RecordSource:
+@_source("precomputed", gives_latents=True)
+def _open_precomputed(config: Data, split: str) -> RecordSource:
+    """Latents, from m2m_jax.data.precompute."""
     return precomputed.PrecomputedRecords(config.path, split, config.image_size, strict=_strict(config))
 
 
-def _open_mis(config: ConfigDict, split: str) -> RecordSource:
+@_source("mis", has_choice_of_latents=True)
+def _open_mis(config: Data, split: str) -> RecordSource:
+    """Image sets made from captions, from m2m_jax.data.build_mis."""
     size = config.image_size
     return MisRecords(config.path, split, latents=config.latents, image_size=size, strict=_strict(config))
 
 
-def _strict(config: ConfigDict) -> bool:
+def _strict(config: Data) -> bool:
     return config.on_error == "stop"
-
-
-# data.name -> opens a split of it.
-SOURCES: dict[str, Callable[[ConfigDict, str], RecordSource]] = {
-    "emoji": _open_emoji,
-    "folder": _open_folder,
-    "precomputed": _open_precomputed,
-    "mis": _open_mis,
-}
 
 
 class SetExamples:
@@ -133,7 +155,7 @@ class SetExamples:
     def __init__(
         self,
         source: RecordSource,
-        config: ConfigDict,
+        config: Data,
         *,
         seed: int,
         augment: bool,
@@ -175,7 +197,7 @@ class SetExamples:
         self._tokenizer, self._tag_dropout = tokenizer, config.caption_tag_dropout if drops_tags else 0.0
         self._augment = None
         if augment and config.augment.enabled:
-            self._augment = augmentation.SetAugmentation.from_config(config.augment)
+            self._augment = build(augmentation.SetAugmentation, config.augment)
         # A cache of one instance: a decorated method would keep every instance alive.
         cached = functools.lru_cache(maxsize=_CACHE_BYTES // (4 * self._image_size**2))
         self._load_image = cached(self._load_image)
@@ -306,7 +328,7 @@ def drop_tags(caption: str, share: float, rng: np.random.Generator) -> str:
 
 
 def open_examples(
-    data_config: ConfigDict,
+    data_config: Data,
     *,
     split: str,
     seed: int,
@@ -324,9 +346,7 @@ def open_examples(
     with_images: images are wanted also where `data_config` names latents.
     Raises UserError if the data cannot be used as the configuration asks.
     """
-    if data_config.name not in SOURCES:
-        raise UserError(f"data.name={data_config.name!r}: known are {', '.join(SOURCES)}")
-    source = SOURCES[data_config.name](data_config, split)
+    source = SOURCES.choose(data_config.name)(data_config, split)
     return SetExamples(
         source,
         data_config,

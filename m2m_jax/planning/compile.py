@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -9,8 +10,8 @@ import time
 
 import jax
 from jax.experimental import topologies
-from ml_collections import ConfigDict
 
+from m2m_jax.configuration import Config
 from m2m_jax.core.chips import Chip, chip_of
 from m2m_jax.core.errors import UserError
 from m2m_jax.planning import hlo, memory
@@ -124,7 +125,7 @@ def get_machine(topology: str, slices: int = 1) -> Machine:
     return Machine(topology, tuple(devices), chip.share(len(devices) // len(chips)), slices)
 
 
-def make_plan(config: ConfigDict, machine: Machine, workload: Workload) -> tuple[Plan, str]:
+def make_plan(config: Config, machine: Machine, workload: Workload) -> tuple[Plan, str]:
     """Compiles the step of `config`, which takes minutes where the model is large.
 
     Returns the plan, and the compiled program's text: nothing where it is too large to be compiled. Raises UserError
@@ -190,9 +191,7 @@ def _placed(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeD
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def _work(
-    text: str, cost: dict, config: ConfigDict, machine: Machine, workload: Workload, mesh: jax.sharding.Mesh
-) -> Work:
+def _work(text: str, cost: dict, config: Config, machine: Machine, workload: Workload, mesh: jax.sharding.Mesh) -> Work:
     program = hlo.parse(text)
     sent = collectives(program, [getattr(d, "slice_index", 0) for d in mesh.devices.flat])
     calls, num_devices = hlo.kernel_calls(text), len(machine.devices)
@@ -223,12 +222,12 @@ def kernel_flops(calls: dict[str, int], attention: AttentionFlops) -> float:
     return (attention.executed + attention.within_images) * products / (PRODUCTS["fwd"] * attention.calls)
 
 
-def state_at_fsdp(config: ConfigDict, task, devices: int, slices: int) -> dict[int, int]:
+def state_at_fsdp(config: Config, task, devices: int, slices: int) -> dict[int, int]:
     """{config.mesh.fsdp: bytes a device of the state} of the powers of two that divide the devices of a slice."""
     others = config.mesh.tensor * config.mesh.context if min(config.mesh.tensor, config.mesh.context) > 0 else 0
     found = {}
     for fsdp in fsdp_sizes(devices // slices // (others or 1)) if others else ():
-        other = ConfigDict(config.to_dict())
+        other = copy.deepcopy(config)
         other.mesh.update({"fsdp": fsdp, "data": -1})
         mesh = sharding.abstract_mesh(other.mesh, devices)
         found[fsdp] = sum(memory.state_bytes(set_up(task, other, mesh).state).values())

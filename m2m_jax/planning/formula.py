@@ -6,15 +6,16 @@ convolutions take room for themselves. FLOPs are those of the model, and of what
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
+from m2m_jax.configuration import Config
 from m2m_jax.core.chips import Chip
 from m2m_jax.core.errors import UserError
 from m2m_jax.planning import memory
@@ -32,7 +33,7 @@ NOTE = (
 )
 
 
-def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, workload: Workload) -> Plan:
+def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload) -> Plan:
     """A plan like that of `compile.make_plan`, with `NOTE` among its notes.
 
     Args:
@@ -41,7 +42,7 @@ def plan_by_formula(config: ConfigDict, chip: Chip, devices: int, workload: Work
     Raises:
       UserError: the config splits tensors or rows; or does not go with so many devices.
     """
-    config = ConfigDict(config.to_dict())
+    config = copy.deepcopy(config)
     mesh = sharding.abstract_mesh(config.mesh, devices)
     if mesh.shape["tensor"] * mesh.shape["context"] > 1:
         raise UserError("GPUs are planned by formula, which knows config.mesh.data, .fsdp and .slice alone")

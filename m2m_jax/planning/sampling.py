@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from m2m_jax.attention.cached import attend_to_kept
+from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
 from m2m_jax.planning import hlo
 from m2m_jax.planning.compile import Machine
@@ -81,7 +81,7 @@ class SamplingPlan:
         return [f"fewer --config.data.images_per_set: each takes {an_image} of the cache"]
 
 
-def plan_sampling(config: ConfigDict, machine: Machine, sets_per_device: int) -> SamplingPlan:
+def plan_sampling(config: Config, machine: Machine, sets_per_device: int) -> SamplingPlan:
     """Of the sampler of `config`, its sets shared evenly by all devices.
 
     The cache holds a whole set but its last image, as the model was trained. Takes minutes at full size.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
-from ml_collections import ConfigDict
-
+from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
 from m2m_jax.planning.compile import Machine, Plan, fsdp_sizes, make_plan
 from m2m_jax.training.workload import Workload
@@ -14,7 +14,7 @@ MAX_SETS = 64  # a device: beyond it, more gains next to nothing
 
 
 def search(
-    config: ConfigDict, machine: Machine, workload: Workload, progress: Callable[[str, Plan], None]
+    config: Config, machine: Machine, workload: Workload, progress: Callable[[str, Plan], None]
 ) -> tuple[Plan, list[str]]:
     """The best plan that fits, and the overrides that make it; where nothing fits, the one that needs least.
 
@@ -33,8 +33,8 @@ def search(
         while (sets := _next(fits, too_many)) is not None:
             batch_size = sets * config.train.accumulation * len(machine.devices)
             overrides = _overrides(config, fsdp, batch_size, len(machine.devices))
-            tried = ConfigDict(config.to_dict())
-            tried.update_from_flattened_dict({"mesh.fsdp": fsdp, "mesh.data": -1} | overrides)
+            tried = copy.deepcopy(config)
+            tried.update({"mesh.fsdp": fsdp, "mesh.data": -1} | overrides)
             plan, _ = make_plan(tried, machine, workload)
             shown = [f"--config.{name}={value}" for name, value in overrides.items()]
             progress(" ".join(shown), plan)
@@ -48,7 +48,7 @@ def search(
     return min(others, key=lambda found: found[0].memory.needed)
 
 
-def _overrides(config: ConfigDict, fsdp: int, batch_size: int, devices: int) -> dict[str, int]:
+def _overrides(config: Config, fsdp: int, batch_size: int, devices: int) -> dict[str, int]:
     found = {"mesh.fsdp": fsdp, "data.batch_size": batch_size}
     return found | ({"eval.batch_size": devices} if config.eval.batch_size % devices else {})
 

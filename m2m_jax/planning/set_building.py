@@ -11,8 +11,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from m2m_jax.configuration import Config, build
 from m2m_jax.core.chips import chip_of, gpus_of
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, merge
@@ -65,7 +65,7 @@ class BuildPlan:
         return self.captions * self.images_per_set / self.images_per_second / 3600
 
 
-def plan_build(config: ConfigDict, topology: str, slices: int, captions: int, mfu: float) -> BuildPlan:
+def plan_build(config: Config, topology: str, slices: int, captions: int, mfu: float) -> BuildPlan:
     """With the U-Net, autoencoder, image size, images a set, steps and guidance of `config`.
 
     Raises UserError for a topology that is none, or a share of the peak that cannot be.
@@ -76,7 +76,7 @@ def plan_build(config: ConfigDict, topology: str, slices: int, captions: int, mf
     models, notes = frozen_models(config)
     size, images = config.data.image_size, config.data.images_per_set
     latent_shape = models.latent_shape(size)
-    schedule = NoiseSchedule.from_config(config.schedule)
+    schedule = NoiseSchedule.from_config(vars(config.schedule))
     steps = len(STEPPERS[config.sample.stepper](schedule, config.sample.steps).timestep)
     # An accelerator's client counts nothing.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -134,14 +134,16 @@ def _chips(topology: str) -> tuple[int, float]:
     return math.prod(map(int, shape)), chip.flops
 
 
-def _unet_flops(config: ConfigDict, models: FrozenModels, latent_shape: tuple[int, int, int]) -> float:
+def _unet_flops(config: Config, models: FrozenModels, latent_shape: tuple[int, int, int]) -> float:
     channels = latent_shape[-1]
     fields = {"attn2": "text", "remat": "none", "attention_backend": "prefix", "order_embedding": False}
-    unet_config = UNetConfig(
+    unet_config = build(
+        UNetConfig,
+        config.model,
         in_channels=channels,
         out_channels=channels,
         cross_attention_dim=TEXT_WIDTH,
-        **{**config.model, **fields},
+        **fields,
     )
     unet, shapes = unet_structure(unet_config)
 

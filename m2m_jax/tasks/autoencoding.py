@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 from PIL import Image
 
-from m2m_jax.configuration import to_json
+from m2m_jax.configuration import Config, build, reads_latents, to_json
+from m2m_jax.core.errors import UserError
 from m2m_jax.core.keys import Stream, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge, split
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.frozen import FrozenParams
+from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, side_by_side
 from m2m_jax.view.contact_sheet import Group
 
 
+@TASKS.register("autoencoder")
 class Autoencoding:
     """Reconstruction and KL losses of `AutoencoderKL`.
 
@@ -26,18 +28,23 @@ class Autoencoding:
     error do without. Latents are unscaled here: `m2m_jax.to_diffusers` measures the scaling factor when it saves.
     """
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: Config):
         self.config = config
-        c = config.autoencoder
-        self.autoencoder_config = AutoencoderConfig(
-            latent_channels=c.latent_channels,
-            block_out_channels=c.block_out_channels,
-            layers_per_block=c.layers_per_block,
-            norm_num_groups=c.norm_num_groups,
-            scaling_factor=1.0,
-        )
+        self.autoencoder_config = _architecture(config)
         self.graphdef, self.shapes = abstract(self._build)
         self.frozen: FrozenParams = {}
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """Raise UserError where the config does not go with this task."""
+        if reads_latents(config.data):
+            latents = "latents=True reads latents" if config.data.latents else f"name={config.data.name} holds latents"
+            raise UserError(f"config.data.{latents}; task=autoencoder needs a data set of images")
+        if config.train.parameters != "all":
+            raise UserError(f"config.train.parameters is {config.train.parameters}; of an autoencoder all train")
+        factor, size = _architecture(config).downsampling, config.data.image_size
+        if size % factor:
+            raise UserError(f"config.data.image_size is {size}; config.autoencoder needs a multiple of {factor}")
 
     summary = "autoencoder"  # what is trained, for the log
     tokenizer = None  # captions are not read
@@ -109,3 +116,7 @@ class Autoencoding:
 def _reconstruct(graphdef: nnx.GraphDef, params: Params, images_bhwc: jax.Array) -> jax.Array:
     model = merge(graphdef, params)
     return pixels_to_uint8(model.decode(model.encode(pixels_to_float(images_bhwc))))
+
+
+def _architecture(config: Config) -> AutoencoderConfig:
+    return build(AutoencoderConfig, config.autoencoder, scaling_factor=1.0)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.attention.backends import resolve
-from m2m_jax.configuration import to_json
+from m2m_jax.configuration import Config, build, to_json
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.data.latents import require_autoencoder
@@ -22,17 +21,19 @@ from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.evaluation import context_losses
 from m2m_jax.tasks.objective import SetDraws, draw, set_loss
+from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces, side_by_side
 from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated
 
 
+@TASKS.register("set_diffusion")
 class SetDiffusion:
     """Loss, evaluation and sample grid of a U-Net over sets, in the latent space of a frozen autoencoder.
 
     M2M-DINO where `config.image_encoder` names one, else M2M-Self.
     """
 
-    def __init__(self, config: ConfigDict, platform: str | None = None, models: FrozenModels | None = None):
+    def __init__(self, config: Config, platform: str | None = None, models: FrozenModels | None = None):
         """As `config` says.
 
         Args:
@@ -46,21 +47,39 @@ class SetDiffusion:
             self.models, self.frozen = models, models.shapes
         if models is None:
             require_autoencoder(config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER])
-        self.schedule = NoiseSchedule.from_config(config.schedule)
+        self.schedule = NoiseSchedule.from_config(vars(config.schedule))
         channels, encoder = self.models.autoencoder.latent_channels, self.models.image_encoder
         platform = platform or jax.default_backend()
         backend = resolve(config.model.attention_backend, platform, config.model.dtype)
-        self.unet_config = UNetConfig(
+        self.unet_config = build(
+            UNetConfig,
+            config.model,
             in_channels=channels,
             out_channels=channels,
             cross_attention_dim=encoder.hidden_size if encoder else None,
-            **{**config.model, "attention_backend": backend},
+            attention_backend=backend,
         )
         self.models.require_image_size(config.data.image_size, len(self.unet_config.block_out_channels))
         self.unet, self.shapes = abstract(self._build)
-        if config.data.images_per_set > 1 and config.model.attn2 == "none":
-            raise UserError("model.attn2='none' sees one image at a time: set data.images_per_set=1")
         self.sampler({}, step=0)  # its settings are refused now and not at the first evaluation
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """Raise UserError where the config does not go with this task."""
+        model = config.model
+        if model.attn2 == "text":
+            raise UserError("config.model.attn2 is text; that is for task=text_to_image")
+        if config.text_encoder.path:
+            raise UserError("config.text_encoder.path is set; only task=text_to_image has a text encoder")
+        if model.attn2 == "none" and config.data.images_per_set > 1:
+            raise UserError("config.model.attn2=none sees one image at a time: set --config.data.images_per_set=1")
+        if model.attn2 == "none" and config.image_encoder.path:
+            raise UserError("config.image_encoder.path is set; model.attn2=none attends to no image")
+        if model.attn2 == "none" and config.train.parameters != "all":
+            raise UserError(f"config.train.parameters is {config.train.parameters}; with model.attn2=none all train")
+        # They refuse what makes none.
+        build(UNetConfig, model, attention_backend="prefix")
+        NoiseSchedule.from_config(vars(config.schedule))
 
     def _build(self, key: jax.Array | int = 0) -> UNet:
         return UNet(self.unet_config, rngs=nnx.Rngs(key))
@@ -161,7 +180,7 @@ class SetDiffusion:
             models=self.models,
             frozen=self.frozen,
             schedule=self.schedule,
-            settings=SamplingSettings(**self.config.sample),
+            settings=build(SamplingSettings, self.config.sample),
             clean_timestep=self.config.diffusion.clean_timestep,
             image_size=self.config.data.image_size,
             step=step,

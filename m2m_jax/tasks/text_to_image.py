@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.checkpoints.saved_model import SavedModel
-from m2m_jax.configuration import to_json
+from m2m_jax.configuration import Config, build, to_json
+from m2m_jax.core.errors import UserError
 from m2m_jax.core.keys import Stream, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.data.latents import require_autoencoder
@@ -29,32 +29,49 @@ from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
 from m2m_jax.tasks.evaluation import another, stratified_timesteps
 from m2m_jax.tasks.objective import SetDraws, draw
+from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces, side_by_side
 from m2m_jax.view.contact_sheet import Group
 
 
+@TASKS.register("text_to_image")
 class TextToImageTask:
     """Loss, evaluation and sample grid of a U-Net that attends to captions, in the latent space of an autoencoder."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: Config):
         self.config, self.compute_dtype = config, config.model.dtype
         self.models, self.frozen = FrozenModels.load(config)
         require_autoencoder(config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER])
         self.tokenizer = load_tokenizer(config.text_encoder.path, config.text_encoder.max_tokens)
         self.empty_ids_1s = self.tokenizer([""])
-        self.schedule = NoiseSchedule.from_config(config.schedule)
+        self.schedule = NoiseSchedule.from_config(vars(config.schedule))
         channels = self.models.autoencoder.latent_channels
         backend = resolve(config.model.attention_backend, jax.default_backend(), config.model.dtype)
-        self.unet_config = UNetConfig(
+        self.unet_config = build(
+            UNetConfig,
+            config.model,
             in_channels=channels,
             out_channels=channels,
             cross_attention_dim=self.models.text_encoder.hidden_size,
-            **{**config.model, "attention_backend": backend},
+            attention_backend=backend,
         )
         self.unet, self.shapes = abstract(self._build)
         # Settings and a size that make no sample are refused now, and not at the first evaluation.
-        settings, size = SamplingSettings(**config.sample), config.data.image_size
+        settings, size = build(SamplingSettings, config.sample), config.data.image_size
         TextPrograms(self.unet_config, self.models, self.schedule, settings, size)
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """Raise UserError where the config does not go with this task."""
+        if config.model.attn2 != "text":
+            raise UserError(f"config.model.attn2 is {config.model.attn2}; task=text_to_image needs model.attn2=text")
+        if not config.text_encoder.path:
+            raise UserError("config.text_encoder.path is empty; task=text_to_image needs a text encoder")
+        if config.image_encoder.path:
+            raise UserError("config.image_encoder.path is set; task=text_to_image attends to no image")
+        # They refuse what makes none.
+        build(UNetConfig, config.model, attention_backend="prefix", cross_attention_dim=1)
+        NoiseSchedule.from_config(vars(config.schedule))
 
     needs_images = False  # where the data set holds latents
 

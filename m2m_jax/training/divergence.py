@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Callable
 
 import jax
-from ml_collections import ConfigDict
 
 from m2m_jax.checkpoints.checkpointer import Checkpointer
+from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
 from m2m_jax.data.pipeline import SetExamples, make_dataset
 
@@ -34,7 +34,7 @@ class Divergence:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Config,
         examples: SetExamples,
         checkpoints: Checkpointer,
         message: Callable[[str], None],

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
+from m2m_jax.configuration import Optimizer
 from m2m_jax.core.errors import UserError
 from m2m_jax.models.initialization import is_set_attention
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(config: Optimizer, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a flat dict of parameters, and its learning rate as a function of the step (for the log).
 
     Args:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
+from m2m_jax.configuration import Config
 from m2m_jax.core.parameters import Params
 from m2m_jax.models.initialization import TRAINED
 from m2m_jax.training import sharding
@@ -18,7 +19,6 @@ from m2m_jax.training.step import Step, make_train_step
 
 if TYPE_CHECKING:
     import optax
-    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Setup:
     trains: Callable[[str], bool]
 
 
-def set_up(task: Any, config: ConfigDict, mesh: Mesh) -> Setup:
+def set_up(task: Any, config: Config, mesh: Mesh) -> Setup:
     """Of `SetDiffusion` or `Autoencoding`. Nothing is computed and no device is asked for anything."""
     optimizer, learning_rate = make_optimizer(config.optimizer, config.train.steps)
     trains = TRAINED[config.train.parameters]

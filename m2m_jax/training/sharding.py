@@ -19,14 +19,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from m2m_jax import configuration
 from m2m_jax.core import gathering
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
+from m2m_jax.models.unet import IN_FLOAT32
 from m2m_jax.training.state import TrainState
 
 AXES = ("slice", "data", "fsdp", "tensor", "context")
@@ -50,7 +52,7 @@ MESH_AXIS = {"in": "fsdp", "out": "fsdp", "split": "tensor"}
 ARRAY_AXES: dict[str, tuple[str, ...]] = {"b": BATCH_AXES, "n": (), "h": ("context",), "w": (), "c": (), "s": ()}
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: configuration.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`, over all devices of all hosts or over `devices`.
 
     Raises UserError where the axes do not multiply to the number of devices, or `slice` is not how TPUs are connected.
@@ -74,9 +76,9 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return mesh
 
 
-def mesh_sizes(config: ConfigDict, num_devices: int) -> tuple[int, ...]:
+def mesh_sizes(config: configuration.Mesh, num_devices: int) -> tuple[int, ...]:
     """The devices along each of `AXES`. Raises UserError where they do not multiply to `num_devices`."""
-    sizes = [config[axis] for axis in AXES]
+    sizes = [getattr(config, axis) for axis in AXES]
     named = [(axis, size) for axis, size in zip(AXES, sizes, strict=True) if size != 1 or axis in ("data", "fsdp")]
     asked = ", ".join(f"config.mesh.{axis}={size}" for axis, size in named)
     if sizes.count(-1) > 1:
@@ -87,7 +89,7 @@ def mesh_sizes(config: ConfigDict, num_devices: int) -> tuple[int, ...]:
     return tuple(num_devices // fixed if size == -1 else size for size in sizes)
 
 
-def abstract_mesh(config: ConfigDict, num_devices: int) -> AbstractMesh:
+def abstract_mesh(config: configuration.Mesh, num_devices: int) -> AbstractMesh:
     """`make_mesh` without devices, which shapes and shares of them do not need. Raises UserError as `mesh_sizes`."""
     return AbstractMesh(mesh_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -121,7 +123,8 @@ def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
     whole on every device. Here each device sums the slice that it keeps (reduce-scatter).
 
     Args:
-      dtype: that layers cast their kernels to; they are gathered as that, and their gradients summed.
+      dtype: that layers cast their kernels to, but for the U-Net's `IN_FLOAT32`; they are gathered as that, and their
+        gradients summed.
     """
 
     def whole(name: str, value: jax.Array) -> jax.Array:
@@ -139,7 +142,7 @@ def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
                 lambda gradient: jax.lax.with_sharding_constraint(gradient, kept),
             )
 
-        return gather(value.astype(dtype))
+        return gather(value.astype(jnp.float32 if name.startswith(IN_FLOAT32) else dtype))
 
     return {name: whole(name, value) for name, value in params.items()}
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 
 import jax
-from ml_collections import ConfigDict
 
+from m2m_jax.configuration import Config
 from m2m_jax.core import chips
 from m2m_jax.core.errors import warn
 from m2m_jax.training.workload import count_model_flops
@@ -23,7 +23,7 @@ class Throughput:
     asks for, that time is saved.
     """
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: Config):
         self._config = config
         self._flops: concurrent.futures.Future | None = None
         if jax.default_backend() != "cpu":
@@ -76,7 +76,7 @@ class Throughput:
         return metrics
 
 
-def _model_flops(config: ConfigDict) -> float | None:
+def _model_flops(config: Config) -> float | None:
     """None where they cannot be counted: a number in a log is not worth the run."""
     try:
         return count_model_flops(config)

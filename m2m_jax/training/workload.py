@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable
@@ -10,16 +11,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
-from ml_collections import ConfigDict
 
 from m2m_jax.attention.backends import resolve
-from m2m_jax.config_rules import CHOICES
-from m2m_jax.configuration import reads_latents
+from m2m_jax.configuration import Config, reads_latents
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import TRAINED
+from m2m_jax.models.unet import REMAT
 from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.tasks.text_to_image import TextToImageTask
@@ -48,7 +48,7 @@ class Workload:
     backend: str = ""
 
 
-def make_task(config: ConfigDict) -> tuple[Task, list[str]]:
+def make_task(config: Config) -> tuple[Task, list[str]]:
     """The task of a run, with shapes for parameters; and what had to be assumed of folders that are not there.
 
     Raises UserError for text-to-image where its folders are not there, as a run does.
@@ -61,7 +61,7 @@ def make_task(config: ConfigDict) -> tuple[Task, list[str]]:
     return SetDiffusion(config, platform=PLATFORM, models=models), notes
 
 
-def frozen_models(config: ConfigDict) -> tuple[FrozenModels, list[str]]:
+def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
     """What the config's folders hold, by their config.json or, where there is none, by what is published."""
     notes = []
     folder = config.autoencoder.path
@@ -83,7 +83,7 @@ def frozen_models(config: ConfigDict) -> tuple[FrozenModels, list[str]]:
     return FrozenModels(autoencoder, encoder, config.image_encoder.image_size), notes
 
 
-def batch_shapes(config: ConfigDict, task: Task, batch_size: int) -> dict:
+def batch_shapes(config: Config, task: Task, batch_size: int) -> dict:
     """A batch as it reaches the devices; see `data.pipeline.make_dataset` and `inputs`."""
     sets, size = (batch_size, config.data.images_per_set), config.data.image_size
     shapes = {}
@@ -96,19 +96,19 @@ def batch_shapes(config: ConfigDict, task: Task, batch_size: int) -> dict:
     return shapes
 
 
-def not_read(config: ConfigDict, frozen: FrozenParams) -> FrozenParams:
+def not_read(config: Config, frozen: FrozenParams) -> FrozenParams:
     """The frozen models that a step does not run and an evaluation's preview does: of latents, the autoencoder."""
     return {AUTOENCODER: frozen[AUTOENCODER]} if reads_latents(config.data) else {}
 
 
-def count_model_flops(config: ConfigDict) -> float:
+def count_model_flops(config: Config) -> float:
     """`Workload.model_flops`. Traces the whole model: half a minute at the size of Stable Diffusion."""
     # An accelerator's client counts nothing; the CPU's is asked, whatever the model runs on.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return _lowered_gradient(_plain_task(config), config).cost_analysis()["flops"]
 
 
-def _lowered_gradient(task: Task, config: ConfigDict) -> jax.stages.Lowered:
+def _lowered_gradient(task: Task, config: Config) -> jax.stages.Lowered:
     """The gradient of the loss of one set."""
 
     def gradient(params: dict, frozen: dict, batch: dict, step: jax.Array) -> dict:
@@ -120,7 +120,7 @@ def _lowered_gradient(task: Task, config: ConfigDict) -> jax.stages.Lowered:
 
 
 def _loss_of_trained(
-    task: Task, config: ConfigDict, params: dict, frozen: dict, batch: dict, step: jax.Array
+    task: Task, config: Config, params: dict, frozen: dict, batch: dict, step: jax.Array
 ) -> tuple[Callable[[dict], jax.Array], dict]:
     """The loss of a batch, as a function of the parameters that train, and these."""
     trains, draws = TRAINED[config.train.parameters], task.draw(batch, step)
@@ -128,7 +128,7 @@ def _loss_of_trained(
     return lambda trained: task.loss(params | trained, frozen, batch, draws)[0], trained
 
 
-def kept_bytes(config: ConfigDict, task: Task, sets: int) -> int:
+def kept_bytes(config: Config, task: Task, sets: int) -> int:
     """What the loss of so many sets keeps for its gradient, beside its inputs; before XLA fuses anything."""
 
     def kept(params, frozen, batch, step):
@@ -141,18 +141,18 @@ def kept_bytes(config: ConfigDict, task: Task, sets: int) -> int:
     return sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
 
 
-def kept_by_remat(config: ConfigDict) -> dict[str, int]:
+def kept_by_remat(config: Config) -> dict[str, int]:
     """{config.model.remat: `kept_bytes` of a set}: of the config's own, and of those that compute more again."""
-    levels = CHOICES["model.remat"]
+    levels = list(REMAT)
     found = {}
     for remat in levels[levels.index(config.model.remat) :]:
-        other = ConfigDict(config.to_dict())
+        other = copy.deepcopy(config)
         other.model.remat = remat
         found[remat] = kept_bytes(other, make_task(other)[0], 1)
     return found
 
 
-def count_flops(config: ConfigDict, devices: int, platform: str = PLATFORM) -> Workload:
+def count_flops(config: Config, devices: int, platform: str = PLATFORM) -> Workload:
     """Of one set of a run of `config` on so many devices of "tpu" or "gpu"; see `count_model_flops`.
 
     Raises UserError where `config.mesh` does not go with so many.
@@ -168,8 +168,8 @@ def count_flops(config: ConfigDict, devices: int, platform: str = PLATFORM) -> W
     return Workload(flops, attention, backend)
 
 
-def _plain_task(config: ConfigDict) -> Task:
+def _plain_task(config: Config) -> Task:
     """Nothing is computed twice, and nothing by a kernel."""
-    plain = ConfigDict(config.to_dict())
+    plain = copy.deepcopy(config)
     plain.model.update({"remat": "none", "attention_backend": "prefix"})
     return make_task(plain)[0]

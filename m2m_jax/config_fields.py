@@ -1,0 +1,340 @@
+"""What a configuration is made of: groups of typed fields, each with its help, its limits and its choices.
+
+A field that holds one of several words names the table in which they stand, as "module:NAME": a `Registry`, or another
+mapping or tuple. The module is imported when the words are needed, and not before. So a word stands once, beside what
+it chooses, in a layer above this one; nothing is imported from there to read or change a config; and what a user's own
+config file registers is known like everything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType, UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.paths import expand_home
+from m2m_jax.core.registry import nearest
+
+MAX_NUMBER = 2**32 - 1  # of all fields; no field has use for more, and devices count no further
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What is known of a field beside its type and its default.
+
+    Attributes:
+      help: one or more sentences.
+      low, high: limits of a number, or of each number of a tuple.
+      choices: the words that a text, or each text of a tuple, may be; or "module:NAME", where they stand.
+      also: further words, beside those of that table.
+      path: whether a text is the path of a file or folder; a leading `~` is the home folder.
+      options_of: of a dict: the field of its group that chooses the thing whose `Options` it holds.
+    """
+
+    help: str
+    low: float = -math.inf
+    high: float = MAX_NUMBER
+    choices: str | tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    path: bool = False
+    options_of: str = ""
+
+    @property
+    def table(self) -> Mapping[str, Any]:
+        """What the words of `choices` choose: {word: thing}; {word: None} where they are only words."""
+        words = self.choices
+        if isinstance(words, str):
+            module, _, name = words.partition(":")
+            words = getattr(importlib.import_module(module), name)
+        return words if isinstance(words, Mapping) else dict.fromkeys(words)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All words that the field may hold; none where it may hold any."""
+        return (*self.also, *self.table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A field of a group, or of the options of a registered thing: its type, its default and what is known of it."""
+
+    kind: Any
+    default: Any
+    about: About
+
+    @property
+    def is_group(self) -> bool:
+        """Whether this is a group of further fields."""
+        return isinstance(self.kind, type) and issubclass(self.kind, Group)
+
+    def accept(self, value: Any, name: str) -> Any:
+        """Return `value` as the field holds it: a list as a tuple, a whole number as a float where one is due.
+
+        Args:
+          name: the dotted name of the field, for messages.
+
+        Raises:
+          UserError: the value is of another type.
+        """
+        if self.is_group and not isinstance(value, self.kind):
+            raise UserError(f"config.{name} is a group of fields; set one, as --config.{name}.NAME=VALUE")
+        value = tuple(value) if isinstance(value, list) else value
+        if self.about.path and isinstance(value, str) and value.startswith("~"):
+            value = str(expand_home(value))
+        if not self.is_group and not is_of(value, self.kind):
+            raise UserError(f"config.{name} is {value!r:.80}; it takes {described(self.kind)}, as in {self.default!r}")
+        return _with_floats(value, self.kind)
+
+    def read(self, text: str, name: str) -> Any:
+        """Return the value that a command line means by `text`: 7, True, a/path, (16, 32), style,content.
+
+        Raises:
+          UserError: no value of the field's type is written so.
+        """
+        if get_origin(self.kind) is not tuple:
+            return self.accept(_read_one(text, self.kind), name)
+        text = text.strip()
+        items = [item.strip() for item in (text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text).split(",")]
+        items = items[:-1] if not items[-1] else items  # (1,) and ()
+        return self.accept(tuple(_read_one(_unquoted(item), get_args(self.kind)[0]) for item in items), name)
+
+    def check(self, value: Any, name: str) -> None:
+        """Raise UserError where a value is outside of the field's limits or none of its choices."""
+        if value == () and self.default:
+            raise UserError(f"config.{name} is (); it takes at least one item, as in {self.default!r}")
+        for item in value if isinstance(value, tuple) else (value,):
+            if self.about.choices and item not in self.about.words:
+                words = self.about.words
+                hint = nearest(str(item), words) or ";"
+                raise UserError(f"config.{name} is {value!r}{hint} it must be one of {', '.join(words)}")
+            if isinstance(item, int | float) and not abs(item) <= MAX_NUMBER:
+                raise UserError(f"config.{name} is {value!r}; numbers are finite and at most {MAX_NUMBER}")
+            if isinstance(item, int | float) and not self.about.low <= item <= self.about.high:
+                raise UserError(f"config.{name} is {value}; it must be {limits(self.about)}")
+
+
+def field(default: Any, help: str, **about: Any) -> Any:
+    """Return a dataclass field with a default, its help, and more of `About`.
+
+    Example:
+        steps: int = field(25, "Denoising steps an image.", low=1)
+    """
+    return dataclasses.field(default=default, metadata={"about": About(help, **about)})
+
+
+def options_of(name: str, help: str) -> Any:
+    """Return a dataclass field, {option: value}, for the `Options` of the thing that the field `name` chooses."""
+    return dataclasses.field(default_factory=dict, metadata={"about": About(help, options_of=name)})
+
+
+@functools.cache
+def fields_of(cls: type) -> dict[str, Field]:
+    """{name: field} of a dataclass, in its order."""
+    kinds = get_type_hints(cls)
+    return {
+        one.name: Field(kinds[one.name], one.default, one.metadata.get("about", About("")))
+        for one in dataclasses.fields(cls)
+    }
+
+
+class UnknownField(UserError, AttributeError):
+    """A config has no field of that name."""
+
+
+class Group:
+    """A group of a configuration's fields: a base of dataclasses. `prefix` stands before its fields' names.
+
+    A name that no field has, and a value of another type than the field's, raise UserError when they are set; limits
+    and choices are looked at by `config_rules.validate`.
+
+    Example:
+        @dataclasses.dataclass
+        class Profile(Group, prefix="profile."):
+            steps: tuple[int, int] = field((0, 0), "First and last step of a trace.", low=0)
+
+        Profile().step = (3, 5)  # UnknownField: unknown config field config.profile.step; did you mean ...
+    """
+
+    prefix: ClassVar[str] = ""
+
+    def __init_subclass__(cls, prefix: str = "", **arguments: Any):
+        super().__init_subclass__(**arguments)
+        cls.prefix = prefix
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in fields_of(type(self)):
+            raise self._unknown(name)
+        object.__setattr__(self, name, fields_of(type(self))[name].accept(value, self.name_of(name)))
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> UnknownField:
+        return unknown_field(self.name_of(name), names_of(type(self)))
+
+    @classmethod
+    def name_of(cls, name: str) -> str:
+        """The dotted name of a field, from the root of the config."""
+        return cls.prefix + name
+
+    def update(self, changes: Mapping[str, Any] = MappingProxyType({}), **fields: Any) -> None:
+        """Set several fields: {"train.steps": 100}, {"train": {"steps": 100}} or, of the group itself, steps=100.
+
+        Raises:
+          UserError: there is no field of such a name, or it takes no such value.
+        """
+        for name, value in {**changes, **fields}.items():
+            first, _, rest = name.partition(".")
+            if rest:
+                getattr(self, first).update({rest: value})
+            elif isinstance(value, Mapping) and isinstance(getattr(self, first), Group):
+                getattr(self, first).update(value)
+            else:
+                setattr(self, first, value)
+
+    def check(self) -> None:
+        """Raise UserError where fields of this group do not go together."""
+
+
+def names_of(cls: type[Group]) -> Iterator[str]:
+    """Yield the dotted names of the fields of a group, and of the groups in it."""
+    for name, one in fields_of(cls).items():
+        yield cls.name_of(name)
+        if one.is_group:
+            yield from names_of(one.kind)
+
+
+def unknown_field(name: str, names: Iterator[str]) -> UnknownField:
+    """Return the error that says that `name` is none of `names`, and which is the nearest."""
+    return UnknownField(f"unknown config field config.{name}{nearest(name, names, 'config.')}")
+
+
+def groups_in(group: Group) -> Iterator[Group]:
+    """Yield a group, and every group in it."""
+    yield group
+    for name, one in fields_of(type(group)).items():
+        if one.is_group:
+            yield from groups_in(getattr(group, name))
+
+
+def flatten(group: Group) -> dict[str, Any]:
+    """{dotted name: value} of the fields of a group and of every group in it."""
+    return {
+        part.name_of(name): getattr(part, name)
+        for part in groups_in(group)
+        for name, one in fields_of(type(part)).items()
+        if not one.is_group
+    }
+
+
+def chosen(group: Group, name: str) -> Any:
+    """Return the thing that a field chooses by its word; None where it is only a word."""
+    return fields_of(type(group))[name].about.table.get(getattr(group, name))
+
+
+def given_options(group: Group, name: str = "options") -> dict[str, Any]:
+    """Return the options that are set of the thing that a group chooses: {option: value}, of the option's type.
+
+    A registered class has options where it has a dataclass `Options` of `field`s; `Data.options` are those of the
+    source that `data.name` chooses.
+
+    Raises:
+      UserError: the thing has no such option, or the option takes no such value.
+    """
+    chooser = fields_of(type(group))[name].about.options_of
+    known, found = options_known(group, name), {}
+    for option, value in getattr(group, name).items():
+        whole = f"{group.name_of(name)}.{option}"
+        if option not in known:
+            there = f"it has {', '.join(known)}" if known else "it has none"
+            owner = f"{group.name_of(chooser)}={getattr(group, chooser)}"
+            raise UserError(f"config.{whole}: {owner} has no such option{nearest(option, known) or ';'} {there}")
+        one = known[option]
+        text = isinstance(value, str) and not is_of(value, one.kind)  # of a command line
+        found[option] = one.read(value, whole) if text else one.accept(value, whole)
+        one.check(found[option], whole)
+    return found
+
+
+def options(group: Group, name: str = "options") -> Any:
+    """Return the `Options` of the thing that a group chooses, with what is set of them. Raises as `given_options`."""
+    chooser = fields_of(type(group))[name].about.options_of
+    return chosen(group, chooser).Options(**given_options(group, name))
+
+
+def options_known(group: Group, name: str) -> dict[str, Field]:
+    """Return the options that there are of the thing that a group chooses: {option: field}."""
+    cls = getattr(chosen(group, fields_of(type(group))[name].about.options_of), "Options", None)
+    return fields_of(cls) if cls else {}
+
+
+def limits(about: About) -> str:
+    """Return the limits of a number in words; an empty text where there are none."""
+    if about.low == -math.inf:
+        return ""
+    return f"at least {about.low:g}" if about.high == MAX_NUMBER else f"between {about.low:g} and {about.high:g}"
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type: bool, int, float, str, dict, None, or a union or a tuple of these."""
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if not isinstance(value, tuple):
+            return False
+        if kinds[1:] == (...,):
+            return all(is_of(item, kinds[0]) for item in value)
+        return len(value) == len(kinds) and all(map(is_of, value, kinds))
+    if get_origin(kind) in (Union, UnionType):
+        return any(is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+_KINDS = {int: "whole numbers", float: "numbers", str: "texts", bool: "True or False", type(None): "None"}
+
+
+def described(kind: Any) -> str:
+    """Return a type in words."""
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        return f"a tuple of {described(kinds[0])}" if kinds[1:] == (...,) else f"{len(kinds)} {described(kinds[0])}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(described, get_args(kind)))
+    return _KINDS.get(kind, "a dict of options")
+
+
+def _with_floats(value: Any, kind: Any) -> Any:
+    """Return `value` with whole numbers as floats, where the type says float and they are not too large for any use."""
+    if get_origin(kind) is tuple:
+        return tuple(_with_floats(item, get_args(kind)[0]) for item in value)
+    return float(value) if kind is float and type(value) is int and abs(value) <= MAX_NUMBER else value
+
+
+_BOOLS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def _read_one(text: str, kind: Any) -> Any:
+    """Return the value of a simple type that `text` stands for; `text` where it stands for none."""
+    if get_origin(kind) in (Union, UnionType):
+        values = [_read_one(text, one) for one in get_args(kind)]
+        return next((value for value in values if not isinstance(value, str)), text)
+    try:
+        if kind is int:
+            return int(text, 0 if text[:2].lower() in ("0x", "0o", "0b") else 10)
+        if kind is float:
+            return float(text)
+    except ValueError:
+        return text
+    if kind is bool:
+        return _BOOLS.get(text.lower(), text)
+    return None if kind is type(None) and text.lower() == "none" else text
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
