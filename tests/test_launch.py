@@ -466,7 +466,7 @@ def test_two_processes_are_killed_start_again_and_finish_as_one_does(tiny, tmp_p
         of_this_run = ["pgrep", "-f", f"m2m_jax.train.*{workdir}"]
         pids = [int(pid) for pid in subprocess.run(of_this_run, capture_output=True, text=True).stdout.split()]
         os.kill(max(pids), signal.SIGKILL)
-        assert launcher.wait(timeout=400) == 0, log.read_text()
+        assert launcher.wait(timeout=900) == 0, log.read_text()
     assert "restarting, 2 restarts left" in log.read_text() and "resumed at step 3" in log.read_text()
     # All devices are connected before the first step: `gathering.connect`.
     for start in log.read_text().split("restarting, ")[1:]:
