@@ -22,6 +22,7 @@ from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
 from m2m_jax.models.trained import PARAMETERS
 
+FORMAT = 2  # of names and shapes in a checkpoint: one more where what an earlier code saved can no longer be read
 FOLDER = "checkpoints"
 STATE, EMA, ABOUT = "train_state", "ema", "about"
 PARAMS = "params."  # begins the names of the parameters in the train state
@@ -111,7 +112,18 @@ def choose(folder: Path, steps: Sequence[int], step: int | None) -> int:
 
 
 def read_about(folder: Path, step: int) -> dict[str, Any]:
-    return json.loads((folder / str(step) / ABOUT / "metadata").read_text(encoding="utf-8"))
+    """Return the item "about" of a checkpoint. Raises UserError for one of another format."""
+    about = json.loads((folder / str(step) / ABOUT / "metadata").read_text(encoding="utf-8"))
+    found = about.get("format", 1)  # the first did not say
+    if found != FORMAT:
+        by = about.get("code", "an early version")
+        remedy = "check that code out to go on with it or to sample; a run of another --workdir can start from it"
+        how = "`python -m m2m_jax.to_diffusers` there writes the folder that --config.init.path names here"
+        raise UserError(
+            f"the checkpoint {folder / str(step)} has format {found}, of m2m_jax {by}, and this code reads format "
+            f"{FORMAT}: {remedy}: {how}"
+        )
+    return about
 
 
 def saved_leaves(folder: Path, item: str) -> dict[str, Any]:

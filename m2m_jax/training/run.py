@@ -23,7 +23,7 @@ from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.saved_model import FOLDER
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import Config
-from m2m_jax.core import runtime
+from m2m_jax.core import disk, runtime
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import Interruption
 from m2m_jax.core.parameters import Params, count, fingerprint
@@ -60,6 +60,7 @@ def train(config: Config, workdir: str | Path) -> int:
       UserError: the config, the workdir or the data are no good, or numbers are not finite.
     """
     validate(config)
+    disk.require_plain(Path(workdir), "--workdir")
     runtime.start()
     with Interruption() as interruption, Watchdog() as watchdog, ExitStack() as stack:
         return Run(config, Path(workdir), watchdog, stack).finish(interruption)
