@@ -199,5 +199,5 @@ def _help(one: Field, value: object) -> str:
         documented = {word: inspect.getdoc(thing) for word, thing in about.table.items()}
         lines += [f"{word}: {text.splitlines()[0]}" for word, text in documented.items() if text]
     kind = ", ".join(filter(None, [described(one.kind), limits(about)]))
-    default = "" if one.default == value else f"; {one.default!r} where this config does not set it"
-    return "\n".join([*lines, f"({kind}; {value!r}{default})"])
+    here = "" if one.default == value else f"here {value!r}, "
+    return "\n".join([*lines, f"({kind}; {here}default {one.default!r})"])
