@@ -17,6 +17,7 @@ from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.paths import expand_home
 from m2m_jax.core.registry import nearest
 
 MAX_NUMBER = 2**32 - 1  # of all fields; no field has use for more, and devices count no further
@@ -31,6 +32,7 @@ class About:
       low, high: limits of a number, or of each number of a tuple.
       choices: the words that a text, or each text of a tuple, may be; or "module:NAME", where they stand.
       also: further words, beside those of that table.
+      path: whether a text is the path of a file or folder; a leading `~` is the home folder.
       options_of: of a dict: the field of its group that chooses the thing whose `Options` it holds.
     """
 
@@ -39,6 +41,7 @@ class About:
     high: float = MAX_NUMBER
     choices: str | tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    path: bool = False
     options_of: str = ""
 
     @property
@@ -81,6 +84,8 @@ class Field:
         if self.is_group and not isinstance(value, self.kind):
             raise UserError(f"config.{name} is a group of fields; set one, as --config.{name}.NAME=VALUE")
         value = tuple(value) if isinstance(value, list) else value
+        if self.about.path and isinstance(value, str) and value.startswith("~"):
+            value = str(expand_home(value))
         if not self.is_group and not is_of(value, self.kind):
             raise UserError(f"config.{name} is {value!r:.80}; it takes {described(self.kind)}, as in {self.default!r}")
         return _with_floats(value, self.kind)

@@ -40,12 +40,14 @@ class Data(Group, prefix="data."):
 
     name: str = field("emoji", "Where the sets come from.", choices="m2m_jax.data.pipeline:SOURCES")
     path: str = field(
-        "", "Of folder: the folder of folders of images. Of precomputed and mis: the --output of the program behind it."
+        "",
+        "Of folder: the folder of folders of images. Of precomputed and mis: the --output of the program behind it.",
+        path=True,
     )
     options: dict[str, Any] = options_of("name", "What this source alone reads.")
     follow_links: bool = field(False, "Read by folder: whether links out of data.path are followed.")
     latents: bool = field(False, "Read by mis: train on the latents that it holds, and not on its images.")
-    directory: str = field("data", "Where prepared data sets lie: the data_dir of TFDS.")
+    directory: str = field("data", "Where prepared data sets lie: the data_dir of TFDS.", path=True)
     image_size: int = field(32, "Pixels a side.", low=8)
     images_per_set: int = field(4, "How many images of each set are used.", low=1, high=MAX_IMAGES_PER_SET)
     batch_size: int = field(16, "Sets a step, all hosts together.", low=1)
@@ -82,7 +84,7 @@ class Data(Group, prefix="data."):
 class Autoencoder(Group, prefix="autoencoder."):
     """The first stage. All but its path is read by task=autoencoder alone: a frozen one's folder says what it is."""
 
-    path: str = field("pretrained/vae", "The frozen autoencoder: a folder in diffusers' layout.")
+    path: str = field("pretrained/vae", "The frozen autoencoder: a folder in diffusers' layout.", path=True)
     block_out_channels: tuple[int, ...] = field((32, 64, 64), "Channels of each level.", low=1)
     layers_per_block: int = field(1, "Residual blocks of a level.", low=1)
     latent_channels: int = field(4, "Channels of a latent.", low=1)
@@ -146,7 +148,7 @@ class Model(Group, prefix="model."):
 class ImageEncoder(Group, prefix="image_encoder."):
     """M2M-DINO: preceding images enter as tokens of this frozen encoder. With an empty path M2M-Self: as latents."""
 
-    path: str = field("", "A DINOv2 in transformers' layout.")
+    path: str = field("", "A DINOv2 in transformers' layout.", path=True)
     image_size: int = field(224, "Pixels a side of the images that it is shown; a multiple of its patches.", low=1)
     layer: int = field(
         -1, "Its tokens are taken after so many of its blocks; -1: after all of them and the last norm.", low=-1
@@ -157,7 +159,7 @@ class ImageEncoder(Group, prefix="image_encoder."):
 class TextEncoder(Group, prefix="text_encoder."):
     """Read by task=text_to_image."""
 
-    path: str = field("", "A CLIP text encoder or a BERT in transformers' layout, with its tokenizer.")
+    path: str = field("", "A CLIP text encoder or a BERT in transformers' layout, with its tokenizer.", path=True)
     max_tokens: int = field(77, "Tokens of a caption; longer ones are cut.", low=2)
 
 
@@ -165,7 +167,7 @@ class TextEncoder(Group, prefix="text_encoder."):
 class Init(Group, prefix="init."):
     """What training starts from."""
 
-    path: str = field("pretrained/unet", "A U-Net in diffusers' layout to start from; empty: from scratch.")
+    path: str = field("pretrained/unet", "A U-Net in diffusers' layout to start from; empty: from scratch.", path=True)
 
 
 @dataclasses.dataclass

@@ -15,9 +15,10 @@ from build_fixtures import IMAGES_PER_SET, build, differences, write_captions
 from text_fixtures import make_stable_diffusion
 
 from m2m_jax.building import build_folder
-from m2m_jax.building.building import IMAGE_FORMATS, SetMaker, Slot
+from m2m_jax.building.building import SetMaker, Slot
 from m2m_jax.building.captions import CaptionRules
 from m2m_jax.building.cleaning import SetRules
+from m2m_jax.building.image_formats import IMAGE_FORMATS
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, on_white
@@ -129,7 +130,7 @@ def test_a_split_is_of_the_caption_and_not_of_its_case_or_place():
     assert {mis.split_of(caption, 0.0, 0.0) for caption in captions} == {"train"}
 
 
-@pytest.mark.parametrize("store", mis.STORES)
+@pytest.mark.parametrize("store", records.STORES)
 @pytest.mark.parametrize("image_format", IMAGE_FORMATS)
 def test_what_a_record_holds(store, image_format):
     rng = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import json
 import pytest
 from run_fixtures import run, train_tiny
 
-from m2m_jax.tasks.evaluation import as_text
+from m2m_jax.evaluation.context import run_line
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_figures_are_those_of_training_and_do_not_depend_on_who_stands_beside(ti
 def test_curves_are_in_the_order_of_their_sizes():
     row = {"step": 1, "loss_own_context": [1.0, None], "loss_other_context": [2.0, None]}
     row |= {f"loss_by_context_size/{k}": [k / 100, None] for k in sorted(range(12), key=str)}
-    assert as_text({"runs/a": row}, 12).endswith(", ".join(f"{k / 100:.4f}" for k in range(12)))
+    assert run_line("runs/a", row, 12).endswith(", ".join(f"{k / 100:.4f}" for k in range(12)))
 
 
 def test_one_batch_has_no_error_and_training_has_the_same_mean(tiny, tmp_path):

@@ -442,6 +442,9 @@ def test_two_processes_are_killed_start_again_and_finish_as_one_does(tiny, tmp_p
         os.kill(max(pids), signal.SIGKILL)
         assert launcher.wait(timeout=400) == 0, log.read_text()
     assert "restarting, 2 restarts left" in log.read_text() and "resumed at step 3" in log.read_text()
+    # All devices are connected before the first step: `gathering.connect`.
+    for start in log.read_text().split("restarting, ")[1:]:
+        assert "[Gloo]" in start and "[Gloo]" not in start.partition("compiled in")[2]
 
     assert examples(workdir) == examples(tiny.workdir)
     assert sorted(path.name for path in (workdir / "examples").iterdir()) == ["0.jsonl", "1.jsonl"]

@@ -19,8 +19,8 @@ import m2m_jax
 from m2m_jax.attention.backends import prefix
 from m2m_jax.core.errors import UserError
 from m2m_jax.models.initialization import is_set_attention
-from m2m_jax.sampling.job import step_line
 from m2m_jax.sampling.programs import COMPILED
+from m2m_jax.sampling.run_job import step_line
 from m2m_jax.sampling.settings import SamplingSettings
 
 SIZE = 32

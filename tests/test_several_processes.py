@@ -56,3 +56,59 @@ def test_a_process_that_fails_ends_with_its_own_code(fails, error, codes, said, 
     assert {i: processes[i].returncode for i in codes} == codes, errors
     assert said in errors[1]
     assert time.monotonic() - started < 200
+
+
+COLLECTIVES = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+from m2m_jax.configuration import default_config
+from m2m_jax.core import gathering, runtime
+from m2m_jax.training import sharding
+
+runtime.start()
+config = default_config().mesh
+config.data, config.fsdp, config.context = 2, 2, 2
+mesh = sharding.make_mesh(config)
+gathering.wait_for_all()
+print("STARTED", flush=True)
+multihost_utils.process_allgather(np.arange(3))
+multihost_utils.broadcast_one_to_all(np.arange(3))
+multihost_utils.sync_global_devices("all are here")
+specs = [P(), P("data"), P("fsdp"), P(None, "fsdp"), P(("data", "fsdp")), P("context", "data"), P(("data", "context"))]
+x = jnp.arange(64.0).reshape(8, 8)
+for one, other in zip(specs, specs[3:] + specs[:3]):
+    there = jax.jit(lambda x: x @ x.T, out_shardings=NamedSharding(mesh, other))
+    there(jax.device_put(x, NamedSharding(mesh, one))).block_until_ready()
+print("ENDED", flush=True)
+"""
+
+
+def test_devices_are_connected_before_a_program_computes(tmp_path):
+    """Gloo gives the processes 30 s to come to a group's first collective, and one may compile for minutes longer than
+    another. It prints a line when it has connected a group: after the start there is none."""
+    (tmp_path / "program.py").write_text(COLLECTIVES)
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": free_address(),
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "program.py"],
+            env=environment | {"M2M_PROCESSES": f"{i}/2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        before, after = out.split("STARTED")
+        assert "[Gloo]" in before and "ENDED" in after  # the words that are looked for are still Gloo's
+        assert "[Gloo]" not in after, after

@@ -24,6 +24,7 @@ from m2m_jax.core.errors import UserError
 LANES = 128  # blocks are multiples of a TPU register's width
 MAX_BLOCK = 512  # tokens; the float32 weights of one block take 1 MiB of the 16 that a kernel has
 DTYPES = (jnp.float32, jnp.bfloat16)
+CHECKPOINT_NAME = "attention"  # of what attention gives and its gradient needs, to the policies of recomputation
 
 
 def splash(
@@ -155,7 +156,7 @@ def _kernel(layout: SetLayout, t: int, s: int, interpret: bool) -> kernels.Splas
         save_residuals=False,
         mask_value=kernels.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=CHECKPOINT_NAME,
         mask_function=None,
         interpret=interpret,
     )

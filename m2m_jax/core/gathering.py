@@ -1,13 +1,40 @@
-"""What the processes of a launch make of the image sets that they share, brought together."""
+"""What the processes of a launch do together: find one another, wait, and gather what each has made."""
 
 import itertools
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 LONGEST = 3600  # seconds that a process may wait for others, which may still compile
 _numbers = itertools.count()
+
+
+def connect(mesh: Mesh) -> None:
+    """Connect the devices along every axis of a mesh, and along every combination of axes, where CPUs are to compute.
+
+    Gloo, which XLA's collectives between CPUs run on, connects the devices of a group at the group's first collective,
+    and gives up after 30 s, while one process may well compile that much longer than another. Once connected, devices
+    wait for one another for half an hour. So all groups are connected here, when all processes have come, and no
+    program needs to know. All processes of the mesh must call; meshes of one process have nothing to connect.
+    """
+    if len({device.process_index for device in mesh.devices.flat}) == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    ones = jax.make_array_from_callback((mesh.size,), split, lambda index: np.ones(mesh.size, np.float32)[index])
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    combinations = [chosen for n in range(1, len(axes) + 1) for chosen in itertools.combinations(axes, n)]
+    programs = []
+    for chosen in combinations:
+        rest = PartitionSpec(tuple(name for name in mesh.axis_names if name not in chosen))
+        total = jax.shard_map(
+            lambda x, axes=chosen: jax.lax.psum(x, axes), mesh=mesh, in_specs=split.spec, out_specs=rest
+        )
+        programs.append(jax.jit(total).lower(ones).compile())
+    wait_for_all()
+    for program in programs:
+        program(ones).block_until_ready()
 
 
 def gather(images: np.ndarray) -> np.ndarray:
@@ -24,9 +51,10 @@ def gather(images: np.ndarray) -> np.ndarray:
 
 
 def wait_for_all() -> None:
-    """Until all processes have come here, as often as this one has.
+    """Wait until all processes have come here, as often as this one has.
 
-    Not by a collective: on CPUs these find each other within half a minute, or fail.
+    Through the service that joined the processes, and not by a collective, which needs the devices, and devices that
+    found one another (`connect`).
     """
     if jax.process_count() > 1:
         from jax._src import distributed  # private: a single process, perhaps with another JAX, needs none of it

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m2m_jax.attention.backends import attend
-from m2m_jax.models.layers import Conv3x3, Downsample, ResnetBlock, Upsample
+from m2m_jax.models.layers import Conv3x3, Downsample, GroupNorm, ResnetBlock, Upsample
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_levels
 
 NORM_EPS = 1e-6  # fixed in diffusers' encoder and decoder
@@ -45,7 +45,7 @@ class SpatialSelfAttention(nnx.Module):
     """Single-head self-attention over pixels, in the middle of the encoder and of the decoder."""
 
     def __init__(self, channels: int, norm_num_groups: int, *, rngs: nnx.Rngs):
-        self.group_norm = nnx.GroupNorm(channels, norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
+        self.group_norm = GroupNorm(channels, norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
         project = functools.partial(nnx.Linear, channels, channels, rngs=rngs)
         self.to_q, self.to_k, self.to_v, self.to_out = project(), project(), project(), project()
 
@@ -91,7 +91,7 @@ class Encoder(nnx.Module):
             blocks.append(block)
         self.down_blocks = nnx.List(blocks)
         self.mid_block = MidBlock(channels[-1], c.norm_num_groups, resnet, rngs=rngs)
-        self.conv_norm_out = nnx.GroupNorm(channels[-1], c.norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
+        self.conv_norm_out = GroupNorm(channels[-1], c.norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
         self.conv_out = Conv3x3(channels[-1], 2 * c.latent_channels, rngs=rngs)
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
                 block.upsamplers = nnx.List([Upsample(width, dtype=None, rngs=rngs)])
             blocks.append(block)
         self.up_blocks = nnx.List(blocks)
-        self.conv_norm_out = nnx.GroupNorm(channels[-1], c.norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
+        self.conv_norm_out = GroupNorm(channels[-1], c.norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
         self.conv_out = Conv3x3(channels[-1], c.out_channels, rngs=rngs)
 
     def __call__(self, z_bhwc: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.models.layers import gelu
+from m2m_jax.models.layers import LayerNorm, gelu
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 
 
@@ -49,7 +49,7 @@ class Embeddings(nnx.Module):
         self.word_embeddings = nnx.Embed(c.vocab_size, c.hidden_size, rngs=rngs)
         self.position_embeddings = nnx.Embed(c.max_position_embeddings, c.hidden_size, rngs=rngs)
         self.token_type_embeddings = nnx.Embed(c.type_vocab_size, c.hidden_size, rngs=rngs)
-        self.norm = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+        self.norm = LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
 
     def __call__(self, token_ids_bs: jax.Array) -> jax.Array:
         first_segment_bs = jnp.zeros_like(token_ids_bs)
@@ -80,7 +80,7 @@ class Layer(nnx.Module):
 
     def __init__(self, c: BertConfig, *, rngs: nnx.Rngs):
         def norm() -> nnx.LayerNorm:
-            return nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+            return LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
 
         self.attention = Attention(c.hidden_size, c.num_attention_heads, rngs=rngs)
         self.attention_norm = norm()

@@ -13,7 +13,7 @@ from flax import nnx
 
 from m2m_jax.attention.backends import attend
 from m2m_jax.core.errors import UserError
-from m2m_jax.models.layers import gelu
+from m2m_jax.models.layers import LayerNorm, gelu
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 
 
@@ -105,9 +105,9 @@ class Layer(nnx.Module):
     """Pre-norm causal attention and perceptron, each added to its input."""
 
     def __init__(self, c: CLIPTextConfig, *, rngs: nnx.Rngs):
-        self.layer_norm1 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
+        self.layer_norm1 = LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
         self.self_attn = Attention(c.hidden_size, c.num_attention_heads, dtype=None, rngs=rngs)
-        self.layer_norm2 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
+        self.layer_norm2 = LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, c.hidden_act, dtype=None, rngs=rngs)
 
     def __call__(self, x_bsc: jax.Array) -> jax.Array:
@@ -138,7 +138,7 @@ class CLIPTextEncoder(nnx.Module):
         self.config = config
         self.embeddings = Embeddings(config, rngs=rngs)
         self.encoder = Encoder(config, rngs=rngs)
-        self.final_layer_norm = nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, token_ids_bs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Ids int [b, s], with s at most `max_position_embeddings`.

@@ -107,7 +107,7 @@ def load_schedule(file: Path) -> NoiseSchedule:
 def unet_values(config: UNetConfig) -> dict[str, Any]:
     """The `config.json` of a U-Net folder: diffusers' fields, and those of ours that it ignores."""
     values = {UNET_FIELDS.get(k, k): v for k, v in dataclasses.asdict(config).items()}
-    for runtime_choice in ("dtype", "attention_backend", "remat"):
+    for runtime_choice in ("dtype", "attention_backend", "remat", "precision"):
         del values[runtime_choice]
     up_block_types = _mirrored(config.down_block_types)
     return {"_class_name": "UNet2DConditionModel", **values, "up_block_types": up_block_types}

@@ -14,6 +14,7 @@ from flax import nnx
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.models.clip_text import MLP, Attention
+from m2m_jax.models.layers import LayerNorm
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_one_of
 
 # Of ImageNet's RGB in [0, 1], as transformers' preprocessor_config.json has them.
@@ -210,10 +211,10 @@ class Block(nnx.Module):
     """Pre-norm attention and perceptron, each scaled by channel and added to its input."""
 
     def __init__(self, c: DINOv2Config, *, dtype, rngs: nnx.Rngs):
-        self.norm1 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm1 = LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, dtype=dtype, rngs=rngs)
         self.attention = Attention(c.hidden_size, c.num_attention_heads, dtype=dtype, rngs=rngs)
         self.layer_scale1 = LayerScale(c.hidden_size, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, dtype=dtype, rngs=rngs)
         if c.use_swiglu_ffn:
             self.mlp = SwiGLU(c.hidden_size, c.mlp_channels, dtype=dtype, rngs=rngs)
         else:
@@ -246,7 +247,7 @@ class DINOv2(nnx.Module):
         self.config = config
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
-        self.layernorm = nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.layernorm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, images_bhwc: jax.Array) -> jax.Array:
         """Images as `preprocess` gives them, of any size that is a multiple of the patch.

@@ -19,6 +19,8 @@ from m2m_jax.models import diffusers_folder, text_encoders, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config, preprocess
 from m2m_jax.models.folder import config_from, require_same
+from m2m_jax.models.limits import require_one_of
+from m2m_jax.models.precision import PRECISIONS, products_in
 from m2m_jax.models.text_encoders import TextEncoderConfig
 
 if TYPE_CHECKING:
@@ -37,12 +39,17 @@ class FrozenModels:
       image_encoder: None in M2M-Self.
       image_encoder_size: pixels along each side of the images as the encoder sees them.
       text_encoder: of a text-to-image model; None in M2M.
+      precision: what their products of float32 are computed in; see `models/precision.py`.
     """
 
     autoencoder: AutoencoderConfig
     image_encoder: DINOv2Config | None = None
     image_encoder_size: int = 0
     text_encoder: TextEncoderConfig | None = None
+    precision: str = "default"
+
+    def __post_init__(self):
+        require_one_of(self, precision=PRECISIONS)
 
     @classmethod
     def load(cls, config: Config) -> tuple[FrozenModels, FrozenParams]:
@@ -71,6 +78,7 @@ class FrozenModels:
         if config.text_encoder.path:
             encoder, params[TEXT_ENCODER] = text_encoders.load_text_encoder(config.text_encoder.path)
             models = dataclasses.replace(models, text_encoder=encoder)
+        models = dataclasses.replace(models, precision=config.model.precision)
         models.require_params(params, {name: getattr(config, name).path for name in params})
         return models, params
 
@@ -83,6 +91,7 @@ class FrozenModels:
             config_from(DINOv2Config, encoder, {}) if encoder else None,
             values["image_encoder_size"],
             text_encoders.from_metadata(values["text_encoder"]) if values["text_encoder"] else None,
+            values.get("precision", "default"),  # runs of before had no choice
         )
 
     @property
@@ -129,11 +138,15 @@ class FrozenModels:
 
     def encode(self, params: FrozenParams, images_bnhwc: jax.Array) -> jax.Array:
         """uint8 images to scaled latents."""
-        return merge(self._autoencoder_and_shapes[0], params[AUTOENCODER]).encode(pixels_to_float(images_bnhwc))
+        autoencoder = merge(self._autoencoder_and_shapes[0], params[AUTOENCODER])
+        with products_in(self.precision):
+            return autoencoder.encode(pixels_to_float(images_bnhwc))
 
     def decode(self, params: FrozenParams, latents_bnhwc: jax.Array) -> jax.Array:
         """Scaled latents to uint8 images."""
-        return pixels_to_uint8(merge(self._autoencoder_and_shapes[0], params[AUTOENCODER]).decode(latents_bnhwc))
+        autoencoder = merge(self._autoencoder_and_shapes[0], params[AUTOENCODER])
+        with products_in(self.precision):
+            return pixels_to_uint8(autoencoder.decode(latents_bnhwc))
 
     def context(self, params: FrozenParams, images_bmhwc: jax.Array) -> jax.Array:
         """uint8 images to what the U-Net is given of them: latents, or tokens [b, m, s, c] of the image encoder."""
@@ -141,13 +154,15 @@ class FrozenModels:
             return self.encode(params, images_bmhwc)
         encoder = merge(self._encoder_and_shapes[0], params[IMAGE_ENCODER])
         flat_bhwc = jax.lax.collapse(pixels_to_float(images_bmhwc), 0, 2)
-        tokens_bsc = encoder(preprocess(flat_bhwc, self.image_encoder_size))
+        with products_in(self.precision):
+            tokens_bsc = encoder(preprocess(flat_bhwc, self.image_encoder_size))
         return tokens_bsc.reshape(*images_bmhwc.shape[:2], *tokens_bsc.shape[1:])
 
     def encode_text(self, params: FrozenParams, token_ids_bs: jax.Array) -> jax.Array:
         """Ids of captions to the tokens [b, s, c] that the U-Net attends to."""
         encoder = merge(self._text_encoder_and_shapes[0], params[TEXT_ENCODER])
-        return text_encoders.encode_text(encoder, token_ids_bs)
+        with products_in(self.precision):
+            return text_encoders.encode_text(encoder, token_ids_bs)
 
     @functools.cached_property
     def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:

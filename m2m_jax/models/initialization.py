@@ -119,6 +119,7 @@ def from_pretrained(
 
 def _compared(config: UNetConfig, other: UNetConfig) -> list[tuple[str, Any, Any]]:
     """(field, value, value of the other) of what must be equal for parameters to mean the same in both."""
-    free = {"attn2", "cross_attention_dim", "order_embedding", "clean_sees", "attention_backend", "remat", "dtype"}
+    free = {"attn2", "cross_attention_dim", "order_embedding", "clean_sees"}
+    free |= {"attention_backend", "remat", "dtype", "precision"}
     names = [field.name for field in dataclasses.fields(config) if field.name not in free]
     return [(name, getattr(config, name), getattr(other, name)) for name in names]

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from m2m_jax.attention.backends import BACKENDS, attend
 from m2m_jax.attention.cached import attend_to_kept
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.models.layers import gelu, timestep_features, zeros
+from m2m_jax.attention.splash import CHECKPOINT_NAME
+from m2m_jax.models.layers import GroupNorm, LayerNorm, gelu, timestep_features, zeros
 
 ORDER_CHANNELS = 64  # of the sinusoidal features of an image's position in its set
 ONE_IMAGE = SetLayout((0,), (), "itself")  # attention within an image, to the backends
@@ -66,6 +68,10 @@ class Attention(nnx.Module):
         """[..., t, c] to [..., t, h, d]."""
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
+    def output(self, out: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Project what the heads found, [..., t, h, d], to tokens of `shape`."""
+        return self.to_out(checkpoint_name(out, CHECKPOINT_NAME).reshape(shape))
+
 
 class SelfAttention(Attention):
     """attn1: the tokens of one image attend to one another, by the same backend as those of a set.
@@ -79,7 +85,7 @@ class SelfAttention(Attention):
 
     def __call__(self, x_btc: jax.Array) -> jax.Array:
         qkv = (self.heads(project(x_btc))[:, None] for project in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(BACKENDS[self.backend](*qkv, ONE_IMAGE).reshape(x_btc.shape))
+        return self.output(BACKENDS[self.backend](*qkv, ONE_IMAGE), x_btc.shape)
 
 
 class CrossAttention(Attention):
@@ -88,7 +94,7 @@ class CrossAttention(Attention):
     def __call__(self, x_btc: jax.Array, text_bsc: jax.Array) -> jax.Array:
         q_btc, k_bsc, v_bsc = self.to_q(x_btc), self.to_k(text_bsc), self.to_v(text_bsc)
         out_bthd = attend(*(self.heads(x) for x in (q_btc, k_bsc, v_bsc)))
-        return self.to_out(out_bthd.reshape(x_btc.shape))
+        return self.output(out_bthd, x_btc.shape)
 
 
 class ImageSetAttention(Attention):
@@ -144,7 +150,7 @@ class ImageSetAttention(Attention):
             is_clean_q = jnp.arange(layout.num_images) < len(layout.stacked_clean)
             keep_bq = is_clean_q[None, :] | sets.keep_context_b[:, None]
             out_bqthd = jnp.where(keep_bq[:, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
-        return self.to_out(out_bqthd.reshape(x_btc.shape))
+        return self.output(out_bqthd, x_btc.shape)
 
     def _to_kept(self, x_btc: jax.Array, sets: KeptImages) -> jax.Array:
         q_bthd = self.heads(self.to_q(x_btc))
@@ -185,7 +191,7 @@ class TransformerBlock(nnx.Module):
     def __init__(
         self, channels: int, num_heads: int, *, backend: str, make_attn2: Callable | None, dtype, rngs: nnx.Rngs
     ):
-        norm = functools.partial(nnx.LayerNorm, channels, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        norm = functools.partial(LayerNorm, channels, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.norm1 = norm()
         self.attn1 = SelfAttention(channels, num_heads, backend=backend, dtype=dtype, rngs=rngs)
         if make_attn2 is not None:
@@ -217,7 +223,7 @@ class SpatialTransformer(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.norm = nnx.GroupNorm(channels, norm_num_groups, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm = GroupNorm(channels, norm_num_groups, epsilon=1e-6, dtype=dtype, rngs=rngs)
         project = functools.partial(nnx.Linear, channels, channels)
         if not use_linear_projection:
             project = functools.partial(nnx.Conv, channels, channels, (1, 1))

@@ -14,6 +14,7 @@ from m2m_jax.core.parameters import abstract
 from m2m_jax.models.layers import (
     Conv3x3,
     Downsample,
+    GroupNorm,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
@@ -21,15 +22,14 @@ from m2m_jax.models.layers import (
     zeros,
 )
 from m2m_jax.models.limits import BLOCKS, CHANNELS, LAYERS, require_between, require_levels, require_one_of
+from m2m_jax.models.precision import PRECISIONS, products_in
+from m2m_jax.models.remat import REMAT
 from m2m_jax.models.transformer import CrossAttention, ImageSetAttention, ImageSets, KeptImages, SpatialTransformer
 
 ATTN2 = ("image_set", "text", "none")
-# What the backward pass finds in memory of a residual or transformer block, beside its input.
-REMAT = {
-    "none": None,  # everything
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "blocks": jax.checkpoint_policies.nothing_saveable,
-}
+# Modules that compute in float32 whatever `UNetConfig.dtype` is: what bfloat16 rounds off the output at a high noise
+# level is many times as much of the clean image, and of a difference of guidance.
+IN_FLOAT32 = ("time_embedding.", "conv_norm_out.", "conv_out.")
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")  # with transformer blocks, without
 
 
@@ -47,9 +47,12 @@ class UNetConfig:
       order_embedding: whether Image-Set Attention is told the positions of the images in their set.
       clean_sees: see `SetLayout`.
       attention_backend: of attn1 and of Image-Set Attention; see `attention.backends`.
-      remat: what training computes again in the backward pass to save memory: "none", all but the products with
-        kernels ("dots"), or all of each residual and transformer block ("blocks").
-      dtype: what is computed in; parameters are float32.
+      remat: what training computes again in the backward pass to save memory: "none", what is neither a convolution,
+        nor a dot with a kernel, nor the output of attention ("dots"), or all of each residual and transformer block
+        ("blocks").
+      dtype: what is computed in, but for the modules of `IN_FLOAT32`; parameters are float32.
+      precision: what products of float32 are computed in: "default", as the platform has it, or "highest"; see
+        `models/precision.py`.
     """
 
     in_channels: int = 4
@@ -69,6 +72,7 @@ class UNetConfig:
     attention_backend: str = "prefix"
     remat: str = "none"
     dtype: str = "float32"
+    precision: str = "default"
 
     def __post_init__(self):
         if self.attn2 not in ATTN2:
@@ -87,6 +91,7 @@ class UNetConfig:
                 f"transformer_layers_per_block={self.transformer_layers_per_block} are more than {BLOCKS} blocks"
             )
         require_one_of(self, down_block_types=BLOCK_TYPES, remat=tuple(REMAT), dtype=("float32", "bfloat16"))
+        require_one_of(self, precision=PRECISIONS)
         require_one_of(self, clean_sees=CLEAN_SEES, attention_backend=tuple(BACKENDS))
         for channels, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
             if channels % heads:
@@ -144,7 +149,7 @@ class UNet(nnx.Module):
 
         self.config = config
         self.conv_in = Conv3x3(c.in_channels, c.block_out_channels[0], dtype=dtype, rngs=rngs)
-        self.time_embedding = TimestepEmbedding(c.block_out_channels[0], time_embed_dim, dtype=dtype, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(c.block_out_channels[0], time_embed_dim, dtype=jnp.float32, rngs=rngs)
 
         skips = [c.block_out_channels[0]]
         down_blocks, last = [], len(c.block_out_channels) - 1
@@ -172,8 +177,9 @@ class UNet(nnx.Module):
             up_blocks.append(block)
         self.up_blocks = nnx.List(up_blocks)
 
-        self.conv_norm_out = nnx.GroupNorm(previous, c.norm_num_groups, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
-        self.conv_out = Conv3x3(previous, c.out_channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        in_float32 = {"dtype": jnp.float32, "rngs": rngs}
+        self.conv_norm_out = GroupNorm(previous, c.norm_num_groups, epsilon=c.norm_eps, **in_float32)
+        self.conv_out = Conv3x3(previous, c.out_channels, kernel_init=zeros, **in_float32)
         for i, attn2 in enumerate(self.set_attentions()):
             attn2.layer = i
 
@@ -199,9 +205,13 @@ class UNet(nnx.Module):
         Returns:
           [b, h, w, out_channels], float32.
         """
+        with products_in(self.config.precision):
+            return self._predict(x_bhwc, timestep_b, condition)
+
+    def _predict(self, x_bhwc: jax.Array, timestep_b: jax.Array, condition) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
         features_bc = timestep_features(timestep_b, self.config.block_out_channels[0])
-        embedding_bc = self.time_embedding(features_bc.astype(dtype))
+        embedding_bc = self.time_embedding(features_bc)
 
         h = self.conv_in(x_bhwc.astype(dtype))
         skips = [h]
@@ -227,7 +237,7 @@ class UNet(nnx.Module):
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h, size=skips[-1].shape[1:3])
 
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(h))).astype(jnp.float32)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(h)))
 
     def _run(self, block: nnx.Module, h_bhwc: jax.Array, condition) -> jax.Array:
         """A residual or transformer block, under `config.remat`."""

@@ -78,24 +78,3 @@ def context_losses(
     other_n = errors(context[another(record_b)]).mean(axis=0)
     by_size = {f"loss_by_context_size/{k}": own_n[k] for k in range(n)}
     return {"loss_own_context": own_n[-1], "loss_other_context": other_n[-1], **by_size}
-
-
-def as_text(table: dict[str, dict], num_images: int) -> str:
-    """A line a run: losses with their standard errors, and by how much another set's context is worse.
-
-    table: {run: {"step": its step, loss of `context_losses`: (mean, standard error or None)}}.
-    num_images: of a set.
-    """
-
-    def said(mean: float, error: float | None) -> str:
-        return f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-
-    lines, width = [], max(map(len, table))
-    for path, row in table.items():
-        own, other = (row[f"loss_{whose}_context"] for whose in ("own", "other"))
-        sizes = [row[f"loss_by_context_size/{k}"][0] for k in range(num_images)]
-        lines.append(
-            f"{path:{width}}  step {row['step']}: own context {said(*own)}, another's {said(*other)} "
-            f"({other[0] / own[0]:.2f} times); with 0, 1, ... own images " + ", ".join(f"{size:.4f}" for size in sizes)
-        )
-    return "\n".join(lines)

@@ -19,13 +19,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from m2m_jax import configuration
+from m2m_jax.core import gathering
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
+from m2m_jax.models.unet import IN_FLOAT32
 from m2m_jax.training.state import TrainState
 
 AXES = ("slice", "data", "fsdp", "tensor", "context")
@@ -68,7 +71,9 @@ def make_mesh(config: configuration.Mesh, devices: Sequence[jax.Device] | None =
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto: XLA derives all shardings between; under Explicit axes a convolution with a sharded kernel raises.
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    gathering.connect(mesh)
+    return mesh
 
 
 def mesh_sizes(config: configuration.Mesh, num_devices: int) -> tuple[int, ...]:
@@ -118,7 +123,8 @@ def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
     whole on every device. Here each device sums the slice that it keeps (reduce-scatter).
 
     Args:
-      dtype: that layers cast their kernels to; they are gathered as that, and their gradients summed.
+      dtype: that layers cast their kernels to, but for the U-Net's `IN_FLOAT32`; they are gathered as that, and their
+        gradients summed.
     """
 
     def whole(name: str, value: jax.Array) -> jax.Array:
@@ -136,7 +142,7 @@ def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
                 lambda gradient: jax.lax.with_sharding_constraint(gradient, kept),
             )
 
-        return gather(value.astype(dtype))
+        return gather(value.astype(jnp.float32 if name.startswith(IN_FLOAT32) else dtype))
 
     return {name: whole(name, value) for name, value in params.items()}
 
