@@ -196,7 +196,8 @@ def _help(one: Field, value: object) -> str:
     if about.choices:
         lines.append(f"One of {', '.join(about.words)}.")
     if isinstance(about.table, Registry):
-        documented = {word: inspect.getdoc(thing) for word, thing in about.table.items()}
+        # An instance has the docstring of its class.
+        documented = {word: inspect.getdoc(x) for word, x in about.table.items() if hasattr(x, "__qualname__")}
         lines += [f"{word}: {text.splitlines()[0]}" for word, text in documented.items() if text]
     kind = ", ".join(filter(None, [described(one.kind), limits(about)]))
     here = "" if one.default == value else f"here {value!r}, "

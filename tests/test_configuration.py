@@ -43,6 +43,11 @@ def read(*arguments: str) -> Config:
     return holder.value
 
 
+def forget(registry: Registry, name: str) -> None:
+    for table in (registry._registered, registry._by):
+        table.pop(name, None)
+
+
 def test_default_is_valid():
     validate(default_config())
 
@@ -384,7 +389,7 @@ def own_source():
 
     SOURCES.register("mine")(Mine)
     yield Mine
-    SOURCES._registered.pop("mine")
+    forget(SOURCES, "mine")
 
 
 def test_a_source_brings_options_and_rules(own_source):
@@ -433,7 +438,7 @@ def own_file(tmp_path):
     path.write_text(OWN)
     yield path
     for registry, name in ((SOURCES, "own_source"), (TASKS, "own_task")):
-        registry._registered.pop(name, None)
+        forget(registry, name)
 
 
 def test_a_config_file_names_what_it_registers(own_file, tmp_path):
@@ -452,9 +457,11 @@ def test_a_config_file_names_what_it_registers(own_file, tmp_path):
 def test_two_things_do_not_share_a_name():
     registry = Registry("thing")
     registry.register("one")(Thing)
-    registry.register("one")(Thing)  # what is defined again takes its place
-    with pytest.raises(ValueError, match="there is a thing 'one' already"):
-        registry.register("one")(MineOptions)
+    with pytest.raises(ValueError, match="there is a thing 'one' already, of test_configuration"):
+        registry.register("one")(Thing)
+    again = {"__name__": __name__, "registry": registry}  # a module that is run again
+    exec("registry.register('one')('replaced')", again)
+    assert registry["one"] == "replaced"
     with pytest.raises(UserError, match=r"unknown thing 'oen'; did you mean one\? there are one"):
         registry.choose("oen")
 
