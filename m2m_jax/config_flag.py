@@ -26,7 +26,6 @@ from absl import flags
 from m2m_jax.config_fields import (
     Field,
     Group,
-    described,
     fields_of,
     given_options,
     groups_in,
@@ -37,6 +36,7 @@ from m2m_jax.config_fields import (
 )
 from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.field_types import described
 from m2m_jax.core.registry import Registry
 
 flags.disclaim_key_flags()  # --help of a program lists --config among its own
