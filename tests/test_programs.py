@@ -109,6 +109,25 @@ def test_help_lists_all_flags_and_does_not_wait_for_jax():
             assert f"--{flag}:" in found["help"] or f"--[no]{flag}:" in found["help"], (name, flag)
 
 
+BINARY = """
+import sys
+from m2m_jax.sampling.bundle_program import main
+sys.argv = ["m2m-sample", "--help"]
+try:
+    main()
+finally:
+    assert "jax" not in sys.modules
+"""
+
+
+def test_help_of_the_sampler_binary_does_not_wait_for_jax():
+    command = [sys.executable, "-c", BINARY]
+    result = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=True)
+    for field, _ in fields(job.Job):
+        assert f"--{field.name}" in result.stdout
+    assert not result.stderr
+
+
 @pytest.mark.parametrize("flag", ["--help", "--helpshort", "--helpfull"])
 def test_help_ends_with_0(flag):
     result = run("data.export", flag)
@@ -142,6 +161,8 @@ def test_options_are_converted():
         ({"kind": "c"}, "--kind must be one of a, b, not 'c'"),
         ({"ends": ("x",)}, "--ends=x: could not convert"),
         ({"output": ""}, "--output is empty"),
+        ({"kind": None}, "--kind is None; it takes a value of type str"),
+        ({"names": [1]}, "--names is 1; it takes a value of type str"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(wrong, words):
