@@ -21,6 +21,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.program import read_flags
 from m2m_jax.core.registry import Registry
 from m2m_jax.data.pipeline import SOURCES, open_examples
+from m2m_jax.diffusion.schedule import BETA_SCHEDULES
 from m2m_jax.diffusion.steppers import STEPPERS
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.sharding import AXES
@@ -452,6 +453,18 @@ def test_a_config_file_names_what_it_registers(own_file, tmp_path):
     examples = open_examples(config.data, split="train", seed=0)
     assert examples[0]["images_nhwc"].shape == (4, 32, 32, 3)
     assert "own_task: A task of my own." in config_flag._help(FIELDS["task"], "own_task")
+
+
+def test_the_files_in_the_documents_are_configs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
+    configs = []
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.py"
+        path.write_text(block)
+        configs.append(read(f"--config={path}", "--config.data.path=somewhere"))
+        validate(configs[-1])
+    forget(BETA_SCHEDULES, "quadratic")
+    assert [config.schedule.beta_schedule for config in configs] == ["squaredcos_cap_v2", "quadratic"]
 
 
 def test_two_things_do_not_share_a_name():
