@@ -359,7 +359,7 @@ def test_help_beside_a_config_lists_every_field():
             assert f"--config.{name}:" in result.out
             assert one.about.help[:20] in result.out
     words = " ".join(result.out.split())
-    assert "Steps of the whole run. (whole numbers, at least 1; here 6, default 10000)" in words
+    assert "Training steps of the whole run. (whole numbers, at least 1; here 6, default 10000)" in words
     assert f"One of {', '.join(STEPPERS)}." in words
     assert "folder: A folder of folders of images" in words
     assert result.out.count("--config.") == len(FIELDS) - 1 + 1  # and the help of --config itself, without options
