@@ -225,7 +225,7 @@ class Optimizer(Group, prefix="optimizer."):
 class Train(Group, prefix="train."):
     """The run."""
 
-    parameters: str = field("all", "Which parameters train.", choices="m2m_jax.models.initialization:TRAINED")
+    parameters: str = field("all", "Which parameters train.", choices="m2m_jax.models.trained:PARAMETERS")
     steps: int = field(10_000, "Steps of the whole run.", low=1)
     log_every: int = field(20, "Steps between lines of the log.", low=1)
     accumulation: int = field(1, "Parts of a batch, computed one after another to save memory.", low=1)
