@@ -33,8 +33,8 @@ MOST_LINES = 60
 
 def _options() -> list[type]:
     """Every class of options that a program, or the library behind it, has."""
-    for name in TREES:
-        if name.endswith("options"):
+    for name, tree in TREES.items():
+        if "Options" in ast.unparse(tree) and not is_program(tree):
             importlib.import_module(name)
     found, waiting = [], [Options]
     while waiting:
