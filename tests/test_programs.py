@@ -23,6 +23,8 @@ from m2m_jax.data import options as data_options
 from m2m_jax.evaluation import options as evaluation_options
 from m2m_jax.planning import options as planning_options
 from m2m_jax.sampling import job
+from m2m_jax.sampling.options import ChosenSettings
+from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.view.contact_sheet import Row, contact_sheet, context
 from m2m_jax.view.html_page import html_page
 
@@ -109,6 +111,25 @@ def test_help_lists_all_flags_and_does_not_wait_for_jax():
             assert f"--{flag}:" in found["help"] or f"--[no]{flag}:" in found["help"], (name, flag)
 
 
+BINARY = """
+import sys
+from m2m_jax.sampling.bundle_program import main
+sys.argv = ["m2m-sample", "--help"]
+try:
+    main()
+finally:
+    assert "jax" not in sys.modules
+"""
+
+
+def test_help_of_the_sampler_binary_does_not_wait_for_jax():
+    command = [sys.executable, "-c", BINARY]
+    result = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=True)
+    for field, _ in fields(job.Job):
+        assert f"--{field.name}" in result.stdout
+    assert not result.stderr
+
+
 @pytest.mark.parametrize("flag", ["--help", "--helpshort", "--helpfull"])
 def test_help_ends_with_0(flag):
     result = run("data.export", flag)
@@ -142,11 +163,19 @@ def test_options_are_converted():
         ({"kind": "c"}, "--kind must be one of a, b, not 'c'"),
         ({"ends": ("x",)}, "--ends=x: could not convert"),
         ({"output": ""}, "--output is empty"),
+        ({"kind": None}, "--kind is None; it takes a value of type str"),
+        ({"names": [1]}, "--names is 1; it takes a value of type str"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(wrong, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         Example(**{"output": "x"} | wrong)
+
+
+def test_every_setting_of_sampling_is_an_option():
+    assert [one.name for one in dataclasses.fields(ChosenSettings)] == [
+        one.name for one in dataclasses.fields(SamplingSettings)
+    ]
 
 
 @pytest.mark.parametrize("kind", _options(), ids=lambda kind: kind.__name__)
@@ -307,6 +336,12 @@ def test_an_environment_that_jax_cannot_start_in_is_said_in_a_line(tmp_path, var
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result
     assert words in result.stderr
+
+
+def test_a_path_that_cannot_be_looked_at_is_said_in_a_line():
+    name = "x" * 300
+    result = run("data.check", name)
+    assert (result.code, result.err) == (2, f"error: {name}: File name too long\n")
 
 
 NO_HOME = """
