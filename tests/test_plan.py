@@ -318,7 +318,7 @@ def _formula(devices: int, **fields):
     """The plan of a small U-Net by formula, and its config."""
     config = default_config()
     config.model.update(block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), num_attention_heads=(2,))
-    config.data.update(name="precomputed", path="none", image_size=32, images_per_set=2, batch_size=4)
+    config.data.update(name="precomputed", path="none", image_size=256, images_per_set=2, batch_size=4)
     config.data.augment.enabled = False
     config.autoencoder.path = "none"
     for name, value in fields.items():
@@ -343,7 +343,7 @@ def _formula_and_step(devices: int, **fields):
 @pytest.mark.parametrize("remat", list(REMAT))
 def test_flops_by_formula_are_those_of_the_program(remat):
     plan, step = _formula_and_step(1, model_remat=remat)
-    assert plan.work.flops == pytest.approx(step.cost_analysis()["flops"], rel=0.02)
+    assert plan.work.flops == pytest.approx(step.cost_analysis()["flops"], rel=0.01)
 
 
 def test_gradients_are_summed_as_often_as_the_program_sums_them():
