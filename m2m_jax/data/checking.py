@@ -47,7 +47,7 @@ def check_data(sources: Sequence[RecordSource], options: DataCheck, images_per_s
 
 def configured_sources(config: Config) -> list[RecordSource]:
     """Return every split of the data set that a config names. Raises UserError for a bad config, too."""
-    validate(config)
+    validate(config.data)
     return SOURCES.choose(config.data.name).find_configured(config.data)
 
 
