@@ -17,7 +17,7 @@ _FLAGS = {
     "guidance_schedule": flags.DEFINE_string("guidance_schedule", None, f"One of {', '.join(SCHEDULES)}."),
     "cache_size": flags.DEFINE_integer("cache_size", None, "Context images of a set that are kept."),
     "cache_dtype": flags.DEFINE_string(
-        "cache_dtype", None, f"One of {', '.join(CACHE_DTYPES)}: exact, or half the memory."
+        "cache_dtype", None, f"One of {', '.join(CACHE_DTYPES)}, if not the model's own: exact, or half the memory."
     ),
     "slide": flags.DEFINE_bool("slide", None, "In a set that outgrows the cache, forget the oldest image."),
 }
