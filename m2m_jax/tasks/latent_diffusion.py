@@ -17,7 +17,8 @@ from m2m_jax.data.latents import require_autoencoder
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import initial_params
-from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.models.unet import UNet
+from m2m_jax.models.unet_config import UNetConfig
 from m2m_jax.tasks.objective import SetDraws, draw, weighted_loss
 
 
@@ -55,14 +56,19 @@ class LatentDiffusion:
         else:
             self.models, self.frozen = models, models.shapes
         self.schedule = NoiseSchedule.from_config(vars(config.schedule))
-        channels, encoder = self.models.autoencoder.latent_channels, self._encoder
+        channels, text, images = (
+            self.models.autoencoder.latent_channels,
+            self.models.text_encoder,
+            self.models.image_encoder,
+        )
         backend = resolve(config.model.attention_backend, platform or jax.default_backend(), config.model.dtype)
         self.unet_config = build(
             UNetConfig,
             config.model,
             in_channels=channels,
             out_channels=channels,
-            cross_attention_dim=encoder.hidden_size if encoder else None,
+            cross_attention_dim=text.hidden_size if text else None,
+            context_dim=images.hidden_size if images else None,
             attention_backend=backend,
         )
         self.models.require_image_size(config.data.image_size, len(self.unet_config.block_out_channels))
@@ -71,14 +77,9 @@ class LatentDiffusion:
     @classmethod
     def check_config(cls, config: Config) -> None:
         """Raise UserError where the config makes no network or schedule, without reading a folder."""
-        tokens = {"cross_attention_dim": 1} if config.text_encoder.path or config.image_encoder.path else {}
-        build(UNetConfig, config.model, attention_backend="prefix", **tokens)
+        widths = {"cross_attention_dim": 1} if config.text_encoder.path else {}
+        build(UNetConfig, config.model, attention_backend="prefix", **widths)
         NoiseSchedule.from_config(vars(config.schedule))
-
-    @property
-    def _encoder(self) -> Any:
-        """The config of the frozen model whose tokens the U-Net attends to; None: there is none."""
-        return self.models.text_encoder or self.models.image_encoder
 
     def _build(self, key: jax.Array | int = 0) -> UNet:
         return UNet(self.unet_config, rngs=nnx.Rngs(key))
