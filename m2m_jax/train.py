@@ -23,22 +23,18 @@ Exit codes, and what the scripts in launch/ do:
     else  it crashed or was killed. Started again, `--restarts` times.
 """
 
-from absl import flags
-
 from m2m_jax.config_flag import define_config_flag
-from m2m_jax.config_rules import validate
-from m2m_jax.core.program import run_program
+from m2m_jax.core.program import define_flags, run_program
+from m2m_jax.training.options import TrainingRun
 
 CONFIG = define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and samples.", required=True)
+RUN = define_flags(TrainingRun)
 
 
-def main(argv):
-    validate(CONFIG.value)  # before anything slow is imported
-
+def main(argv) -> int:
     from m2m_jax.training.run import train
 
-    return train(CONFIG.value, WORKDIR.value)
+    return train(CONFIG.value, RUN().workdir)
 
 
 if __name__ == "__main__":

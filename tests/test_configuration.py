@@ -21,6 +21,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.program import read_flags
 from m2m_jax.core.registry import Registry
 from m2m_jax.data.pipeline import SOURCES, open_examples
+from m2m_jax.diffusion.schedule import BETA_SCHEDULES
 from m2m_jax.diffusion.steppers import STEPPERS
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.sharding import AXES
@@ -176,12 +177,12 @@ def test_a_group_can_be_validated_alone():
     [
         ("train", "stesp", 3, "unknown config field config.train.stesp; did you mean config.train.steps?"),
         ("", "optimiser", 3, "did you mean config.optimizer?"),
-        ("train", "steps", "many", "config.train.steps is 'many'; it takes whole numbers, as in 10000"),
+        ("train", "steps", "many", "config.train.steps is 'many'; it takes a whole number, as in 10000"),
         ("train", "steps", True, "config.train.steps is True"),
         ("train", "steps", 3.5, "config.train.steps is 3.5"),
-        ("optimizer", "learning_rate", float("nan"), "config.optimizer.learning_rate is nan; it takes finite numbers"),
-        ("data", "kinds", "style", "config.data.kinds is 'style'; it takes a tuple of text"),
-        ("profile", "steps", (1, 2, 3), "config.profile.steps is (1, 2, 3); it takes 2 whole numbers"),
+        ("optimizer", "learning_rate", float("nan"), "config.optimizer.learning_rate is nan; it takes a finite number"),
+        ("data", "kinds", "style", "config.data.kinds is 'style'; it takes a tuple of texts"),
+        ("profile", "steps", (1, 2, 3), "config.profile.steps is (1, 2, 3); it takes a tuple of 2 whole numbers"),
         ("", "train", 3, "config.train is a group of fields"),
     ],
 )
@@ -313,7 +314,7 @@ def test_overrides(arguments, name, value):
         ([f"--config={EMOJI}", "--config.train=3"], ["group of fields"]),
         ([f"--config={EMOJI}", "--config.data.options=3"], ["--config.data.options.NAME=VALUE"]),
         ([f"--config={EMOJI}", "--config.data.options.url=3"], ["data.options.url", "emoji has no such option"]),
-        ([f"--config={EMOJI}", "--config.train.steps=many"], ["config.train.steps is 'many'", "whole numbers"]),
+        ([f"--config={EMOJI}", "--config.train.steps=many"], ["config.train.steps is 'many'", "a whole number"]),
         ([f"--config={EMOJI}", "--config.train.steps=1.0"], ["config.train.steps"]),
         ([f"--config={EMOJI}", "--config.data.latents=maybe"], ["config.data.latents", "True or False"]),
         ([f"--config={EMOJI}", "--config.model.block_out_channels=(16,x)"], ["block_out_channels", "whole numbers"]),
@@ -358,7 +359,7 @@ def test_help_beside_a_config_lists_every_field():
             assert f"--config.{name}:" in result.out
             assert one.about.help[:20] in result.out
     words = " ".join(result.out.split())
-    assert "Steps of the whole run. (whole numbers, at least 1; here 6, default 10000)" in words
+    assert "Training steps of the whole run. (a whole number, at least 1; here 6, default 10000)" in words
     assert f"One of {', '.join(STEPPERS)}." in words
     assert "folder: A folder of folders of images" in words
     assert result.out.count("--config.") == len(FIELDS) - 1 + 1  # and the help of --config itself, without options
@@ -400,7 +401,7 @@ def test_a_source_brings_options_and_rules(own_source):
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     for more, words in (
         ("--config.data.options.shard=3", r"config\.data\.options\.shard: .*did you mean shards\? it has url, shards"),
-        ("--config.data.options.shards=x", r"config\.data\.options\.shards is 'x'; it takes whole numbers"),
+        ("--config.data.options.shards=x", r"config\.data\.options\.shards is 'x'; it takes a whole number"),
         ("--config.data.options.shards=0", r"config\.data\.options\.shards is 0; it must be at least 1"),
     ):
         with pytest.raises(UserError, match=words):
@@ -452,6 +453,18 @@ def test_a_config_file_names_what_it_registers(own_file, tmp_path):
     examples = open_examples(config.data, split="train", seed=0)
     assert examples[0]["images_nhwc"].shape == (4, 32, 32, 3)
     assert "own_task: A task of my own." in config_flag._help(FIELDS["task"], "own_task")
+
+
+def test_the_files_in_the_documents_are_configs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
+    configs = []
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.py"
+        path.write_text(block)
+        configs.append(read(f"--config={path}", "--config.data.path=somewhere"))
+        validate(configs[-1])
+    forget(BETA_SCHEDULES, "quadratic")
+    assert [config.schedule.beta_schedule for config in configs] == ["squaredcos_cap_v2", "quadratic"]
 
 
 def test_two_things_do_not_share_a_name():

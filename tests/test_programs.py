@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -13,15 +14,11 @@ import pytest
 from run_fixtures import ROOT, run
 from test_layers import is_program, modules
 
-from m2m_jax.building import options as building_options
 from m2m_jax.config_fields import flatten
 from m2m_jax.configuration import default_config
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.options import Options, fields, option, split_list
 from m2m_jax.core.paths import expand_home, natural_order
-from m2m_jax.data import options as data_options
-from m2m_jax.evaluation import options as evaluation_options
-from m2m_jax.planning import options as planning_options
 from m2m_jax.sampling import job
 from m2m_jax.sampling.options import ChosenSettings
 from m2m_jax.sampling.settings import SamplingSettings
@@ -30,13 +27,15 @@ from m2m_jax.view.html_page import html_page
 
 TREES = modules()
 PROGRAMS = sorted(name for name, tree in TREES.items() if is_program(tree))
-OPTION_MODULES = (building_options, data_options, evaluation_options, planning_options, job)
-TRAIN = "m2m_jax.train"  # its main still does more, and imports JAX at its top
 MAY_DEFINE_FLAGS = {"m2m_jax.core.program", "m2m_jax.config_flag"}
 MOST_LINES = 60
 
 
 def _options() -> list[type]:
+    """Every class of options that a program, or the library behind it, has."""
+    for name, tree in TREES.items():
+        if "Options" in ast.unparse(tree) and not is_program(tree):
+            importlib.import_module(name)
     found, waiting = [], [Options]
     while waiting:
         subclasses = [one for one in waiting.pop().__subclasses__() if one.__module__.startswith("m2m_jax.")]
@@ -45,11 +44,15 @@ def _options() -> list[type]:
     return sorted(set(found), key=lambda one: one.__name__)
 
 
+def test_there_are_options():
+    assert {"TrainingRun", "Job", "SetBuild", "CaptionRules"} <= {one.__name__ for one in _options()}
+
+
 # Thin
 
 
 def test_there_are_programs():
-    assert {"m2m_jax.sample", "m2m_jax.evaluate", "m2m_jax.data.precompute"} < set(PROGRAMS)
+    assert {"m2m_jax.train", "m2m_jax.sample", "m2m_jax.evaluate", "m2m_jax.data.precompute"} < set(PROGRAMS)
 
 
 def test_no_library_defines_or_reads_flags():
@@ -64,7 +67,7 @@ def test_no_library_defines_or_reads_flags():
     assert not found
 
 
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != TRAIN])
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_is_its_flags_and_main(name):
     tree = TREES[name]
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
@@ -102,7 +105,7 @@ def _environment(**variables: str) -> dict[str, str]:
 
 def test_help_lists_all_flags_and_does_not_wait_for_jax():
     """All programs in one process: that nothing heavy is imported stands for the time."""
-    command = [sys.executable, "-c", HELP, *(name for name in PROGRAMS if name != TRAIN)]
+    command = [sys.executable, "-c", HELP, *PROGRAMS]
     result = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=True)
     for name, found in json.loads(result.stdout).items():
         assert not found["code"] and not found["heavy"], (name, found)

@@ -6,7 +6,8 @@ import math
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-_DESCRIBED = {int: "whole numbers", float: "finite numbers", str: "text", bool: "True or False", type(None): "None"}
+_ONE = {int: "a whole number", float: "a finite number", str: "text", bool: "True or False", type(None): "None"}
+_MANY = {int: "whole numbers", float: "finite numbers", str: "texts"}
 
 
 def is_of(value: Any, kind: Any) -> bool:
@@ -34,7 +35,8 @@ def described(kind: Any) -> str:
     """Return such a type in words: "a tuple of whole numbers"."""
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
-        return f"a tuple of {described(kinds[0])}" if kinds[1:] == (...,) else f"{len(kinds)} {described(kinds[0])}"
+        items = _MANY.get(kinds[0], "items")
+        return f"a tuple of {items}" if kinds[1:] == (...,) else f"a tuple of {len(kinds)} {items}"
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(described, get_args(kind)))
-    return _DESCRIBED.get(kind, "a dict of options")
+    return _ONE.get(kind, "a dict of options")

@@ -27,6 +27,7 @@ from m2m_jax.core import disk, runtime
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import Interruption
 from m2m_jax.core.parameters import Params, count, fingerprint
+from m2m_jax.core.paths import expand_home
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.tasks.evaluation import warn_of_one_set
 from m2m_jax.tasks.registry import TASKS
@@ -60,10 +61,11 @@ def train(config: Config, workdir: str | Path) -> int:
       UserError: the config, the workdir or the data are no good, or numbers are not finite.
     """
     validate(config)
-    disk.require_plain(Path(workdir), "--workdir")
+    workdir = expand_home(workdir)
+    disk.require_plain(workdir, "--workdir")
     runtime.start()
     with Interruption() as interruption, Watchdog() as watchdog, ExitStack() as stack:
-        return Run(config, Path(workdir), watchdog, stack).finish(interruption)
+        return Run(config, workdir, watchdog, stack).finish(interruption)
 
 
 class Run:
