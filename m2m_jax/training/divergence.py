@@ -102,7 +102,8 @@ class Divergence:
         modules = ", ".join(f"{k.removeprefix(prefix)} {v:.3g}" for k, v in values.items() if k.startswith(prefix))
         # Not all of a large batch: it would be read on every host.
         named = range(min(self._batch_size, _NAMED_SETS))
-        self._named = self._named or make_dataset(self._examples, batch_size=self._batch_size, rows=named)
+        if self._named is None:
+            self._named = make_dataset(self._examples, batch_size=self._batch_size, rows=named)
         ids = self._examples.set_ids(self._named[step - 1 + int(values["skipped_batches"])]["record_index_b"])
         more = f" and {self._batch_size - len(ids)} more" if self._batch_size > len(ids) else ""
         return (
