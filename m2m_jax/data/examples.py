@@ -71,6 +71,9 @@ class SetExamples:
     A damaged record raises BadRecord. With data.on_error=skip another one takes its place, which is drawn from
     (seed, split, i) alone: the same on every resume and for any number of processes.
 
+    Attributes:
+      split: its name.
+
     Example:
         examples = open_examples(config.data, split="train", seed=0)
         examples[17]["images_nhwc"]
@@ -99,6 +102,7 @@ class SetExamples:
                 f"{source.name} holds latents alone, and images are wanted: make it with both, by "
                 "m2m_jax.data.precompute --keep_images or m2m_jax.data.build_mis --store=both"
             )
+        self.split = split
         self._source, self._image_size = source, config.image_size
         usable = _usable(source, config.kinds, config.images_per_set)
         self._chooser = Chooser(np.asarray(source.num_images), config.images_per_set, seed, split, usable)
