@@ -26,7 +26,8 @@ from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
 
 from m2m_jax import config_flag
-from m2m_jax.building.captions import CaptionRules, clean_captions, read_captions
+from m2m_jax.building.caption_rules import CaptionRules
+from m2m_jax.building.captions import clean_captions, read_captions
 from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.config_fields import fields_of, flatten, groups_in
 from m2m_jax.config_rules import validate

@@ -26,7 +26,7 @@ def split_over_mesh(
       UserError: sets that the devices of the mesh can't share evenly; names the backend.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.are_all_axes_manual:  # each device has its share already
         return backend(q_bqthd, k_bkshd, v_bkshd)
     # An axis that is in no spec costs a sum of gradients, even one of a single device.
     sets = tuple(axis for axis in mesh.axis_names if axis not in WITHIN_IMAGES or mesh.shape[axis] == 1)

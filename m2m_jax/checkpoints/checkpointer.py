@@ -2,7 +2,8 @@
 
 WORKDIR/checkpoints/STEP/ holds
     train_state   what resuming needs: the state but for the average
-    ema           what sampling needs: the averaged parameters, float32
+    ema           what sampling needs: the averages of the parameters that train, float32; those that do not are in
+                  train_state
     autoencoder   the frozen first stage, so that a checkpoint samples on its own (absent where there is none)
     image_encoder what encodes the context in M2M-DINO, likewise
     about         JSON: what the caller wants to be told later (its config), which of the above there are, the code's

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import shlex
 import sys
@@ -51,6 +52,8 @@ def run_program(
         except Exception as error:
             if _refused_by_jax(error):
                 error = UserError(f"JAX cannot start with this environment: {error}")
+            if _refused_by_system(error):
+                error = UserError(f"{error.filename}: {error.strerror}")
             jax = sys.modules.get("jax")
             if jax and jax.distributed.is_initialized():
                 _end_one_of_several(error)
@@ -107,6 +110,12 @@ def command_line(module: str, without: Sequence[str] = ()) -> str:
 def _refused_by_jax(error: Exception) -> bool:
     """Whether JAX could not be imported for a variable of the environment: it leaves half of its modules."""
     return isinstance(error, ValueError) and "jax._src" in sys.modules and "jax" not in sys.modules
+
+
+def _refused_by_system(error: Exception) -> bool:
+    """Whether a path cannot be looked at, wherever that was: not for us to mend, nor by starting again."""
+    codes = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+    return isinstance(error, OSError) and error.filename is not None and error.errno in codes
 
 
 def _end_one_of_several(error: Exception) -> NoReturn:

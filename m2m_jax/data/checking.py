@@ -68,7 +68,7 @@ def find_sources(path: str) -> list[RecordSource]:
 
 def configured_sources(config: Config) -> list[RecordSource]:
     """Return every split of the data set that a config names. Raises UserError for a bad config, too."""
-    validate(config)
+    validate(config.data)
     data = config.data
     return _emoji(data.directory, data.image_size) if data.name == "emoji" else find_sources(data.path)
 

@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from m2m_jax.configuration import MAX_IMAGES_PER_SET
 from m2m_jax.core.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-MAX_IMAGES_PER_RECORD = 25
+MAX_IMAGES_PER_RECORD = MAX_IMAGES_PER_SET
 LATENT_DTYPES = ("float16", "float32")
 STORES = ("images", "latents", "both")  # what the records of a data set may hold
 

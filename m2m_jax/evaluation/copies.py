@@ -58,7 +58,7 @@ def find_copies(config: Config, options: CopySearch) -> CopyReport:
     Raises:
       UserError: there are no samples, or the data set holds no images.
     """
-    validate(config)
+    validate(config.data)
     size = config.data.image_size
     records = sorted(options.samples.glob("*/sample.json"))
     if not records:
