@@ -118,47 +118,50 @@ class Model(Group, prefix="model."):
     layers_per_block: int = field(1, "Residual blocks of a level.", low=1)
     down_block_types: tuple[str, ...] = field(
         ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "Of each level, with or without attention; the way up mirrors the way down.",
+        "Block of each level, with or without attention; the way up mirrors the way down.",
         choices="m2m_jax.models.unet_config:BLOCK_TYPES",
     )
-    num_attention_heads: tuple[int, ...] = field((2, 4), "Of each level.", low=1)
+    num_attention_heads: tuple[int, ...] = field((2, 4), "Attention heads of each level.", low=1)
     transformer_layers_per_block: int = field(1, "Transformer layers after a residual block.", low=1)
     norm_num_groups: int = field(16, "Groups of the group norms.", low=1)
-    norm_eps: float = field(1e-5, "Added to the variance in the group norms.", low=1e-12, high=1)
+    norm_eps: float = field(1e-5, "Number added to the variance in the group norms.", low=1e-12, high=1)
     use_linear_projection: bool = field(
-        True, "Around the transformers: linear layers (Stable Diffusion 2.x), or 1x1 convolutions (1.x)."
+        True,
+        "Whether transformers stand between linear layers, as in Stable Diffusion 2.x, or 1x1 convolutions, as in 1.x.",
     )
     attentions: tuple[str, ...] = field(
         ("self", "set"),
-        "The attentions of a transformer block, in order: self,set is M2M; self,text what task=text_to_image has; self "
-        "a model of single images.",
+        "Attentions of a transformer block, in order: self,set for M2M; self,text for task=text_to_image; self for a "
+        "model of single images.",
         choices="m2m_jax.models.attentions:ATTENTIONS",
     )
     order_embedding: bool = field(False, "Whether Image-Set Attention is told the positions of images in their set.")
     clean_sees: str = field(
         "preceding",
-        "What clean images attend to: themselves and those before them, or themselves alone.",
+        "What clean images attend to: preceding: those before them, too; itself: themselves alone.",
         choices="m2m_jax.attention.layout:CLEAN_SEES",
     )
     attention_backend: str = field(
         "auto",
-        "What computes attention within images and within sets; auto: what runs best on the platform.",
+        "Implementation of attention within images and within sets; auto: the fastest on the platform.",
         choices="m2m_jax.attention.backends:BACKENDS",
         also=("auto",),
     )
     remat: str = field(
         "none",
-        "What the backward pass computes again, to save memory.",
+        "What the backward pass computes again to save memory.",
         choices="m2m_jax.models.remat:REMAT",
     )
     precision: str = field(
         "default",
-        "Of products of float32 matrices, in every network: the device's own (TF32 on GPUs, bfloat16 on TPUs), or the "
-        "highest: float32.",
+        "Precision of products of float32 matrices, in every network: the device's default (TF32 on GPUs, bfloat16 on "
+        "TPUs), or the highest, float32.",
         choices="m2m_jax.models.precision:PRECISIONS",
     )
     dtype: str = field(
-        "float32", "What is computed in; parameters are always float32.", choices=("float32", "bfloat16")
+        "float32",
+        "Type that the U-Net computes in; its parameters are always float32.",
+        choices=("float32", "bfloat16"),
     )
 
 
