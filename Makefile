@@ -39,8 +39,9 @@ ROAD_EVALUATE := $(RUN) m2m_jax.evaluate --config configs/emoji.py:road --split=
 SAMPLER ?= dist/m2m-sample.pyz
 SAMPLER_PYTHON ?= $(PYTHON)
 BUILD ?= build
-SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addprefix core/,disk.py errors.py gathering.py images.py runtime.py) \
-  $(addprefix view/,contact_sheet.py html_page.py) $(addprefix sampling/,bundle.py bundle_program.py job.py set_sampler.py))
+SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix core/,disk errors gathering images options paths printing \
+  runtime) $(addprefix view/,contact_sheet html_page) $(addprefix sampling/,bundle bundle_program job program_check \
+  run_job set_sampler)))
 
 .PHONY: help demo road test test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
 
@@ -49,7 +50,7 @@ help:
 	@echo 'make road       the road of the paper, small: text-to-image, synthetic sets, M2M on them, tried on real ones; hours'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-full  lint, then every test'
-	@echo 'make fuzz       21,000 damaged captions, images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
+	@echo 'make fuzz       23,000 damaged captions, images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
 	@echo 'make parity     only the comparisons with PyTorch and diffusers (Python 3.11)'
 	@echo 'make bench      the U-Net here and in diffusers, side by side: seconds a forward pass and a training step (likewise)'
 	@echo 'make plan       what training at full size needs and can reach on TPUs, compiled without one: docs/planning.md'

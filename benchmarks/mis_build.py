@@ -19,9 +19,10 @@ from absl import flags
 from benchmarks.overhead import median_and_range
 from m2m_jax.building import building
 from m2m_jax.building.cleaning import SetRules
+from m2m_jax.building.image_formats import IMAGE_FORMATS
 from m2m_jax.core import runtime
 from m2m_jax.core.program import run_program
-from m2m_jax.data import mis
+from m2m_jax.data import mis, records
 from m2m_jax.sampling.text_to_image import TextToImage
 
 GENERATOR = flags.DEFINE_string("generator", None, "As for m2m_jax.data.build_mis.", required=True)
@@ -31,8 +32,8 @@ STEPS = flags.DEFINE_integer("steps", None, "Of the stepper.")
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Of the caption.")
 IMAGES_PER_SET = flags.DEFINE_integer("images_per_set", 25, "Images of a caption.")
 SETS_AT_ONCE = flags.DEFINE_integer("sets_at_once", 1, "A device makes together.")
-STORE = flags.DEFINE_enum("store", "images", mis.STORES, "What records hold.")
-IMAGE_FORMAT = flags.DEFINE_enum("image_format", "webp_lossless", building.IMAGE_FORMATS, "Of stored images.")
+STORE = flags.DEFINE_enum("store", "images", records.STORES, "What records hold.")
+IMAGE_FORMAT = flags.DEFINE_enum("image_format", "webp_lossless", IMAGE_FORMATS, "Of stored images.")
 BATCHES = flags.DEFINE_integer("batches", 12, "Calls of the generator on each side of a pair.")
 ROUNDS = flags.DEFINE_integer("rounds", 8, "Pairs.")
 

@@ -5,30 +5,17 @@ A bundle (`sampling/bundle.py`) holds the sampler as StableHLO for every platfor
 of sampling are compiled into it; how many sets, context images and new images there are is not.
 """
 
-from pathlib import Path
+from m2m_jax.core.program import define_flags, run_program
+from m2m_jax.sampling.options import BundleExport, ChosenSettings
 
-from absl import flags
-
-from m2m_jax.core import disk
-from m2m_jax.core.program import run_program
-from m2m_jax.sampling import flags as sampling_flags
-from m2m_jax.sampling.bundle import PLATFORMS
-from m2m_jax.sampling.bundle_writer import write_bundle
-from m2m_jax.sampling.sampler import Sampler
-
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a run, or WORKDIR/checkpoints/STEP.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)
-flags.adopt_module_key_flags(sampling_flags)  # in --help
+EXPORT = define_flags(BundleExport)
+SETTINGS = define_flags(ChosenSettings)
 
 
 def main(argv):
-    settings, output = sampling_flags.given_settings(), Path(OUTPUT.value)
-    disk.require_new(output)
-    sampler = Sampler.from_checkpoint(CHECKPOINT.value, **settings)
-    with disk.new_folder(output) as aside:
-        write_bundle(sampler, aside)
-    size = sum(file.stat().st_size for file in output.iterdir())
-    print(f"{output}: step {sampler.step}, {size / 1e6:.1f} MB, for {', '.join(PLATFORMS)}")
+    from m2m_jax.sampling.from_checkpoint import export_bundle
+
+    print(export_bundle(**vars(EXPORT()), **SETTINGS().given()))
 
 
 if __name__ == "__main__":

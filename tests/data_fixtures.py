@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from m2m_jax.configuration import Data
-from m2m_jax.data import prepare
+from m2m_jax.data.emoji.preparing import prepare_emoji
 
 IMAGE_SIZE = 32
 
@@ -29,7 +29,7 @@ def build_emoji(tmp_path_factory) -> str:
     # Whoever comes second waits here and then finds the data set made.
     with open(root / "emoji_data.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        prepare.prepare_emoji(IMAGE_SIZE, str(directory), verbose=False)
+        prepare_emoji(IMAGE_SIZE, str(directory), verbose=False)
     return str(directory)
 
 

@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -19,11 +21,13 @@ from flax import nnx
 from fuzz_mutations import CHANGES, JSON_CHANGES, damaged, damaged_json, image_seeds, mended_png
 from hypothesis import strategies as st
 from mis_fixtures import set_name, write_mis
+from program_fixtures import CALL, PLACES, arithmetic, composite, custom_call, infeed, nested, write_program
 from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
 
 from m2m_jax import config_flag
-from m2m_jax.building.captions import CaptionRules, clean_captions, read_captions
+from m2m_jax.building.caption_rules import CaptionRules
+from m2m_jax.building.captions import clean_captions, read_captions
 from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.config_fields import fields_of, flatten, groups_in
 from m2m_jax.config_rules import validate
@@ -40,7 +44,7 @@ from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
 from m2m_jax.models.folder import require_same
 from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.sampling.bundle import MANIFEST, Bundle, write_manifest
+from m2m_jax.sampling.bundle import MANIFEST, Bundle, _load, program_file, write_manifest
 from m2m_jax.sampling.bundle_writer import write_bundle
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
@@ -334,6 +338,49 @@ BUNDLES = Target(_BUNDLES, _small_bundle, _open_bundle, 30, 800)
 SIGNED = Target(st.tuples(st.just("signed"), _WHICH, CHANGES, JSON_CHANGES), _small_bundle, _open_bundle, 4, 200, 120.0)
 
 
+# What a forger may write: any call, anywhere, with any fields; and arithmetic, which is read.
+_TARGETS = st.sampled_from(
+    [
+        "xla_ffi_python_cpu_callback",
+        "xla_buffer_python_cpu_callback",
+        "shape_assertion",
+        "lapack_sgetrf_ffi",
+        "Sharding",
+    ]
+) | st.from_regex(r"[A-Za-z_$.]{1,20}", fullmatch=True)
+_CALL_FIELDS = st.sampled_from(
+    [
+        "api_version = 2 : i32",
+        "api_version = 4 : i32, backend_config = {index = 1234567 : ui64}",
+        'api_version = 1 : i32, backend_config = "1234567", has_side_effect = true',
+        "api_version = 4 : i32, called_computations = [@main]",
+    ]
+)
+_OPERATIONS = st.one_of(
+    st.builds(custom_call, _TARGETS, _CALL_FIELDS),
+    st.builds(composite, st.sampled_from(["chlo.erf", "chlo.top_k", "xla.gpu.triton", "a.b"])),
+    st.builds(arithmetic, st.sampled_from(["", 'mhlo.sharding = "{replicated}"', "mhlo.frontend_attributes = {}"])),
+    st.builds(nested, st.integers(1, 300)),
+    st.sampled_from(["main", "inner"]).map(CALL.format),
+    st.just(infeed()),
+)
+
+
+def _read_program(nothing, folder: pathlib.Path, example):
+    """A program that is read can be compiled and run, and ends; nothing that it names is called."""
+    operation, place = example
+    if "@inner" in operation and "@inner" not in PLACES[place]:
+        operation = CALL.format("main")
+    file = folder / program_file("encode")
+    file.write_bytes(write_program(operation, place))
+    program = _load(folder, "encode", {"jax": jax.__version__})
+    assert "custom_call" not in operation and "infeed" not in operation and "mhlo." not in operation
+    assert program(jnp.ones(2)).shape == (2,)
+
+
+PROGRAMS = Target(st.tuples(_OPERATIONS, st.sampled_from(list(PLACES))), lambda folder: None, _read_program, 60, 2000)
+
+
 # Model folders
 
 
@@ -464,6 +511,7 @@ TARGETS = {
     "manifests of image sets from captions": MIS_MANIFESTS,
     "bundles": BUNDLES,
     "bundles, hashes mended": SIGNED,
+    "bundles, programs by hand": PROGRAMS,
     "model folders": MODELS,
     "metadata of checkpoints": METADATA,
     "config: command line": ARGUMENTS,

@@ -60,17 +60,10 @@ def run(module: str, *arguments: object) -> Result:
     except SystemExit as end:
         code = end.code or 0
     finally:
-        # The next program defines its flags, some under the same names, and imports what defines them again.
-        by_module = flags.FLAGS.flags_by_module_dict().items()
-        defining = {name: defined for name, defined in by_module if name == module or name.startswith("m2m_jax.")}
-        own = {flag.name for defined in defining.values() for flag in defined}
+        # The next program defines flags of the same names.
+        own = {flag.name for flag in flags.FLAGS.flags_by_module_dict().get(module, ())}
         for name in [name for name in flags.FLAGS if name in own or name.partition(".")[0] == "config"]:
             delattr(flags.FLAGS, name)
-        for name in defining:
-            sys.modules.pop(name, None)
-            package, _, attribute = name.rpartition(".")
-            if package in sys.modules:  # `from package import module` would find the old one
-                vars(sys.modules[package]).pop(attribute, None)
     return Result(code, out.getvalue(), err.getvalue())
 
 

@@ -14,7 +14,8 @@ from caption_fixtures import SUFFIXES, write_captions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2m_jax.building.captions import MAX_LINE_BYTES, CaptionRules, clean_captions, latin_share, read_captions
+from m2m_jax.building.caption_rules import CaptionRules, latin_share
+from m2m_jax.building.captions import MAX_LINE_BYTES, clean_captions, read_captions
 from m2m_jax.core.errors import UserError
 
 CAPTIONS = ["a cat", "", " two  dogs ", "Käse, 北京 \u2028 \x85", 'a "quoted" one', "a cat"]

@@ -336,6 +336,8 @@ def test_a_run_counts_them(tiny_run, folder, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     counted = sum(line.get("train/substituted_sets", 0) for line in lines)
     assert counted > 0 and "gets another set" in result.err
+    # Those of held-out sets, too, of which none is damaged here.
+    assert {line.get("eval/substituted_sets") for line in lines if "eval/loss_own_context" in line} == {0}
 
 
 def test_count_records(latents, tmp_path):

@@ -13,13 +13,16 @@ import time
 import tracemalloc
 import zlib
 
+import jax.export
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from data_fixtures import data_config, write_image_folder
 from fuzz_mutations import image_seeds
 from fuzz_targets import _small_bundle, _write_split
+from jax._src import ffi
 from PIL import Image
+from program_fixtures import CALL, PLACES, arithmetic, composite, custom_call, infeed, nested, write_program
 from run_fixtures import ROOT, make_autoencoder, run, train_tiny
 
 from m2m_jax.core.errors import UserError
@@ -28,6 +31,7 @@ from m2m_jax.data import folder as folders
 from m2m_jax.data import pipeline, precomputed
 from m2m_jax.models import diffusers_folder
 from m2m_jax.sampling.bundle import MANIFEST, PARAMS, Bundle, program_file, write_manifest
+from m2m_jax.sampling.program_check import require_arithmetic
 
 # Modules that run what they read, and calls that do.
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle"}
@@ -148,6 +152,60 @@ def test_pickles_in_bundles(trap, bundle, tmp_path):
             copy = _forged(bundle, tmp_path / f"{number} {name}", name, data)
             with pytest.raises(UserError, match=f"{name} is damaged"):
                 Bundle(copy)
+
+
+CALLBACKS = ("xla_ffi_python_cpu_callback", "xla_buffer_python_cpu_callback", "xla_python_gpu_callback", "HostCompute")
+FORBIDDEN = {
+    **{
+        target: (custom_call(target, "api_version = 4 : i32, backend_config = {index = 1234567 : ui64}"), target)
+        for target in CALLBACKS
+    },
+    "a kernel of jaxlib": (custom_call("lapack_sgetrf_ffi"), "lapack_sgetrf_ffi"),
+    "a side effect": (custom_call("x", "api_version = 2 : i32, has_side_effect = true"), "calls 'x'"),
+    "an assertion with an argument": (
+        custom_call("shape_assertion", 'backend_config = "x"'),
+        "'shape_assertion'",
+    ),
+    "a queue of the host": (infeed(), "holds 'stablehlo.infeed'"),
+    "a composite": (composite("xla.something"), "calls 'xla.something'"),
+    "an annotation": (arithmetic('mhlo.frontend_attributes = {_xla_compute_type = "host"}'), "frontend_attributes"),
+    "a sharding": (arithmetic('mhlo.sharding = "{replicated}"'), "carries 'mhlo.sharding'"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", FORBIDDEN)
+def test_programs_that_reach_out_of_xla(kind, place, bundle, tmp_path):
+    operation, words = FORBIDDEN[kind]
+    copy = _forged(bundle, tmp_path / "copy", program_file("encode"), write_program(operation, place))
+    with pytest.raises(UserError, match=rf"encode.exported is no program of a sampler: .*{words}.*forged") as error:
+        Bundle(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("operation", "place", "more", "words"),
+    [
+        (CALL.format("main"), "main", {}, "'main' calls itself"),
+        (CALL.format("inner"), "function", {}, "'inner' calls itself"),
+        (composite("chlo.erf"), "main", {}, "'main' calls itself"),
+        (nested(200), "main", {}, "nested more than 100 deep"),
+        (arithmetic(), "main", {"nr_devices": 2}, "is of 2 devices"),
+        (arithmetic(), "main", {"module": ', xla.sdy.meshes = "x"'}, "the module carries 'xla.sdy.meshes'"),
+        (arithmetic(), "main", {"unordered_effects": (ffi.FfiEffect(),)}, "has side effects"),
+    ],
+)
+def test_programs_that_no_sampler_is(operation, place, more, words, bundle, tmp_path):
+    """Recursion and nests of thousands end XLA's compiler with its stack, and the process."""
+    copy = _forged(bundle, tmp_path / "copy", program_file("encode"), write_program(operation, place, **more))
+    with pytest.raises(UserError, match=words):
+        Bundle(copy)
+
+
+def test_programs_that_only_compute_are_read(bundle, tmp_path):
+    for place in PLACES:
+        exported = jax.export.deserialize(bytearray(write_program(arithmetic(), place)))
+        require_arithmetic(exported)
 
 
 # Paths

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import itertools
 import os
 import time
@@ -19,20 +18,15 @@ from PIL import Image
 
 from m2m_jax.building import build_folder
 from m2m_jax.building.cleaning import SafetyFilter, SetRules, clean_set
+from m2m_jax.building.image_formats import encode_image
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.program import duration
+from m2m_jax.core.printing import duration
 from m2m_jax.data import mis, precomputed, records
 from m2m_jax.data.mis import Shard
 
 if TYPE_CHECKING:
     from m2m_jax.sampling.text_to_image import TextToImage
 
-# What Pillow is told. Lossless WebP as it comes by default takes five times as long for the same size.
-IMAGE_FORMATS = {
-    "webp_lossless": {"format": "WEBP", "lossless": True, "method": 1, "quality": 20},
-    "webp": {"format": "WEBP"},
-    "png": {"format": "PNG"},
-}
 _CALLS_IN_FLIGHT = 2  # the devices have work while the results of the last call are fetched
 _MAX_THREADS = 32
 _SECONDS_BETWEEN_LINES = 5.0
@@ -43,7 +37,7 @@ class SetMaker:
     """From the images of a set to its record.
 
     Attributes:
-      store: one of `mis.STORES`.
+      store: one of `records.STORES`.
       image_format, quality: of `IMAGE_FORMATS`; 1 to 100, of "webp" alone.
       latents_dtype: one of `records.LATENT_DTYPES`.
       rules, safety_filter: `safety_filter` is what `rules.load_filter` gave.
@@ -72,18 +66,13 @@ class SetMaker:
             set_id=f"{mis.KIND}-{slot.index:08d}",
             kind=mis.KIND,
             caption=slot.caption,
-            images=() if self.store == "latents" else tuple(self._encode(images_nhwc[number]) for number in kept),
+            images=() if self.store == "latents" else tuple(self._encoded(images_nhwc[number]) for number in kept),
             latents=None if self.store == "images" else latents_nhwc[kept],
         )
         return MadeSet(precomputed.serialize(record), len(kept), dropped, None)
 
-    def _encode(self, image_hwc: np.ndarray) -> bytes:
-        options = IMAGE_FORMATS[self.image_format]
-        if self.image_format == "webp":
-            options = {**options, "quality": self.quality}
-        buffer = io.BytesIO()
-        Image.fromarray(image_hwc).save(buffer, **options)
-        return buffer.getvalue()
+    def _encoded(self, image_hwc: np.ndarray) -> bytes:
+        return encode_image(image_hwc, self.image_format, self.quality)
 
 
 class Slot(NamedTuple):

@@ -20,18 +20,16 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
-import dataclasses
-import functools
 import gzip
 import io
 import json
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from m2m_jax.building.caption_rules import CaptionRules
 from m2m_jax.core.errors import UserError
 from m2m_jax.data.mis import digest
 
@@ -40,56 +38,10 @@ _COLUMNS = ("caption", "text")  # the first that is there
 _PARQUET_ROWS = 2**14  # in memory at once
 
 
-@dataclasses.dataclass(frozen=True)
-class CaptionRules:
-    """Which captions are used. Spaces count as one, and not at the ends; empty captions are always dropped.
-
-    Attributes:
-      drop_duplicates: keep the first of those that are alike but for case, spaces and the forms of characters that
-        Unicode calls compatible (NFKC).
-      min_characters, max_characters: of a caption. CLIP's text encoder reads 77 tokens, some 300 characters.
-      min_words, max_words: what spaces divide; a caption in Chinese is one word.
-      min_latin_share: of its letters, those of the Latin script; 0: any script. It is no recognition of language:
-        French passes, and "café" is all Latin. A caption without letters has a share of 0.
-    """
-
-    drop_duplicates: bool = True
-    min_characters: int = 1
-    max_characters: int = 1000
-    min_words: int = 1
-    max_words: int = 256
-    min_latin_share: float = 0.0
-
-    def __post_init__(self):
-        for what in ("characters", "words"):
-            least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
-            if not 1 <= least <= most:
-                raise UserError(f"min_{what}={least}, max_{what}={most}: must be at least 1 and at most max_{what}")
-        if not 0.0 <= self.min_latin_share <= 1.0:
-            raise UserError(f"min_latin_share={self.min_latin_share}: must be 0 to 1")
-
-    def broken_by(self, caption: str) -> str | None:
-        """The rule that a caption breaks, by its name; "empty"; or None. Duplicates are `clean_captions`' to find."""
-        if not caption:
-            return "empty"
-        if len(caption) < self.min_characters:
-            return "min_characters"
-        if len(caption) > self.max_characters:
-            return "max_characters"
-        words = caption.count(" ") + 1
-        if words < self.min_words:
-            return "min_words"
-        if words > self.max_words:
-            return "max_words"
-        if self.min_latin_share and latin_share(caption) < self.min_latin_share:
-            return "min_latin_share"
-        return None
-
-
 def clean_captions(
     captions: Iterable[str], rules: CaptionRules
 ) -> tuple[list[tuple[int, str]], collections.Counter[str]]:
-    """Captions in the order of their file -> those to use, and how many each rule dropped.
+    """Choose the captions to use, in the order of their file, and count how many each rule dropped.
 
     Returns [(number of the row, from 0; caption, its spaces made one)] and {rule: captions}. The number is that of the
     file, so that no rule changes the noise that another caption's images are made from. Raises UserError where none is
@@ -117,21 +69,6 @@ def clean_captions(
         reasons = ", ".join(f"{rule}: {count}" for rule, count in dropped.items()) or "there were none"
         raise UserError(f"no caption is left to make images from ({reasons}); change the captions or the rules")
     return kept, dropped
-
-
-def latin_share(text: str) -> float:
-    """Of the letters of a text, those of the Latin script; 0 without letters."""
-    if text.isascii():
-        return float(text.lower() != text.upper())
-    latin = sum(map(_is_latin, text))
-    letters = sum(map(str.isalpha, text))
-    return latin / letters if letters else 0.0
-
-
-@functools.cache
-def _is_latin(character: str) -> bool:
-    # NFKC: full-width forms are Latin letters, too.
-    return character.isalpha() and "LATIN " in unicodedata.name(unicodedata.normalize("NFKC", character)[0], "")
 
 
 def read_captions(path: str | Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.options import Options, option
 
 HASH_BITS = 64
 # (images uint8 [n, S, S, 3], caption) -> bool [n], which of them to keep.
@@ -19,35 +20,36 @@ SafetyFilter = Callable[[np.ndarray, str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class SetRules:
+class SetRules(Options):
     """Which images of a set are kept, and which sets. An image counts as dropped by the first rule that it breaks.
 
-    Attributes:
-      blank_std: least standard deviation over the pixels, in the channel that varies most, of 255; 0 keeps all.
-      drop_duplicates: keep the first of images whose pixels are all the same.
-      near_duplicate_bits: keep the first of images whose difference hashes (see `difference_hash`) differ in fewer bits
-        than this; 0 keeps all. Drawings on white ground have few edges, and hashes that are close by chance.
-      min_images: sets with fewer left are dropped.
-      safety_filter: "module:function" of a `SafetyFilter`, Python that the user has installed and trusts: it is run.
-        It sees what the other rules left, one set at a time.
+    Example:
+        clean_set(images_nhwc, "a cat", SetRules(near_duplicate_bits=4), None)  # ([0, 2], {"near_duplicate_bits": 1})
     """
 
-    blank_std: float = 2.0
-    drop_duplicates: bool = True
-    near_duplicate_bits: int = 0
-    min_images: int = 1
-    safety_filter: str = ""
-
-    def __post_init__(self):
-        if not 0 <= self.blank_std <= 128:
-            raise UserError(f"blank_std={self.blank_std}: must be 0 to 128, the largest that pixels can have")
-        if not 0 <= self.near_duplicate_bits <= HASH_BITS:
-            raise UserError(f"near_duplicate_bits={self.near_duplicate_bits}: must be 0 to {HASH_BITS}")
-        if self.min_images < 1:
-            raise UserError(f"min_images={self.min_images}: must be at least 1")
+    blank_std: float = option(
+        "Least standard deviation over the pixels of an image, in the channel that varies most, of 255; 0 keeps all.",
+        2.0,
+        low=0,
+        high=128,  # the largest that pixels can have
+    )
+    drop_duplicates: bool = option("Keep the first of images whose pixels are all the same.", True)
+    near_duplicate_bits: int = option(
+        "Keep the first of images whose difference hashes (64 bits) differ in fewer bits than this; 0 keeps all. "
+        "Drawings on white ground have few edges, and hashes that are close by chance.",
+        0,
+        low=0,
+        high=HASH_BITS,
+    )
+    min_images: int = option("Sets with fewer images left are dropped.", 1, low=1)
+    safety_filter: str = option(
+        "module:function of a filter, Python that you have installed and trust: it is run, on what the other rules "
+        "left, one set at a time, as building/cleaning.py: SafetyFilter says.",
+        "",
+    )
 
     def load_filter(self) -> SafetyFilter | None:
-        """The function that `safety_filter` names. Raises UserError where there is none."""
+        """Return the function that `safety_filter` names, or None. Raises UserError where there is no such function."""
         if not self.safety_filter:
             return None
         module, _, name = self.safety_filter.partition(":")
@@ -63,7 +65,7 @@ class SetRules:
 def clean_set(
     images_nhwc: np.ndarray, caption: str, rules: SetRules, safety_filter: SafetyFilter | None
 ) -> tuple[list[int], collections.Counter[str]]:
-    """Images of one set, uint8 [n, S, S, 3] -> (the numbers of those to keep, {rule: images that it dropped}).
+    """Return which images of a set, uint8 [n, S, S, 3], to keep, by number, and {rule: images that it dropped}.
 
     safety_filter: `rules.load_filter()`. Raises UserError where it returns something else than it should.
     """

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from m2m_jax.core import gathering
-from m2m_jax.core.errors import UserError
+from m2m_jax.core.errors import UserError, warn
 
 MAX_CPU_DEVICES = 8
 JOIN_TIMEOUT = 300  # seconds, where M2M_JOIN_TIMEOUT does not say otherwise
@@ -28,16 +28,45 @@ def start() -> None:
     XLA's CPU backend runs most of a U-Net on one thread, and two devices run side by side: where there is no
     accelerator each core becomes a device of the mesh (a power of two, so that batches divide). Measured on 2 cores,
     training the autoencoder of configs/emoji_vae.py: 1.75 times the images a second of one device.
+
+    Raises:
+      UserError: the environment names devices that are not there, or processes that cannot meet.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "m2m_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        _keep_compiled_programs()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ
     if not chosen and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = min(os.cpu_count() or 1, MAX_CPU_DEVICES)
         jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))
     _join_processes()
+    _find_devices()
+
+
+def _keep_compiled_programs() -> None:
+    """Choose the user's cache folder. Without a home folder, as in some containers, nothing is kept."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    if not folder:
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:
+            warn("there is no home folder to keep compiled programs in; name one in JAX_COMPILATION_CACHE_DIR")
+            return
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "m2m_jax"))
+
+
+def _find_devices() -> list[jax.Device]:
+    """Return all devices. Raises UserError where the environment asks for some that are not there."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where a plugin is not installed
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if not platforms:
+            raise
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: JAX finds no such device{f' ({error})' if str(error) else ''}; "
+            "install JAX for it, or unset JAX_PLATFORMS to use what is there"
+        ) from error
 
 
 def fix_cpu_threads() -> None:
@@ -76,7 +105,7 @@ def _join_processes() -> None:
     except ValueError as error:
         raise UserError(f"M2M_PROCESSES={processes}: the processes of this launch cannot meet: {error}") from error
     # Of this form are the collectives of JAX's `multihost_utils`, and of Orbax.
-    devices = np.array(jax.devices()).reshape(jax.process_count(), jax.local_device_count())
+    devices = np.array(_find_devices()).reshape(jax.process_count(), jax.local_device_count())
     gathering.connect(Mesh(devices, ("processes", "local_devices")))
 
 

@@ -10,130 +10,31 @@ Prints a report and writes a sheet of thumbnails, sets with problems first. Exit
 can't be checked.
 """
 
-import collections
-import concurrent.futures
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-from absl import flags
 
 from m2m_jax.config_flag import define_config_flag
-from m2m_jax.config_rules import validate
-from m2m_jax.configuration import Data
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.images import write_png
-from m2m_jax.core.program import run_program
-from m2m_jax.data import folder, mis, precomputed
-from m2m_jax.data.inspection import SetReport, Summary, inspect_set
-from m2m_jax.data.mis_source import MisRecords
-from m2m_jax.data.pipeline import RecordSource, open_emoji
-from m2m_jax.view.contact_sheet import Group, Row, contact_sheet
+from m2m_jax.core.program import define_flags, run_program
+from m2m_jax.data.options import DataCheck
 
 CONFIG = define_config_flag(required=False)
-OUTPUT = flags.DEFINE_string("output", "data_check.png", "The sheet of thumbnails; empty: none.")
-SHEET_SETS = flags.DEFINE_integer("sheet_sets", 24, "Sets on the sheet.")
-THREADS = flags.DEFINE_integer("threads", os.cpu_count(), "That read and decode.")
-MAX_PROBLEMS = flags.DEFINE_integer("max_problems", 100, "Problems to print; all are counted.")
+OPTIONS = define_flags(DataCheck)
 
 
 def main(argv: Sequence[str]) -> int:
-    if SHEET_SETS.value < 1 or THREADS.value < 1:
-        raise UserError(f"--sheet_sets={SHEET_SETS.value} --threads={THREADS.value}: both must be at least 1")
-    config = CONFIG.value
+    from m2m_jax.data.checking import check_data, configured_sources, find_sources
+
+    options, config = OPTIONS(), CONFIG.value
     if (config is None) == (len(argv) < 2):
         raise UserError("name the data set once: python -m m2m_jax.data.check DIR, or --config")
     if config is None:
-        wanted, sources = 1, find_sources(argv[1])
+        summary = check_data(find_sources(argv[1]), options)
     else:
-        validate(config)
-        wanted, sources = config.data.images_per_set, configured_sources(config.data)
-
-    summary = Summary()
-    total, sheet = sum(len(source.kinds) for source in sources), Sheet(SHEET_SETS.value)
-    with concurrent.futures.ThreadPoolExecutor(THREADS.value) as pool:
-        for source in sources:
-            for report in _in_order(pool, source, wanted):
-                summary.add(source.name, report)
-                sheet.add(summary.sets, total, report)
-                _print_progress(summary.sets, total)
-    print(summary.text(MAX_PROBLEMS.value))
-    if OUTPUT.value:
-        write_png(OUTPUT.value, sheet.draw())
-        print(OUTPUT.value)
+        summary = check_data(configured_sources(config), options, config.data.images_per_set)
+    print(summary.text(options.max_problems))
+    if options.output:
+        print(options.output)
     return 1 if summary.problems else 0
-
-
-def find_sources(path: str) -> list[RecordSource]:
-    """Every split of what lies at `path`. Raises UserError where that is no data set."""
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"{path}: no such folder")
-    splits = sorted(file.stem.removeprefix("precomputed-") for file in root.glob("precomputed-*.json"))
-    if splits:
-        return [precomputed.PrecomputedRecords(path, split, None, strict=False) for split in splits]
-    if mis.folder(root).is_dir():
-        splits = mis.read_manifest(root).splits
-        return [MisRecords(path, split, latents=None, image_size=None, strict=False) for split in splits]
-    sizes = sorted(int(one.name[:-2]) for one in root.glob("emoji/*px") if one.name[:-2].isdecimal())
-    if sizes:
-        return [source for size in sizes for source in _emoji(path, size)]
-    return [folder.load(path, None, strict=False)]
-
-
-def configured_sources(data: Data) -> list[RecordSource]:
-    """Every split of the data set that a config names."""
-    return _emoji(data.directory, data.image_size) if data.name == "emoji" else find_sources(data.path)
-
-
-def _emoji(directory: str, image_size: int) -> list[RecordSource]:
-    from m2m_jax.data.emoji.subjects import SPLITS
-
-    return [open_emoji(directory, image_size, split, strict=False) for split in SPLITS]
-
-
-def _in_order(pool: concurrent.futures.Executor, source: RecordSource, wanted: int):
-    """The reports of all sets, a few of them made ahead: not all thumbnails have to fit into memory."""
-    ahead: collections.deque[concurrent.futures.Future] = collections.deque()
-    for index in range(len(source.kinds)):
-        ahead.append(pool.submit(inspect_set, source, index, wanted))
-        if len(ahead) > 4 * THREADS.value:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
-
-
-class Sheet:
-    """Chooses what is shown: sets with problems, and besides some from the whole length of the data set."""
-
-    def __init__(self, num_sets: int):
-        self._num_sets = num_sets
-        self._bad: list[SetReport] = []
-        self._good: list[SetReport] = []
-
-    def add(self, number: int, total: int, report: SetReport) -> None:
-        """number: of this report, from 1, of `total`."""
-        if report.problems and len(self._bad) < self._num_sets:
-            self._bad.append(report)
-        elif not report.problems and number * self._num_sets // total > (number - 1) * self._num_sets // total:
-            self._good.append(report)
-
-    def draw(self):
-        shown = (self._bad + self._good)[: self._num_sets]
-        rows = []
-        for report in shown:
-            many = f"{report.num_images} images" if report.num_images != 1 else "1 image"
-            label = f"{report.set_id or '(unreadable)'}: {'; '.join(report.problems[:2]) or many}"
-            rows.append(Row(label, [Group("first images", report.thumbnails)]))
-        return contact_sheet(rows or [Row("nothing to show", [])])
-
-
-def _print_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\rread {done} of {total} sets", end="\n" if done == total else "", file=sys.stderr, flush=True)
-    elif done % 5000 == 0 or done == total:
-        print(f"read {done} of {total} sets", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,33 +5,19 @@
 They depend on --seed and --num_captions alone.
 """
 
-import collections
-from pathlib import Path
+from m2m_jax.core.program import define_flags, run_program
+from m2m_jax.data.options import EmojiCaptions
 
-from absl import flags
-
-from m2m_jax.core import disk
-from m2m_jax.core.errors import UserError
-from m2m_jax.core.program import run_program
-from m2m_jax.data.emoji.recombination import SHARES, recombine
-from m2m_jax.data.emoji.subjects import load_subjects
-
-OUTPUT = flags.DEFINE_string("output", None, "The file to write, .txt, one caption a line.", required=True)
-NUM_CAPTIONS = flags.DEFINE_integer("num_captions", 2400, "How many.")
-SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+OPTIONS = define_flags(EmojiCaptions)
 
 
 def main(argv):
-    del argv
-    output = Path(OUTPUT.value)
-    if output.suffix != ".txt":
-        raise UserError(f"--output={output}: captions are written as .txt")
-    captions = recombine(load_subjects(), NUM_CAPTIONS.value, SEED.value)
-    with disk.errors(f"--output={output}"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        disk.write(output, "".join(f"{caption}\n" for _, caption in captions).encode())
-    counts = collections.Counter(kind for kind, _ in captions)
-    print(f"{output}: {len(captions)} captions ({', '.join(f'{kind}: {counts[kind]}' for kind in SHARES)})")
+    from m2m_jax.data.emoji.caption_file import write_captions
+
+    options = OPTIONS()
+    counts = write_captions(options)
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in counts.items())
+    print(f"{options.output}: {sum(counts.values())} captions ({kinds})")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from m2m_jax.data.shards import count_records
 VERSION = 1
 KIND = "mis"  # of every record
 SPLITS = ("train", "validation", "test")
-STORES = ("images", "latents", "both")
 TFDS_VERSION = "1.0.0"
 BUILD, MANIFEST = "build.json", "manifest.json"
 _MAX_SIDE = 2**16  # of images and latents, pixels
@@ -136,7 +135,7 @@ class Manifest:
         shape, dtype = values["latent_shape"], values["latents_dtype"]
         if len(shape) != 3 or not all(_whole(x, 1, _MAX_SIDE) for x in (values["image_size"], *shape)):
             raise ValueError("image_size, latent_shape")
-        if values["store"] not in STORES or dtype not in (None, *records.LATENT_DTYPES):
+        if values["store"] not in records.STORES or dtype not in (None, *records.LATENT_DTYPES):
             raise ValueError("store, latents_dtype")
         if (dtype is None) != (values["store"] == "images") or not isinstance(values["autoencoder"], dict):
             raise ValueError("latents_dtype, autoencoder")

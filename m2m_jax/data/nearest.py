@@ -6,93 +6,20 @@
 mean and unit variance, so that a copy in other colours, on another ground or mirrored is found as well.
 """
 
-import json
-from pathlib import Path
-
-import numpy as np
-from absl import flags
-from PIL import Image
-
 from m2m_jax.config_flag import define_config_flag
-from m2m_jax.config_rules import validate
-from m2m_jax.core.errors import UserError
-from m2m_jax.core.images import decode_image, fit_square, on_white, read_image, write_png
-from m2m_jax.core.program import run_program
-from m2m_jax.data.pipeline import SOURCES
-from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated, nearest
+from m2m_jax.core.program import define_flags, run_program
+from m2m_jax.evaluation.options import CopySearch
 
 CONFIG = define_config_flag()
-SAMPLES = flags.DEFINE_string("samples", None, "Output folder of m2m_jax.sample --sets.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "PNG to write.", required=True)
+OPTIONS = define_flags(CopySearch)
 
 
 def main(argv):
-    config = CONFIG.value
-    validate(config)
-    size = config.data.image_size
-    records = sorted(Path(SAMPLES.value).glob("*/sample.json"))
-    if not records:
-        raise UserError(
-            f"--samples={SAMPLES.value} holds no folder with a sample.json; make it with m2m_jax.sample --sets"
-        )
-    training_nhwc = training_images(config.data)
-    training_shapes = shapes(training_nhwc)
+    from m2m_jax.evaluation.copies import find_copies
 
-    rows, similarities = [], {"nearest in training": [], "nearest in the context": []}
-    for record in records:
-        given = [read_image(file, size) for file in context_files(record)]
-        new = [read_image(file, size) for file in sorted(record.parent.glob("[0-9]*.png"))]
-        new_shapes = shapes(np.stack(new))
-        mirrored = shapes(np.stack(new)[:, :, ::-1])
-        similarity_gn = np.maximum(new_shapes @ training_shapes.T, mirrored @ training_shapes.T)
-        found = similarity_gn.argmax(1)
-        similarities["nearest in training"].extend(similarity_gn.max(1))
-        if given:
-            given_shapes = shapes(np.stack(given))
-            similarity_gm = np.maximum(new_shapes @ given_shapes.T, mirrored @ given_shapes.T)
-            similarities["nearest in the context"].extend(similarity_gm.max(1))
-        rows.append(Row(record.parent.name, [context(given), generated(new), nearest(list(training_nhwc[found]))]))
-    write_png(OUTPUT.value, contact_sheet(rows))
-    print("shape similarity of generated images (1: the same up to colour)")
-    for name, values in similarities.items():
-        if values:
-            copies = np.mean(np.array(values) > 0.95)
-            print(
-                f"  {name}, {len(values)} images: median {np.median(values):.3f}, largest {max(values):.3f}, "
-                f"{copies:.0%} above 0.95"
-            )
-    print(OUTPUT.value)
-
-
-def context_files(record: Path) -> list[str]:
-    """What a sample.json says was the context. Raises UserError where it is damaged."""
-    try:
-        files = json.loads(record.read_text())["context"]
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise ValueError("context is no list of files")
-        return files
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record} is damaged ({error}): sample again") from error
-
-
-def training_images(data_config) -> np.ndarray:
-    """Every training image, as stored, on white: uint8 [n, size, size, 3]."""
-    source = SOURCES[data_config.name](data_config, data_config.train_split)
-    if not source.has_images:
-        raise UserError(f"{source.name} holds latents alone; name the data set of images that they were made from")
-    pixels = []
-    for i in range(len(source.kinds)):
-        record = source[i]
-        for image, data in enumerate(record.images):
-            pixels.append(fit_square(decode_image(data, record.image_name(image)), data_config.image_size))
-    return on_white(np.stack(pixels))
-
-
-def shapes(images_nhwc: np.ndarray) -> np.ndarray:
-    """Unit vectors [n, h * w] whose inner products are correlations of luminance."""
-    grey = np.stack([np.asarray(Image.fromarray(image).convert("L"), np.float32).ravel() for image in images_nhwc])
-    grey -= grey.mean(1, keepdims=True)
-    return grey / (np.linalg.norm(grey, axis=1, keepdims=True) + 1e-6)
+    options = OPTIONS()
+    print(find_copies(CONFIG.value, options).text())
+    print(options.output)
 
 
 if __name__ == "__main__":

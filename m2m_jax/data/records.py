@@ -18,16 +18,23 @@ A record holds `images` or `latents` or both (then for the same n images in the 
 already multiplied by the first stage's scaling factor. In Python a record is an `ImageSetRecord`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorflow_datasets as tfds
 
+from m2m_jax.configuration import MAX_IMAGES_PER_SET
 from m2m_jax.core.errors import UserError
 
-MAX_IMAGES_PER_RECORD = 25
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+MAX_IMAGES_PER_RECORD = MAX_IMAGES_PER_SET
 LATENT_DTYPES = ("float16", "float32")
+STORES = ("images", "latents", "both")  # what the records of a data set may hold
 
 
 class BadRecord(UserError):
@@ -67,6 +74,8 @@ class ImageSetRecord:
 
 def features() -> tfds.features.FeaturesDict:
     """The TFDS features of a record. Images are opaque bytes: TFDS's own Image feature needs TensorFlow."""
+    import tensorflow_datasets as tfds  # not above: who reads this module's names need not wait for it
+
     return tfds.features.FeaturesDict(
         {
             "set_id": tfds.features.Text(),

@@ -7,11 +7,9 @@ here, `weight` there) and a few renamed paths; convolutions are HWIO here and OI
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,6 +17,7 @@ from safetensors.numpy import save_file
 
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.field_types import described, is_of
 from m2m_jax.core.parameters import Params
 
 
@@ -77,9 +76,9 @@ def config_from(cls, values: Mapping[str, Any], renamed: Mapping[str, str], **ov
         if name in values and field.name not in overrides:
             value = values[name]
             value = tuple(value) if isinstance(value, list) else value
-            if not _is_of(value, types[field.name]):
-                kind = _said(types[field.name])
-                raise UserError(f"{cls.__name__}: {name} is {values[name]!r:.60}; it must be of type {kind}")
+            if not is_of(value, types[field.name]):
+                kind = described(types[field.name])
+                raise UserError(f"{cls.__name__}: {name} is {values[name]!r:.60}; it takes {kind}")
             fields[field.name] = value
     return cls(**(fields | overrides))
 
@@ -90,26 +89,6 @@ def load_config(cls, folder: str | Path, values: Mapping[str, Any], renamed: Map
         return config_from(cls, values, renamed, **overrides)
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
-
-
-def _said(kind: Any) -> str:
-    return kind.__name__ if type(kind) is type else str(kind)
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of a field's type: int, float, bool, str, None, unions and tuples of these."""
-    if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        if not isinstance(value, tuple):
-            return False
-        if kinds[1:] == (...,):
-            return all(_is_of(item, kinds[0]) for item in value)
-        return len(value) == len(kinds) and all(map(_is_of, value, kinds))
-    if get_origin(kind) in (Union, UnionType):
-        return any(_is_of(value, one) for one in get_args(kind))
-    if kind is float:
-        return type(value) in (int, float) and abs(value) < math.inf
-    return type(value) is kind and (kind is not int or abs(value) < 2**53)
 
 
 def require_fixed(folder: str | Path, values: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

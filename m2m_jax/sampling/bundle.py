@@ -5,7 +5,10 @@ BUNDLE/ holds
     params.safetensors     the EMA and the frozen models, float32: "unet/conv_in.kernel", ...
     NAME.exported          each program of `sampling/programs.py`, as `jax.export` writes StableHLO
 
-`m2m_jax.export` writes it. Reading needs jax, flatbuffers and numpy alone, and runs no code but XLA's.
+`m2m_jax.export` writes it. Reading needs jax, flatbuffers and numpy alone. The hashes find damage, and a forger
+makes them right. So every program is walked before anything is compiled, and refused where it holds more than
+arithmetic (`program_check.py`): none calls back into Python, none calls a function of a library. A forged program still
+computes what its author likes, for as long and in as much memory as XLA allows.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
+from m2m_jax.sampling.program_check import ForbiddenProgram, require_arithmetic
 from m2m_jax.sampling.set_sampler import PROGRAMS, SetSampler
 
 FORMAT = 1
@@ -127,6 +131,11 @@ def _load(folder: Path, name: str, manifest: Mapping[str, Any]) -> Callable:
     path = folder / program_file(name)
     try:
         exported = jax.export.deserialize(bytearray(path.read_bytes()))
+        require_arithmetic(exported)
+    except ForbiddenProgram as error:
+        raise UserError(
+            f"{path} is no program of a sampler: {error}; it may be forged: get the bundle from who exported it"
+        ) from None
     except ValueError as error:
         raise UserError(
             f"{path} was exported by jax {manifest['jax']} and this is {jax.__version__}, which can't read it "

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from m2m_jax.core.errors import UserError
 from m2m_jax.models.context_cache import ContextCache
 from m2m_jax.sampling.bundle import PARAMS, PLATFORMS, SEPARATOR, program_file, write_manifest
+from m2m_jax.sampling.program_check import ForbiddenProgram, require_arithmetic
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.set_sampler import PROGRAMS
 
@@ -18,6 +20,10 @@ from m2m_jax.sampling.set_sampler import PROGRAMS
 def write_bundle(sampler: Sampler, folder: Path) -> None:
     """All files of a bundle, into a folder that is empty."""
     for name, exported in export_programs(sampler).items():
+        try:
+            require_arithmetic(exported)
+        except ForbiddenProgram as error:
+            raise UserError(f"no bundle may hold the program {name!r} of this sampler: {error}") from error
         (folder / program_file(name)).write_bytes(exported.serialize())
     flat = {
         f"{model}{SEPARATOR}{name}": np.ascontiguousarray(x, np.float32)

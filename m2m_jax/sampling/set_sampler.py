@@ -18,8 +18,8 @@ from PIL import Image
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import read_image
+from m2m_jax.core.options import MAX_SEED
 
-MAX_SEED = 2**32 - 1
 # What a sampler is made of; "append" is given the cache to use its memory again.
 PROGRAMS = ("empty_cache", "encode", "append", "begin", "denoise", "decode")
 ContextImage = np.ndarray | Image.Image | str | Path

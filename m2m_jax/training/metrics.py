@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from m2m_jax.core import disk
 from m2m_jax.core.disk import run_errors
-from m2m_jax.core.program import duration
+from m2m_jax.core.printing import duration
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

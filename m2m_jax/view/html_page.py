@@ -37,13 +37,15 @@ def html_page(rows: Sequence[Row], records: Mapping[str, Mapping[str, Any]]) -> 
       records: by the label of a row, what is to be known of it: settings, seed, timings.
     """
     sections = "\n".join(_section(row, records[row.label]) for row in rows)
-    return (
+    page = (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>Samples</title>\n<style>{_STYLE}</style>\n<h1>Samples</h1>\n"
         "<p>Context images have a blue frame; those beside them were generated, one after another.</p>\n"
         f"{sections}\n</html>\n"
     )
+    # Names of files need not be text: Python puts half characters in the place of their bytes, which no file can hold.
+    return page.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _section(row: Row, record: Mapping[str, Any]) -> str:

@@ -1,0 +1,58 @@
+"""Builds the emoji data set from the installed packages, once."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import pathlib
+import time
+
+import tensorflow_datasets as tfds
+
+from m2m_jax.core import disk
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.printing import say_progress
+from m2m_jax.data.emoji.builder import KINDS, Emoji, make_builder
+
+
+def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> Emoji:
+    """Build the emoji data set unless it is there, and return its builder, ready to be read.
+
+    Raises UserError if the directory cannot be written or a package with artwork is missing.
+    """
+    disk.require_plain(pathlib.Path(directory), "--directory")
+    try:
+        pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--directory={directory}: cannot be made ({error.strerror})") from error
+    builder = make_builder(image_size, directory)
+    if builder.is_prepared():
+        if verbose:
+            print(f"{builder.data_path}: there already")
+        return builder
+
+    started = time.monotonic()
+    if verbose:
+        builder.report_progress = lambda done, total: say_progress(f"drawing emoji: {done} of {total}", done, total)
+    tfds.disable_progress_bar()  # its bars are one a shard; drawing is what takes the time
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloading there
+            builder.download_and_prepare()
+    except PermissionError as error:
+        raise UserError(f"--directory={directory}: cannot be written ({error.strerror})") from error
+    if verbose:
+        print(f"{builder.data_path}: made in {time.monotonic() - started:.0f} s")
+    return builder
+
+
+def summary(builder: Emoji) -> str:
+    """Return sets and images of each split and kind, one line each."""
+    lines = []
+    for split, kinds in builder.info.metadata["kinds"].items():
+        sets, images = collections.Counter(kinds), collections.Counter()
+        for kind, num_images in zip(kinds, builder.info.metadata["num_images"][split], strict=True):
+            images[kind] += num_images
+        parts = [f"{sets[kind]:5d} {kind} sets ({images[kind]:6d} images)" for kind in KINDS]
+        lines.append(f"  {split:10s} " + "  ".join(parts))
+    return "\n".join(lines)

@@ -1,0 +1,44 @@
+"""Options of the programs that take a checkpoint: where it is, and how is sampled from it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from m2m_jax.core.options import Options, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromCheckpoint(Options):
+    """Which checkpoint."""
+
+    checkpoint: Path = option("Workdir of a run, or WORKDIR/checkpoints/STEP.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BundleExport(FromCheckpoint):
+    """Which checkpoint becomes which bundle."""
+
+    output: Path = option("Folder to write; must not exist.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChosenSettings(Options):
+    """Fields of `SamplingSettings` that stand in the place of those that the run's config chose; None: its own."""
+
+    steps: int | None = option("Steps of the stepper, an image.", None)
+    stepper: str | None = option("Name of the stepper; a wrong one is answered with all there are.", None)
+    guidance_scale: float | None = option("Over the context; 1 is none.", None)
+    guidance_interval: tuple[float, ...] | None = option("Fractions of the noise levels: 0.2,0.8.", None)
+    guidance_rescale: float | None = option("0 to 1: how far contrast is brought back.", None)
+    guidance_schedule: str | None = option(
+        "How the scale goes over the steps; a wrong name is answered with all there are.", None
+    )
+    cache_size: int | None = option("Context images of a set that are kept.", None)
+    cache_dtype: str | None = option(
+        "What they are kept in, if not the model's dtype, which is exact: bfloat16 is half of float32's memory.", None
+    )
+    slide: bool | None = option("In a set that outgrows the cache, forget the oldest image.", None)
+
+    def given(self) -> dict[str, Any]:
+        """Return {name: value} of those that were given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
