@@ -25,6 +25,7 @@ class Augment(Group, prefix="data.augment."):
     """Augmentations: drawn once a set, and shared by its images."""
 
     enabled: bool = field(True, "Whether sets are augmented.")
+    on_device: bool = field(False, "Whether a training step augments, and not the host: the same images, to the bit.")
     hue_degrees: float = field(180.0, "The largest rotation of the hue, either way.", low=0, high=180)
     ground_probability: float = field(0.5, "Of a coloured ground in the place of a white one.", low=0, high=1)
     ink_probability: float = field(0.5, "Of black line art drawn in a dark colour instead.", low=0, high=1)
@@ -39,14 +40,18 @@ class Augment(Group, prefix="data.augment."):
 class Data(Group, prefix="data."):
     """The image sets."""
 
-    name: str = field("emoji", "Where the sets come from.", choices="m2m_jax.data.pipeline:SOURCES")
+    name: str = field("emoji", "Where the sets come from.", choices="m2m_jax.data.source:SOURCES")
     path: str = field(
         "",
         "Of folder: the folder of folders of images. Of precomputed and mis: the --output of the program behind it.",
         path=True,
     )
     options: dict[str, Any] = options_of("name", "What this source alone reads.")
-    follow_links: bool = field(False, "Read by folder: whether links out of data.path are followed.")
+    follow_links: bool = field(
+        False,
+        "Read by folder: whether links out of data.path are followed, as those of hub caches, DVC and git-annex. "
+        "Nothing but images and captions is read through them; but who made them says which ones of this machine.",
+    )
     latents: bool = field(False, "Read by mis: train on the latents that it holds, and not on its images.")
     directory: str = field("data", "Where prepared data sets lie: the data_dir of TFDS.", path=True)
     image_size: int = field(32, "Pixels a side.", low=8)
@@ -58,7 +63,8 @@ class Data(Group, prefix="data."):
         ("style", "content"), "Kinds of emoji sets: of one style, of one content.", choices=("style", "content")
     )
     prefetch: int = field(2, "Batches made ahead in the background.", low=0)
-    threads: int = field(2, "Threads that read and decode.", low=1)
+    threads: int = field(2, "Threads that read, decode and augment.", low=1)
+    workers: int = field(0, "Processes that do, each in so many threads; 0: the training process does.", low=0)
     log_examples: bool = field(False, "Whether each process writes which sets it saw when, to WORKDIR/examples.")
     on_error: str = field(
         "stop",
@@ -234,7 +240,9 @@ class Optimizer(Group, prefix="optimizer."):
     clip_norm: float = field(1.0, "Gradients are scaled down to this global norm.", low=1e-12)
     b1: float = field(0.9, "Decay of the average of gradients.", low=0, high=0.999999)
     b2: float = field(0.999, "Decay of the average of squared gradients.", low=0, high=0.999999)
-    attn2_rate: float = field(1.0, "Factor on the updates of attn2, which is new where the rest is pretrained.", low=0)
+    attn2_rate: float = field(
+        1.0, "Factor on the updates of attn2, to sets or to text, which is new where the rest is pretrained.", low=0
+    )
 
 
 @dataclasses.dataclass

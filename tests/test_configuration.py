@@ -413,13 +413,16 @@ def test_a_source_brings_options_and_rules(own_source):
 
 OWN = '''
 from m2m_jax.configuration import default_config
-from m2m_jax.data.pipeline import SOURCES
+from m2m_jax.data.pipeline import SOURCES, DataSource
 from m2m_jax.tasks.registry import TASKS
 
 @SOURCES.register("own_source")
-def own_source(data, split):
+class OwnSource(DataSource):
     """Sets of my own."""
-    return SOURCES["folder"](data, split)
+
+    @classmethod
+    def open(cls, data, split):
+        return SOURCES["folder"].open(data, split)
 
 @TASKS.register("own_task")
 class OwnTask:

@@ -467,6 +467,7 @@ def test_a_tiny_plan(tmp_path):
     assert plan["devices"] == 4
     assert plan["memory"]["needed"] > plan["memory"]["parameters"] > 0
     assert "none: Stable Diffusion's autoencoder" in plan["notes"][0]
+    assert "peak in bfloat16" in plan["notes"][1]
     assert {c["kind"] for c in plan["work"]["collectives"]} >= {"all-reduce"}
     assert 0 < plan["work"]["mfu"] < 1
     # Seven transformer blocks, two attentions each, a kernel forward and two backward.

@@ -45,8 +45,7 @@ def save_model_folder(options: ModelExport) -> str:
             output, dataclasses.replace(autoencoder_config, scaling_factor=factor), saved.ema_params, dtype
         )
         return f"scaling factor {factor:.5f}\n{line}"
-    unet_config = config_from(UNetConfig, with_todays_names(saved.metadata["unet"]), {})
-    save_unet(output, unet_config, saved.ema_params, dtype)
+    save_unet(output, config_from(UNetConfig, with_todays_names(saved.metadata["unet"]), {}), saved.ema_params, dtype)
     schedule = NoiseSchedule.from_config(vars(config.schedule)).to_config()
     (output / SCHEDULER).write_text(json.dumps(schedule, indent=2) + "\n")
     return line

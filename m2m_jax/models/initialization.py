@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from m2m_jax.core.errors import UserError, warn
-from m2m_jax.core.keys import Domain, domain_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params, split
 from m2m_jax.diffusion.schedule import NoiseSchedule, UnsupportedSchedule
 from m2m_jax.models.attentions import parameter_names
@@ -42,7 +42,8 @@ def initial_params(
     build: the network of `config`, of a key. schedule: that it will be trained under; a warning says where that of the
     folder is another. Raises UserError as `from_pretrained`.
     """
-    params = jax.jit(lambda key: split(build(key))[1])(domain_key(Domain.INITIALIZE, seed))
+    key = stream_key(Domain.INITIALIZE, seed, 0, Stream.PARAMS)
+    params = jax.jit(lambda key: split(build(key))[1])(key)
     if not folder:
         return params
     params = from_pretrained(params, config, load_params(folder), load_unet_config(folder), folder)
