@@ -27,6 +27,11 @@ class ContextCache:
       k_bmshd, v_bmshd: by the attention's address; m images fit in, s tokens each.
       count_b: int32, how many images of each set are in it.
       position_b: int32, how many images each set has: more than `count_b` where old ones were dropped.
+
+    Example:
+        cache = empty_cache(unet, jax.ShapeDtypeStruct(image_bhwc.shape, image_bhwc.dtype), size=4)
+        cache = append_image(unet, cache, image_bhwc, clean_timestep=0, append_b=jnp.ones(b, bool))
+        prediction_bhwc, _ = unet(noised_bhwc, timestep_b, Conditioning(cached=cache.seen_by()))
     """
 
     k_bmshd: dict[Address, jax.Array]
@@ -36,12 +41,12 @@ class ContextCache:
 
     @property
     def size(self) -> int:
-        """How many images of a set fit in; 0 where the network has no Image-Set Attention to read them."""
+        """Return how many images of a set fit in; 0 where the network has no Image-Set Attention to read them."""
         return next((x.shape[1] for x in self.k_bmshd.values()), 0)
 
     @property
     def holds_bm(self) -> jax.Array:
-        """Where an image is: bool, the first `count_b` of each set."""
+        """Say where an image is: bool, the first `count_b` of each set."""
         return jnp.arange(self.size)[None] < self.count_b[:, None]
 
     def seen_by(self, sees_bgm: jax.Array | None = None) -> CachedContext:
@@ -148,7 +153,7 @@ def denoise_next(
 def _keys_and_values(
     unet: UNet, cache: ContextCache, image: jax.Array, clean_timestep: jax.Array | int, conditioning: Conditioning
 ) -> Mapping[Address, KeysValues]:
-    """Keys and values [b, s, h, d] of one more image of each set, of every Image-Set Attention."""
+    """Return keys and values [b, s, h, d] of one more image of each set, of every Image-Set Attention."""
     attentions, position_b = unet.attentions("set"), cache.position_b
     if unet.config.attends_to_encoded:
         pairs = {

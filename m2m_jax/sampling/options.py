@@ -34,7 +34,9 @@ class ChosenSettings(Options):
         "How the scale goes over the steps; a wrong name is answered with all there are.", None
     )
     cache_size: int | None = option("Context images of a set that are kept.", None)
-    cache_dtype: str | None = option("What they are kept in: float32 is exact, bfloat16 half the memory.", None)
+    cache_dtype: str | None = option(
+        "What they are kept in, if not the model's dtype, which is exact: bfloat16 is half of float32's memory.", None
+    )
     slide: bool | None = option("In a set that outgrows the cache, forget the oldest image.", None)
 
     def given(self) -> dict[str, Any]:
