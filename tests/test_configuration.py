@@ -209,11 +209,16 @@ def test_fields_take_lists_and_whole_numbers():
 def test_update_takes_dotted_names_groups_and_fields():
     config, expected = default_config(), default_config()
     expected.train.steps, expected.mesh.data, expected.mesh.fsdp = 3, 2, 4
-    config.update({"train.steps": 3, "mesh": {"data": 2}})
+    expected.data.options = {"url": "here", "shards": 3}
+    config.update({"train.steps": 3, "mesh": {"data": 2}, "data.options": {"url": "here"}, "data.options.shards": 3})
     config.mesh.update(fsdp=4)
     assert config == expected
     with pytest.raises(UnknownField, match=r"config\.train\.steps\?"):
         config.update({"train.stesp": 3})
+    with pytest.raises(UnknownField, match=r"unknown config field config\.train\.steps\.more"):
+        config.update({"train.steps.more": 3})
+    with pytest.raises(UserError, match=r"config\.train is a group of fields"):
+        config.update({"train": 3})
 
 
 def test_a_copy_is_another_config():
