@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from model_fixtures import RUN_HERE
 
-from m2m_jax.attention.backends import BACKENDS, dense, prefix, prefix_cudnn, resolve
+from m2m_jax.attention.backends import BACKENDS, resolve
+from m2m_jax.attention.cudnn import prefix_cudnn
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout, allowed
+from m2m_jax.attention.plain import dense, prefix
 from m2m_jax.configuration import default_config
 from m2m_jax.core.errors import UserError
 from m2m_jax.training import sharding

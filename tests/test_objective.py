@@ -158,9 +158,9 @@ class Spy:
 
     config = CONFIG
 
-    def __call__(self, x_bhwc, timestep_b, sets):
-        self.x_bhwc, self.timestep_b, self.sets = x_bhwc, timestep_b, sets
-        return jnp.zeros_like(x_bhwc)
+    def __call__(self, x_bhwc, timestep_b, conditioning):
+        self.x_bhwc, self.timestep_b, self.sets = x_bhwc, timestep_b, conditioning.sets
+        return jnp.zeros_like(x_bhwc), {}
 
 
 def test_the_error_is_that_of_each_image_against_the_target_of_the_schedule():

@@ -264,7 +264,7 @@ def test_the_kernel_computes_little_that_is_forbidden(images, tokens, most):
 
     The 257 tokens of DINOv2 end within a block of 128, which costs most where sets are small.
     """
-    config = UNetConfig(attention_backend="splash", cross_attention_dim=tokens and 1024)
+    config = UNetConfig(attention_backend="splash", context_dim=tokens and 1024)
     found = attention_flops(config, images, 64, tokens, _abstract_mesh(1))
     assert 1 <= found.executed / found.allowed < most
 

@@ -1,4 +1,4 @@
-"""The task of M2M: latent diffusion of image sets. With one image a set and no attn2 it is the single-image base."""
+"""The task of M2M: latent diffusion of image sets. With one image a set and no such attention: single images."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class SetDiffusion:
             config.model,
             in_channels=channels,
             out_channels=channels,
-            cross_attention_dim=encoder.hidden_size if encoder else None,
+            context_dim=encoder.hidden_size if encoder else None,
             attention_backend=backend,
         )
         self.models.require_image_size(config.data.image_size, len(self.unet_config.block_out_channels))
@@ -67,16 +67,18 @@ class SetDiffusion:
     def check_config(cls, config: Config) -> None:
         """Raise UserError where the config does not go with this task."""
         model = config.model
-        if model.attn2 == "text":
-            raise UserError("config.model.attn2 is text; that is for task=text_to_image")
+        if "text" in model.attentions:
+            raise UserError(f"config.model.attentions is {model.attentions}; text is for task=text_to_image")
         if config.text_encoder.path:
             raise UserError("config.text_encoder.path is set; only task=text_to_image has a text encoder")
-        if model.attn2 == "none" and config.data.images_per_set > 1:
-            raise UserError("config.model.attn2=none sees one image at a time: set --config.data.images_per_set=1")
-        if model.attn2 == "none" and config.image_encoder.path:
-            raise UserError("config.image_encoder.path is set; model.attn2=none attends to no image")
-        if model.attn2 == "none" and config.train.parameters != "all":
-            raise UserError(f"config.train.parameters is {config.train.parameters}; with model.attn2=none all train")
+        if "set" not in model.attentions:
+            without = "without set among config.model.attentions"
+            if config.data.images_per_set > 1:
+                raise UserError(f"{without} one image is seen at a time: set --config.data.images_per_set=1")
+            if config.image_encoder.path:
+                raise UserError(f"config.image_encoder.path is set; {without} nothing attends to its tokens")
+            if config.train.parameters != "all":
+                raise UserError(f"config.train.parameters is {config.train.parameters}; {without} all train")
         # They refuse what makes none.
         build(UNetConfig, model, attention_backend="prefix")
         NoiseSchedule.from_config(vars(config.schedule))

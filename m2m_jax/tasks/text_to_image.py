@@ -21,6 +21,7 @@ from m2m_jax.core.keys import Stream, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.data.latents import require_autoencoder
 from m2m_jax.diffusion.schedule import NoiseSchedule
+from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import initial_params
 from m2m_jax.models.tokenizer import load_tokenizer
@@ -63,8 +64,11 @@ class TextToImageTask:
     @classmethod
     def check_config(cls, config: Config) -> None:
         """Raise UserError where the config does not go with this task."""
-        if config.model.attn2 != "text":
-            raise UserError(f"config.model.attn2 is {config.model.attn2}; task=text_to_image needs model.attn2=text")
+        if "text" not in config.model.attentions:
+            raise UserError(
+                f"config.model.attentions is {config.model.attentions}; task=text_to_image needs text among them: "
+                "self,text"
+            )
         if not config.text_encoder.path:
             raise UserError("config.text_encoder.path is empty; task=text_to_image needs a text encoder")
         if config.image_encoder.path:
@@ -187,5 +191,5 @@ class TextToImageTask:
         noised_khwc, ids_ks = jax.lax.collapse(noised_bnhwc, 0, 2), jax.lax.collapse(ids_bns, 0, 2)
         timestep_k = self.schedule.network_timestep(timestep_bn).reshape(-1)
         tokens_ksc = self.models.encode_text(frozen, ids_ks)
-        output_khwc = merge(self.unet, params)(noised_khwc, timestep_k, tokens_ksc)
+        output_khwc, _ = merge(self.unet, params)(noised_khwc, timestep_k, Conditioning(text_bsc=tokens_ksc))
         return jnp.mean((output_khwc.reshape(target_bnhwc.shape) - target_bnhwc) ** 2, axis=(2, 3, 4))
