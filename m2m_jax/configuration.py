@@ -268,9 +268,13 @@ class Sample(Group, prefix="sample."):
 
     steps: int = field(25, "Denoising steps an image.", low=1)
     stepper: str = field(
-        "dpmpp_2m", "What goes from one noise level to the next.", choices="m2m_jax.diffusion.steppers:STEPPERS"
+        "dpmpp_2m", "What goes from one noise level to the next.", choices="m2m_jax.diffusion.step_tables:STEPPERS"
+    )
+    guidance: str = field(
+        "cfg", "Which conditions are weighed against one another.", choices="m2m_jax.diffusion.guidance:GUIDANCES"
     )
     guidance_scale: float = field(1.5, "How far the context is exaggerated; 1: not at all.", low=0)
+    guidance_options: tuple[str, ...] = field((), "Further numbers of the guidance, each NAME=NUMBER.")
 
 
 @dataclasses.dataclass

@@ -8,6 +8,20 @@ import jax
 import jax.numpy as jnp
 
 
+class Domain(enum.IntEnum):
+    """Name the program that draws. The numbers are part of a run's randomness: never change or reuse one.
+
+    Example:
+        key = jax.random.fold_in(domain_key(Domain.TEXT_TO_IMAGE, seed), image)
+    """
+
+    INITIALIZE = 0
+    TRAIN = 1
+    EVALUATE = 2
+    SAMPLE_SETS = 3
+    TEXT_TO_IMAGE = 4
+
+
 class Stream(enum.IntEnum):
     """What a key is for. The numbers are part of a run's randomness: never change or reuse one."""
 
@@ -18,6 +32,16 @@ class Stream(enum.IntEnum):
     EVAL = 4
     SAMPLE = 5
     AUTOENCODER = 6
+
+
+def domain_key(domain: Domain, seed: int | jax.Array) -> jax.Array:
+    """Return the key below which all keys of a program lie: a typed key [].
+
+    Args:
+      domain: which program draws.
+      seed: of the run, in [0, 2**32), or a traced integer scalar [].
+    """
+    return jax.random.fold_in(jax.random.key(jnp.uint32(seed)), jnp.uint32(domain))
 
 
 def stream_key(seed: int, step: int | jax.Array, stream: Stream) -> jax.Array:
