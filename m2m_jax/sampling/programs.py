@@ -63,7 +63,8 @@ class Programs:
     clean_timestep: int = 0
 
     def __post_init__(self):
-        if self.unet_config.attends_to_encoded and self.levels != (0.0,):
+        levels = self.levels  # which refuses steppers that are none for this schedule, and too many steps
+        if self.unet_config.attends_to_encoded and levels != (0.0,):
             raise UserError(
                 f"guidance {self.settings.guidance!r} adds noise to context images, and this model reads them through "
                 "an image encoder, which knows clean ones alone: choose another guidance"

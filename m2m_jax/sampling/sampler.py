@@ -64,7 +64,7 @@ class Sampler(SetSampler):
     devices: tuple[jax.Device, ...] | None = None
 
     def __post_init__(self):
-        self.static.levels  # noqa: B018 (refuses steppers and guidances that are none for this schedule or model)
+        self.static  # noqa: B018 (refuses steppers and guidances that are none for this schedule or model)
 
     @classmethod
     def from_checkpoint(
