@@ -95,24 +95,45 @@ passing_on() {
 }
 
 # restarting RESTARTS COMMAND...: again while it ends badly, as a crashed run does, so often, and as often as it likes
-# where it was preempted (75): it resumes from its last checkpoint. The exit codes are told in m2m_jax/train.py.
-# Not again where this shell was told to end.
+# where it was preempted (75) and has saved what it did: it resumes from its last checkpoint. The exit codes are told in
+# m2m_jax/train.py. Not again where this shell was told to end.
 restarting() {
-  local left=$1 code told
+  local left=$1 code told before after
   shift
+  before=$(saved "$workdir")
   while true; do
     passing_on "$@"
     if [[ $told ]]; then return "$code"; fi
+    after=$(saved "$workdir")
     case $code in
       0 | 2 | 130) return "$code" ;;
-      75) echo "preempted: starting again" >&2 ;;
+      75)
+        if [[ $after != "$before" ]]; then
+          echo "preempted: starting again" >&2
+        else
+          # What says that it was told to stop, and comes no further, would be started for ever.
+          ((left-- > 0)) || return "$code"
+          echo "preempted before it saved anything: restarting, $left restarts left" >&2
+        fi
+        ;;
       *)
         ((left-- > 0)) || return "$code"
         echo "exit code $code: restarting, $left restarts left" >&2
         ;;
     esac
+    before=$after
     sleep 2
   done
+}
+
+# saved WORKDIR: how far it has come: its checkpoints, or of a program that saves none its files, but for unfinished ones.
+# A start that made headway makes another text of it.
+saved() {
+  if [[ -d $1/checkpoints ]]; then
+    find "$1/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' | LC_ALL=C sort
+  elif [[ -d $1 ]]; then
+    find "$1" -type f ! -name '*.partial' | LC_ALL=C sort
+  fi
 }
 
 # recording FOLDER COMMAND...: one task of SLURM's, whose exit code is left as the name of a file, FOLDER/CODE.TASK: a

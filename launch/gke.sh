@@ -97,7 +97,7 @@ YAML
   echo "                  env:"
   while IFS= read -r line; do
     printf '                    - {name: %s, value: %s}\n' "${line%%=*}" "$(string "${line#*=}")"
-  done < <(environment tpu && echo M2M_PROCESSES=auto)
+  done < <(environment tpu && echo M2M_PROCESSES=auto && echo "M2M_LAUNCH=gke-$name")
   cat <<YAML
                   resources:
                     limits:

@@ -45,14 +45,20 @@ JOB
 cd $(quoted "$PWD") || exit
 # JAX reads hosts and ranks from SLURM's variables.
 export M2M_PROCESSES=auto
+# The lock of a start that was killed, perhaps on another node, is this job's own: m2m_jax/checkpoints/workdir_lock.py.
+export M2M_LAUNCH=slurm-\$SLURM_JOB_ID
 $(printf 'export %q\n' "${variables[@]}")
 command=($(quoted "$python" -m "$module" "${program[@]}"))
 tasks=$((nodes * gpus)) restarts=$restarts
+workdir=$(quoted "$workdir")
 folder=$(quoted "$beside")/slurm-\$SLURM_JOB_ID
 JOB
   cat <<'JOB'
 start=$folder/${SLURM_RESTART_COUNT:-0}
 mkdir -p "$start"
+# shellcheck source=/dev/null
+source launch/common.sh
+before=$(saved "$workdir")
 
 # Unbound: where a site binds tasks, each would have one core to read and decode its data with. The node is all ours.
 code=0
@@ -70,12 +76,15 @@ done
 those=("$start/143".*)
 if ((${#those[@]} == tasks)); then code=75; fi
 
-case $code in
+# As often as it likes where it was preempted and has saved what it did; what says so and comes no further has crashed.
+outcome=$code
+if [[ $outcome == 75 && $(saved "$workdir") == "$before" ]]; then outcome=no_headway; fi
+case $outcome in
   0 | 2 | 130) ;;
   75) scontrol requeue "$SLURM_JOB_ID" ;;
   *)
     # SLURM's own count is of preemptions and the end of the time, too. Where this one cannot be written, it ends.
-    echo "$code" >>"$folder/crashes" && (($(wc -l <"$folder/crashes") <= restarts)) &&
+    echo "$outcome" >>"$folder/crashes" && (($(wc -l <"$folder/crashes") <= restarts)) &&
       scontrol requeue "$SLURM_JOB_ID"
     ;;
 esac

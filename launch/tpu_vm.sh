@@ -29,7 +29,7 @@ whole restarts
 mapfile -t variables < <(environment tpu)
 run=$(quoted env "${variables[@]}" M2M_PROCESSES=auto .venv/bin/python -m "$module" "${program[@]}")
 # shellcheck disable=SC2016 # expanded on the host
-loop='source launch/common.sh && echo $$ > /dev/shm/m2m_jax.pid && restarting '$restarts' '$run
+loop='source launch/common.sh && workdir='$(quoted "$workdir")' && echo $$ > /dev/shm/m2m_jax.pid && restarting '$restarts' '$run
 host='cd '$(quoted "$source")' && source launch/common.sh && ending_earlier /dev/shm/m2m_jax.pid && '
 host+='{ nohup bash -c '$(quoted "$loop")' > /tmp/m2m_jax.log 2>&1 < /dev/null & }'
 command=(gcloud compute tpus tpu-vm ssh "$name" --zone="$zone")

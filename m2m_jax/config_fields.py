@@ -17,6 +17,7 @@ from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.field_types import described, is_of
 from m2m_jax.core.paths import expand_home
 from m2m_jax.core.registry import nearest
 
@@ -113,7 +114,7 @@ class Field:
                 hint = nearest(str(item), words) or ";"
                 raise UserError(f"config.{name} is {value!r}{hint} it must be one of {', '.join(words)}")
             if isinstance(item, int | float) and not abs(item) <= MAX_NUMBER:
-                raise UserError(f"config.{name} is {value!r}; numbers are finite and at most {MAX_NUMBER}")
+                raise UserError(f"config.{name} is {value!r}; numbers are at most {MAX_NUMBER}")
             if isinstance(item, int | float) and not self.about.low <= item <= self.about.high:
                 raise UserError(f"config.{name} is {value}; it must be {limits(self.about)}")
 
@@ -285,35 +286,6 @@ def limits(about: About) -> str:
     if about.low == -math.inf:
         return ""
     return f"at least {about.low:g}" if about.high == MAX_NUMBER else f"between {about.low:g} and {about.high:g}"
-
-
-def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type: bool, int, float, str, dict, None, or a union or a tuple of these."""
-    if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        if not isinstance(value, tuple):
-            return False
-        if kinds[1:] == (...,):
-            return all(is_of(item, kinds[0]) for item in value)
-        return len(value) == len(kinds) and all(map(is_of, value, kinds))
-    if get_origin(kind) in (Union, UnionType):
-        return any(is_of(value, one) for one in get_args(kind))
-    if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-_KINDS = {int: "whole numbers", float: "numbers", str: "texts", bool: "True or False", type(None): "None"}
-
-
-def described(kind: Any) -> str:
-    """Return a type in words."""
-    if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        return f"a tuple of {described(kinds[0])}" if kinds[1:] == (...,) else f"{len(kinds)} {described(kinds[0])}"
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(map(described, get_args(kind)))
-    return _KINDS.get(kind, "a dict of options")
 
 
 def _with_floats(value: Any, kind: Any) -> Any:

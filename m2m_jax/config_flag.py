@@ -26,7 +26,6 @@ from absl import flags
 from m2m_jax.config_fields import (
     Field,
     Group,
-    described,
     fields_of,
     given_options,
     groups_in,
@@ -37,6 +36,7 @@ from m2m_jax.config_fields import (
 )
 from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.field_types import described
 from m2m_jax.core.registry import Registry
 
 flags.disclaim_key_flags()  # --help of a program lists --config among its own
@@ -199,8 +199,9 @@ def _help(one: Field, value: object) -> str:
     if about.choices:
         lines.append(f"One of {', '.join(about.words)}.")
     if isinstance(about.table, Registry):
-        documented = {word: inspect.getdoc(thing) for word, thing in about.table.items()}
+        # An instance has the docstring of its class.
+        documented = {word: inspect.getdoc(x) for word, x in about.table.items() if hasattr(x, "__qualname__")}
         lines += [f"{word}: {text.splitlines()[0]}" for word, text in documented.items() if text]
     kind = ", ".join(filter(None, [described(one.kind), limits(about)]))
-    default = "" if one.default == value else f"; {one.default!r} where this config does not set it"
-    return "\n".join([*lines, f"({kind}; {value!r}{default})"])
+    here = "" if one.default == value else f"here {value!r}, "
+    return "\n".join([*lines, f"({kind}; {here}default {one.default!r})"])

@@ -25,6 +25,7 @@ class Augment(Group, prefix="data.augment."):
     """Augmentations: drawn once a set, and shared by its images."""
 
     enabled: bool = field(True, "Whether sets are augmented.")
+    on_device: bool = field(False, "Whether a training step augments, and not the host: the same images, to the bit.")
     hue_degrees: float = field(180.0, "The largest rotation of the hue, either way.", low=0, high=180)
     ground_probability: float = field(0.5, "Of a coloured ground in the place of a white one.", low=0, high=1)
     ink_probability: float = field(0.5, "Of black line art drawn in a dark colour instead.", low=0, high=1)
@@ -39,14 +40,18 @@ class Augment(Group, prefix="data.augment."):
 class Data(Group, prefix="data."):
     """The image sets."""
 
-    name: str = field("emoji", "Where the sets come from.", choices="m2m_jax.data.pipeline:SOURCES")
+    name: str = field("emoji", "Where the sets come from.", choices="m2m_jax.data.source:SOURCES")
     path: str = field(
         "",
         "Of folder: the folder of folders of images. Of precomputed and mis: the --output of the program behind it.",
         path=True,
     )
     options: dict[str, Any] = options_of("name", "What this source alone reads.")
-    follow_links: bool = field(False, "Read by folder: whether links out of data.path are followed.")
+    follow_links: bool = field(
+        False,
+        "Read by folder: whether links out of data.path are followed, as those of hub caches, DVC and git-annex. "
+        "Nothing but images and captions is read through them; but who made them says which ones of this machine.",
+    )
     latents: bool = field(False, "Read by mis: train on the latents that it holds, and not on its images.")
     directory: str = field("data", "Where prepared data sets lie: the data_dir of TFDS.", path=True)
     image_size: int = field(32, "Pixels a side.", low=8)
@@ -58,7 +63,8 @@ class Data(Group, prefix="data."):
         ("style", "content"), "Kinds of emoji sets: of one style, of one content.", choices=("style", "content")
     )
     prefetch: int = field(2, "Batches made ahead in the background.", low=0)
-    threads: int = field(2, "Threads that read and decode.", low=1)
+    threads: int = field(2, "Threads that read, decode and augment.", low=1)
+    workers: int = field(0, "Processes that do, each in so many threads; 0: the training process does.", low=0)
     log_examples: bool = field(False, "Whether each process writes which sets it saw when, to WORKDIR/examples.")
     on_error: str = field(
         "stop",
@@ -85,12 +91,12 @@ class Data(Group, prefix="data."):
 class Autoencoder(Group, prefix="autoencoder."):
     """The first stage. All but its path is read by task=autoencoder alone: a frozen one's folder says what it is."""
 
-    path: str = field("pretrained/vae", "The frozen autoencoder: a folder in diffusers' layout.", path=True)
+    path: str = field("pretrained/vae", "Folder of the frozen autoencoder, in diffusers' layout.", path=True)
     block_out_channels: tuple[int, ...] = field((32, 64, 64), "Channels of each level.", low=1)
     layers_per_block: int = field(1, "Residual blocks of a level.", low=1)
     latent_channels: int = field(4, "Channels of a latent.", low=1)
     norm_num_groups: int = field(16, "Groups of the group norms.", low=1)
-    kl_weight: float = field(1e-4, "Of the divergence from a unit normal, beside the pixels' errors.", low=0)
+    kl_weight: float = field(1e-4, "Weight of the divergence from a unit normal, beside the errors of pixels.", low=0)
 
 
 @dataclasses.dataclass
@@ -153,50 +159,57 @@ class Model(Group, prefix="model."):
 class ImageEncoder(Group, prefix="image_encoder."):
     """M2M-DINO: preceding images enter as tokens of this frozen encoder. With an empty path M2M-Self: as latents."""
 
-    path: str = field("", "A DINOv2 in transformers' layout.", path=True)
-    image_size: int = field(224, "Pixels a side of the images that it is shown; a multiple of its patches.", low=1)
-    layer: int = field(
-        -1, "Its tokens are taken after so many of its blocks; -1: after all of them and the last norm.", low=-1
+    path: str = field("", "Folder of a DINOv2 in transformers' layout; empty: M2M-Self.", path=True)
+    image_size: int = field(
+        224, "Width and height of the images that it is shown, in pixels; a multiple of its patch size.", low=1
     )
+    layer: int = field(-1, "Take its tokens after so many blocks; -1: after all blocks and the last norm.", low=-1)
 
 
 @dataclasses.dataclass
 class TextEncoder(Group, prefix="text_encoder."):
     """Read by task=text_to_image."""
 
-    path: str = field("", "A CLIP text encoder or a BERT in transformers' layout, with its tokenizer.", path=True)
-    max_tokens: int = field(77, "Tokens of a caption; longer ones are cut.", low=2)
+    path: str = field(
+        "", "Folder of a CLIP text encoder or a BERT, with its tokenizer, in transformers' layout.", path=True
+    )
+    max_tokens: int = field(77, "Tokens of a caption; longer captions are cut.", low=2)
 
 
 @dataclasses.dataclass
 class Init(Group, prefix="init."):
     """What training starts from."""
 
-    path: str = field("pretrained/unet", "A U-Net in diffusers' layout to start from; empty: from scratch.", path=True)
+    path: str = field(
+        "pretrained/unet", "Folder of a U-Net in diffusers' layout to start from; empty: start from scratch.", path=True
+    )
 
 
 @dataclasses.dataclass
 class Schedule(Group, prefix="schedule."):
     """Noise levels, in the words of diffusers' scheduler_config.json."""
 
-    num_train_timesteps: int = field(1000, "Noise levels.", low=2)
+    num_train_timesteps: int = field(1000, "Number of noise levels.", low=2)
     beta_schedule: str = field(
         "squaredcos_cap_v2",
-        "How noise grows. rectified_flow has no betas and reads num_train_timesteps, prediction_type and shift alone.",
+        "How noise grows with the timestep.",
         choices="m2m_jax.diffusion.schedule:BETA_SCHEDULES",
     )
-    beta_start: float = field(0.00085, "The first beta; not read by squaredcos_cap_v2.", low=0, high=1)
-    beta_end: float = field(0.012, "The last beta; not read by squaredcos_cap_v2.", low=0, high=1)
-    rescale_betas_zero_snr: bool = field(True, "Whether the last level is pure noise, with which sampling begins.")
+    beta_start: float = field(0.00085, "Beta of the first timestep; read by linear and scaled_linear.", low=0, high=1)
+    beta_end: float = field(0.012, "Beta of the last timestep; read by linear and scaled_linear.", low=0, high=1)
+    rescale_betas_zero_snr: bool = field(
+        True,
+        "Whether the last timestep becomes pure noise, which sampling starts from; read by all schedules with betas.",
+    )
     prediction_type: str = field(
         "v_prediction",
-        "What the network predicts: flow, of rectified_flow; one of the others, of all other schedules.",
+        "What the network predicts: flow with rectified_flow, and one of the others with any other schedule.",
         choices="m2m_jax.diffusion.schedule:PREDICTION_TYPES",
     )
     timestep_spacing: str = field(
-        "trailing", "Which levels sampling visits.", choices="m2m_jax.diffusion.schedule:TIMESTEP_SPACINGS"
+        "trailing", "Which timesteps sampling visits.", choices="m2m_jax.diffusion.schedule:TIMESTEP_SPACINGS"
     )
-    shift: float = field(1.0, "Read by rectified_flow: above 1 there are more levels of much noise.", low=1e-6)
+    shift: float = field(1.0, "Above 1, more timesteps have much noise; read by rectified_flow.", low=1e-6)
 
 
 @dataclasses.dataclass
@@ -204,27 +217,31 @@ class Diffusion(Group, prefix="diffusion."):
     """The objective."""
 
     loss_weight: str = field(
-        "uniform", "How the errors of noise levels are weighed.", choices="m2m_jax.diffusion.schedule:LOSS_WEIGHTS"
+        "uniform", "Weight of the loss at each noise level.", choices="m2m_jax.diffusion.schedule:LOSS_WEIGHTS"
     )
-    min_snr_gamma: float = field(5.0, "Read by loss_weight=min_snr.", low=1e-6)
+    min_snr_gamma: float = field(
+        5.0, "Largest signal-to-noise ratio that counts; read by loss_weight=min_snr.", low=1e-6
+    )
     context_dropout: float = field(
-        0.1, "Share of sets that train without any context, or caption, for guidance.", low=0, high=1
+        0.1, "Probability that a set trains without its context or caption, which guidance needs.", low=0, high=1
     )
-    clean_timestep: int = field(0, "The timestep that the clean branch is told.", low=0)
+    clean_timestep: int = field(0, "Timestep that the network is told for clean images.", low=0)
 
 
 @dataclasses.dataclass
 class Optimizer(Group, prefix="optimizer."):
     """AdamW."""
 
-    learning_rate: float = field(3e-4, "After the warm-up; a cosine to zero over train.steps follows.", low=0)
-    warmup_steps: int = field(100, "Steps in which the learning rate grows from zero.", low=0)
-    weight_decay: float = field(0.01, "Of kernels alone.", low=0)
-    clip_norm: float = field(1.0, "The largest global norm of the gradient.", low=1e-12)
-    b1: float = field(0.9, "Decay of the mean of gradients.", low=0, high=0.999999)
-    b2: float = field(0.999, "Decay of the mean of their squares.", low=0, high=0.999999)
+    learning_rate: float = field(
+        3e-4, "Learning rate after the warm-up; a cosine to zero over train.steps follows.", low=0
+    )
+    warmup_steps: int = field(100, "Steps over which the learning rate grows from zero.", low=0)
+    weight_decay: float = field(0.01, "Weight decay of kernels; other parameters have none.", low=0)
+    clip_norm: float = field(1.0, "Gradients are scaled down to this global norm.", low=1e-12)
+    b1: float = field(0.9, "Decay of the average of gradients.", low=0, high=0.999999)
+    b2: float = field(0.999, "Decay of the average of squared gradients.", low=0, high=0.999999)
     attn2_rate: float = field(
-        1.0, "Multiplies the updates of attn2, to sets or to text: new where the rest is pretrained.", low=0
+        1.0, "Factor on the updates of attn2, to sets or to text, which is new where the rest is pretrained.", low=0
     )
 
 
@@ -232,23 +249,26 @@ class Optimizer(Group, prefix="optimizer."):
 class Train(Group, prefix="train."):
     """The run."""
 
-    parameters: str = field("all", "Which parameters train.", choices="m2m_jax.models.initialization:TRAINED")
-    steps: int = field(10_000, "Steps of the whole run.", low=1)
+    parameters: str = field("all", "Parameters that train.", choices="m2m_jax.models.trained:PARAMETERS")
+    steps: int = field(10_000, "Training steps of the whole run.", low=1)
     log_every: int = field(20, "Steps between lines of the log.", low=1)
-    accumulation: int = field(1, "Parts of a batch, computed one after another to save memory.", low=1)
+    accumulation: int = field(1, "Parts that a batch is computed in, one after another, to save memory.", low=1)
     reduce_dtype: str = field(
         "model",
-        "What devices sum gradients in: in model.dtype; or in float32, with twice the traffic of bfloat16.",
+        "Precision in which devices sum gradients: model.dtype, or float32, at twice the traffic of bfloat16.",
         choices=("model", "float32"),
     )
     on_nonfinite: str = field(
         "stop",
-        "What a loss or gradient that is not finite does, beside changing nothing: stop the run; skip the step; or "
-        "rollback: go back to the last checkpoint, and on with the batches after.",
+        "What to do about a step whose loss or gradient is not finite, and which changes nothing in any case: stop the "
+        "run, skip the step, or rollback: go back to the last checkpoint and leave out the batches up to here.",
         choices=("stop", "skip", "rollback"),
     )
     ema_decay: float = field(
-        0.999, "Reached by and by: min(ema_decay, (1 + step) / (10 + step)).", low=0, high=0.999999
+        0.999,
+        "Decay of the average of parameters, which is sampled from: min(ema_decay, (1 + step) / (10 + step)).",
+        low=0,
+        high=0.999999,
     )
 
 
@@ -257,8 +277,8 @@ class Eval(Group, prefix="eval."):
     """Evaluations while training."""
 
     every: int = field(1_000, "Steps between evaluations; the last step is evaluated in any case.", low=1)
-    batches: int = field(4, "Batches of an evaluation.", low=1)
-    batch_size: int = field(16, "Sets a batch, all hosts together; each is another's foreign context.", low=2)
+    batches: int = field(4, "Batches in each evaluation.", low=1)
+    batch_size: int = field(16, "Sets in a batch, over all processes; each serves another as foreign context.", low=2)
     augment: bool = field(True, "Whether held-out sets are augmented, too, as data.augment says.")
 
 
@@ -266,15 +286,19 @@ class Eval(Group, prefix="eval."):
 class Sample(Group, prefix="sample."):
     """The sample grids, and the sampler's defaults."""
 
-    steps: int = field(25, "Denoising steps an image.", low=1)
+    steps: int = field(25, "Denoising steps of an image.", low=1)
     stepper: str = field(
-        "dpmpp_2m", "What goes from one noise level to the next.", choices="m2m_jax.diffusion.step_tables:STEPPERS"
+        "dpmpp_2m",
+        "Solver that goes from one noise level to the next.",
+        choices="m2m_jax.diffusion.step_tables:STEPPERS",
     )
     guidance: str = field(
-        "cfg", "Which conditions are weighed against one another.", choices="m2m_jax.diffusion.guidance:GUIDANCES"
+        "cfg",
+        "Which conditions are weighed against one another to exaggerate their effect.",
+        choices="m2m_jax.diffusion.guidance:GUIDANCES",
     )
-    guidance_scale: float = field(1.5, "How far the context is exaggerated; 1: not at all.", low=0)
-    guidance_options: tuple[str, ...] = field((), "Further numbers of the guidance, each NAME=NUMBER.")
+    guidance_scale: float = field(1.5, "How far the effect of the context is exaggerated; 1: not at all.", low=0)
+    guidance_options: tuple[str, ...] = field((), "Further numbers of the guidance, each as NAME=NUMBER.")
 
 
 @dataclasses.dataclass
@@ -282,10 +306,10 @@ class Checkpoint(Group, prefix="checkpoint."):
     """Checkpoints."""
 
     every: int = field(1_000, "Steps between checkpoints; the last step is saved in any case.", low=1)
-    keep: int = field(2, "How many of the newest stay on disk.", low=1)
-    keep_every: int = field(0, "Those of steps that are multiples of this stay for ever; 0: none do.", low=0)
-    keep_best: int = field(1, "How many stay that their own evaluation found best.", low=0)
-    fallback: bool = field(False, "Where the newest is damaged, go on from the newest whole one.")
+    keep: int = field(2, "How many of the newest checkpoints are kept.", low=1)
+    keep_every: int = field(0, "Checkpoints at multiples of so many steps are kept for ever; 0: none.", low=0)
+    keep_best: int = field(1, "How many of the checkpoints with the best evaluations are kept.", low=0)
+    fallback: bool = field(False, "Whether to resume from the newest whole checkpoint where the newest is damaged.")
 
 
 @dataclasses.dataclass
@@ -293,7 +317,7 @@ class Profile(Group, prefix="profile."):
     """The profiler."""
 
     steps: tuple[int, int] = field(
-        (0, 0), "First and last step of a trace, written to WORKDIR/profile; (0, 0): none.", low=0
+        (0, 0), "First and last step of a profiler trace, written to WORKDIR/profile; (0, 0): no trace.", low=0
     )
 
     def check(self) -> None:
@@ -309,12 +333,12 @@ class Mesh(Group, prefix="mesh."):
     """Devices along each axis; -1: all that are left."""
 
     slice: int = field(
-        1, "TPU slices, which only the data-centre network connects, or nodes of GPUs: copies of all.", low=-1
+        1, "Copies of all, one for each TPU slice or node of GPUs, which only a slow network connects.", low=-1
     )
-    data: int = field(-1, "Copies of the parameters.", low=-1)
-    fsdp: int = field(1, "Shares of every kernel, gathered when it is used.", low=-1)
-    tensor: int = field(1, "Shares of heads and channels.", low=-1)
-    context: int = field(1, "Shares of the rows of every image.", low=-1)
+    data: int = field(-1, "Devices that hold copies of the parameters, or of their shares.", low=-1)
+    fsdp: int = field(1, "Devices that share every kernel; it is gathered for its use.", low=-1)
+    tensor: int = field(1, "Devices that share attention heads and channels.", low=-1)
+    context: int = field(1, "Devices that share the rows of every image.", low=-1)
 
     def check(self) -> None:
         for axis in fields_of(Mesh):
@@ -334,7 +358,7 @@ class Config(Group):
     """
 
     task: str = field("set_diffusion", "What is trained.", choices="m2m_jax.tasks.registry:TASKS")
-    seed: int = field(0, "Of the parameters, the order of the data and all noise.", low=0)
+    seed: int = field(0, "Seed of the initial parameters, the order of the data and all noise.", low=0)
     data: Data = dataclasses.field(default_factory=Data)
     autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
     model: Model = dataclasses.field(default_factory=Model)

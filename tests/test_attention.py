@@ -127,11 +127,12 @@ def outputs_and_gradients(backend: str, layout: SetLayout) -> tuple[jax.Array, t
     return run(qkv(layout))
 
 
-def by_definition(q_bqthd, k_bkshd, v_bkshd, layout: SetLayout) -> np.ndarray:
+def by_definition(q_bqthd, k_bkshd, v_bkshd, layout: SetLayout, mask_qk=None) -> np.ndarray:
     """Image-set attention written out: each image, over the images that its row of the mask names. In float64."""
+    mask_qk = layout.mask_qk() if mask_qk is None else mask_qk
     q_bqthd, k_bkshd, v_bkshd = (np.asarray(x, np.float64) for x in (q_bqthd, k_bkshd, v_bkshd))
     out_bqthd = np.zeros(q_bqthd.shape)
-    for query, row_k in enumerate(layout.mask_qk()):
+    for query, row_k in enumerate(mask_qk):
         if row_k.any():
             logits_bhtks = np.einsum("bthd,bkshd->bhtks", q_bqthd[:, query], k_bkshd[:, row_k]) / 2
             weights_bhtks = np.exp(logits_bhtks - logits_bhtks.max((3, 4), keepdims=True))

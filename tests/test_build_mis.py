@@ -16,7 +16,7 @@ from text_fixtures import make_stable_diffusion
 
 from m2m_jax.building import build_folder
 from m2m_jax.building.building import SetMaker, Slot
-from m2m_jax.building.captions import CaptionRules
+from m2m_jax.building.caption_rules import CaptionRules
 from m2m_jax.building.cleaning import SetRules
 from m2m_jax.building.image_formats import IMAGE_FORMATS
 from m2m_jax.core import disk
@@ -331,11 +331,11 @@ def test_other_captions_and_other_weights_are_another_build(tmp_path, captions, 
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--images_per_set=26", "--images_per_set=26: must be 1 to 25"),
+        ("--images_per_set=26", "--images_per_set must be between 1 and 25, not 26"),
         ("--images_at_once=2", "--images_at_once=2 must divide --images_per_set=3"),
         ("--min_images=4", "--min_images=4 is more than --images_per_set=3"),
         ("--validation_share=0.95", "leave captions to train on"),
-        ("--near_duplicate_bits=65", "near_duplicate_bits=65: must be 0 to 64"),
+        ("--near_duplicate_bits=65", "--near_duplicate_bits must be between 0 and 64, not 65"),
         ("--safety_filter=numpy", "safety_filter=numpy: not a module:function"),
         ("--process_index=0", "give both or neither"),
         ("--process_index=2 --process_count=2", "must be 0 to"),

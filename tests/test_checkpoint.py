@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact, on any mesh; which of them stay; and clear about what a run that goes on has changed."""
 
 import hashlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from checkpoint_fixtures import (
 )
 
 import m2m_jax
+from m2m_jax.checkpoints import checksums
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.config_changes import code_version, config_changes
 from m2m_jax.checkpoints.saved_model import load_for_sampling
@@ -183,3 +185,19 @@ def test_missing_and_empty_folders(tmp_path, saved):
     assert not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="no checkpoint of step 7; it has 2, 3"):
         load_for_sampling(saved[0], 7)
+
+
+@pytest.mark.parametrize("found", [1, 99])
+def test_other_formats_are_refused(tmp_path, found):
+    """What earlier code saved, which did not say, and what later code did."""
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, 1, create())
+    folder = tmp_path / "checkpoints" / "1"
+    about = json.loads((folder / "about" / "metadata").read_text())
+    about = about | {"format": found} if found > 1 else {name: x for name, x in about.items() if name != "format"}
+    (folder / "about" / "metadata").write_text(json.dumps(about))
+    checksums.write(folder)
+    words = rf"checkpoints/1 has format {found}, of m2m_jax .*, and this code reads format \d+: check that code out"
+    for read in (lambda: load_for_sampling(tmp_path), lambda: Checkpointer(tmp_path, keep=1)):
+        with pytest.raises(UserError, match=words):
+            read()

@@ -21,6 +21,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.program import read_flags
 from m2m_jax.core.registry import Registry
 from m2m_jax.data.pipeline import SOURCES, open_examples
+from m2m_jax.diffusion.schedule import BETA_SCHEDULES
 from m2m_jax.diffusion.step_tables import STEPPERS
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.sharding import AXES
@@ -41,6 +42,11 @@ def read(*arguments: str) -> Config:
     holder = define_config_flag(values)
     read_flags(["program", *arguments], holder.take, values)
     return holder.value
+
+
+def forget(registry: Registry, name: str) -> None:
+    for table in (registry._registered, registry._by):
+        table.pop(name, None)
 
 
 def test_default_is_valid():
@@ -98,7 +104,6 @@ def test_mesh_has_every_axis():
     [
         ("train.steps", 0, ["train.steps", "0", "at least 1"]),
         ("train.steps", 2**40, ["train.steps", "at most 4294967295"]),
-        ("optimizer.learning_rate", float("nan"), ["learning_rate", "nan", "finite"]),
         ("data.images_per_set", 26, ["images_per_set", "26", "between 1 and 25"]),
         ("data.images_per_set", 0, ["images_per_set", "between 1 and 25"]),
         (
@@ -172,11 +177,12 @@ def test_a_group_can_be_validated_alone():
     [
         ("train", "stesp", 3, "unknown config field config.train.stesp; did you mean config.train.steps?"),
         ("", "optimiser", 3, "did you mean config.optimizer?"),
-        ("train", "steps", "many", "config.train.steps is 'many'; it takes whole numbers, as in 10000"),
+        ("train", "steps", "many", "config.train.steps is 'many'; it takes a whole number, as in 10000"),
         ("train", "steps", True, "config.train.steps is True"),
         ("train", "steps", 3.5, "config.train.steps is 3.5"),
+        ("optimizer", "learning_rate", float("nan"), "config.optimizer.learning_rate is nan; it takes a finite number"),
         ("data", "kinds", "style", "config.data.kinds is 'style'; it takes a tuple of texts"),
-        ("profile", "steps", (1, 2, 3), "config.profile.steps is (1, 2, 3); it takes 2 whole numbers"),
+        ("profile", "steps", (1, 2, 3), "config.profile.steps is (1, 2, 3); it takes a tuple of 2 whole numbers"),
         ("", "train", 3, "config.train is a group of fields"),
     ],
 )
@@ -308,7 +314,7 @@ def test_overrides(arguments, name, value):
         ([f"--config={EMOJI}", "--config.train=3"], ["group of fields"]),
         ([f"--config={EMOJI}", "--config.data.options=3"], ["--config.data.options.NAME=VALUE"]),
         ([f"--config={EMOJI}", "--config.data.options.url=3"], ["data.options.url", "emoji has no such option"]),
-        ([f"--config={EMOJI}", "--config.train.steps=many"], ["config.train.steps is 'many'", "whole numbers"]),
+        ([f"--config={EMOJI}", "--config.train.steps=many"], ["config.train.steps is 'many'", "a whole number"]),
         ([f"--config={EMOJI}", "--config.train.steps=1.0"], ["config.train.steps"]),
         ([f"--config={EMOJI}", "--config.data.latents=maybe"], ["config.data.latents", "True or False"]),
         ([f"--config={EMOJI}", "--config.model.block_out_channels=(16,x)"], ["block_out_channels", "whole numbers"]),
@@ -353,7 +359,7 @@ def test_help_beside_a_config_lists_every_field():
             assert f"--config.{name}:" in result.out
             assert one.about.help[:20] in result.out
     words = " ".join(result.out.split())
-    assert "Steps of the whole run. (whole numbers, at least 1; 6; 10000 where this config does not set it)" in words
+    assert "Training steps of the whole run. (a whole number, at least 1; here 6, default 10000)" in words
     assert f"One of {', '.join(STEPPERS)}." in words
     assert "folder: A folder of folders of images" in words
     assert result.out.count("--config.") == len(FIELDS) - 1 + 1  # and the help of --config itself, without options
@@ -384,7 +390,7 @@ def own_source():
 
     SOURCES.register("mine")(Mine)
     yield Mine
-    SOURCES._registered.pop("mine")
+    forget(SOURCES, "mine")
 
 
 def test_a_source_brings_options_and_rules(own_source):
@@ -395,7 +401,7 @@ def test_a_source_brings_options_and_rules(own_source):
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     for more, words in (
         ("--config.data.options.shard=3", r"config\.data\.options\.shard: .*did you mean shards\? it has url, shards"),
-        ("--config.data.options.shards=x", r"config\.data\.options\.shards is 'x'; it takes whole numbers"),
+        ("--config.data.options.shards=x", r"config\.data\.options\.shards is 'x'; it takes a whole number"),
         ("--config.data.options.shards=0", r"config\.data\.options\.shards is 0; it must be at least 1"),
     ):
         with pytest.raises(UserError, match=words):
@@ -407,13 +413,16 @@ def test_a_source_brings_options_and_rules(own_source):
 
 OWN = '''
 from m2m_jax.configuration import default_config
-from m2m_jax.data.pipeline import SOURCES
+from m2m_jax.data.pipeline import SOURCES, DataSource
 from m2m_jax.tasks.registry import TASKS
 
 @SOURCES.register("own_source")
-def own_source(data, split):
+class OwnSource(DataSource):
     """Sets of my own."""
-    return SOURCES["folder"](data, split)
+
+    @classmethod
+    def open(cls, data, split):
+        return SOURCES["folder"].open(data, split)
 
 @TASKS.register("own_task")
 class OwnTask:
@@ -433,7 +442,7 @@ def own_file(tmp_path):
     path.write_text(OWN)
     yield path
     for registry, name in ((SOURCES, "own_source"), (TASKS, "own_task")):
-        registry._registered.pop(name, None)
+        forget(registry, name)
 
 
 def test_a_config_file_names_what_it_registers(own_file, tmp_path):
@@ -449,12 +458,26 @@ def test_a_config_file_names_what_it_registers(own_file, tmp_path):
     assert "own_task: A task of my own." in config_flag._help(FIELDS["task"], "own_task")
 
 
+def test_the_files_in_the_documents_are_configs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
+    configs = []
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.py"
+        path.write_text(block)
+        configs.append(read(f"--config={path}", "--config.data.path=somewhere"))
+        validate(configs[-1])
+    forget(BETA_SCHEDULES, "quadratic")
+    assert [config.schedule.beta_schedule for config in configs] == ["squaredcos_cap_v2", "quadratic"]
+
+
 def test_two_things_do_not_share_a_name():
     registry = Registry("thing")
     registry.register("one")(Thing)
-    registry.register("one")(Thing)  # what is defined again takes its place
-    with pytest.raises(ValueError, match="there is a thing 'one' already"):
-        registry.register("one")(MineOptions)
+    with pytest.raises(ValueError, match="there is a thing 'one' already, of test_configuration"):
+        registry.register("one")(Thing)
+    again = {"__name__": __name__, "registry": registry}  # a module that is run again
+    exec("registry.register('one')('replaced')", again)
+    assert registry["one"] == "replaced"
     with pytest.raises(UserError, match=r"unknown thing 'oen'; did you mean one\? there are one"):
         registry.choose("oen")
 

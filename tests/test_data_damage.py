@@ -315,7 +315,7 @@ def test_an_unreachable_disk_is_not_skipped(folder, monkeypatch):
     def fail(path):
         raise UserError(f"{path}: cannot be read: Input/output error")
 
-    monkeypatch.setattr("m2m_jax.data.folder.read_bytes", fail)
+    monkeypatch.setattr("m2m_jax.data.sources.folder.read_bytes", fail)
     with pytest.raises(UserError, match="Input/output error") as error:
         _examples(_config("folder", folder, on_error="skip"))[0]
     assert not isinstance(error.value, BadRecord)
@@ -336,6 +336,8 @@ def test_a_run_counts_them(tiny_run, folder, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     counted = sum(line.get("train/substituted_sets", 0) for line in lines)
     assert counted > 0 and "gets another set" in result.err
+    # Those of held-out sets, too, of which none is damaged here.
+    assert {line.get("eval/substituted_sets") for line in lines if "eval/loss_own_context" in line} == {0}
 
 
 def test_count_records(latents, tmp_path):

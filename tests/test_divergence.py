@@ -161,14 +161,14 @@ def test_what_does_not_help_is_given_up(latents, tmp_path, policy, times):
 
 def test_a_jump_of_the_gradient_is_told_and_counted():
     messages = []
-    divergence = Divergence(default_config(), None, None, messages.append)
+    judge = Divergence(default_config(), None, None, messages.append)
     norms = [1.0, 1.2, *[1.0] * KNOWN_AFTER, 9.0, 11.0, 1.0, 30.0]
     for step, norm in enumerate(norms, 1):
-        divergence.add(step, {"finite": jnp.bool_(True), "gradient_norm": jnp.float32(norm)})
-    assert divergence.look(until=len(norms) - 1) is None
-    assert divergence.take_spikes() == 1
-    assert divergence.look(until=len(norms)) is None
-    assert divergence.take_spikes() == 1 and divergence.take_spikes() == 0
+        judge.add(step, {"finite": jnp.bool_(True), "gradient_norm": jnp.float32(norm)})
+    assert judge.look(until=len(norms) - 1) is None
+    assert judge.take_spikes() == 1
+    assert judge.look(until=len(norms)) is None
+    assert judge.take_spikes() == 1 and judge.take_spikes() == 0
     assert messages == [
         "step 24: the norm of the gradient is 11, 11 times the median of the last 23 steps",
         "step 26: the norm of the gradient is 30, 30 times the median of the last 25 steps",

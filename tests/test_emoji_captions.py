@@ -5,7 +5,8 @@ import collections
 import pytest
 from run_fixtures import run
 
-from m2m_jax.building.captions import CaptionRules, clean_captions, read_captions
+from m2m_jax.building.caption_rules import CaptionRules
+from m2m_jax.building.captions import clean_captions, read_captions
 from m2m_jax.core.errors import UserError
 from m2m_jax.data.emoji.artwork import STYLES
 from m2m_jax.data.emoji.recombination import SHARES, recombine

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from run_fixtures import run, train_tiny
 
 from m2m_jax.evaluation.context import run_line
+from m2m_jax.tasks.evaluation import mean_and_error
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_curves_are_in_the_order_of_their_sizes():
     assert run_line("runs/a", row, 12).endswith(", ".join(f"{k / 100:.4f}" for k in range(12)))
 
 
-def test_one_batch_has_no_error_and_training_has_the_same_mean(tiny, tmp_path):
+def test_training_has_the_same_mean(tiny, tmp_path):
     """Training's `config.eval.batches` is 1 in the tiny run; two batches here, the first of which is that one."""
     lines = [json.loads(line) for line in (tiny.workdir / "metrics.jsonl").read_text().splitlines()]
     trained = next(line for line in lines if line["step"] == 6 and "eval/loss_own_context" in line)
@@ -48,7 +50,17 @@ def test_one_batch_has_no_error_and_training_has_the_same_mean(tiny, tmp_path):
     assert result.code == 0, result.err
     (row,) = json.loads((tmp_path / "table.json").read_text())["runs"].values()
     assert row["loss_own_context"][0] == pytest.approx(trained["eval/loss_own_context"], rel=1e-5)
-    assert row["loss_own_context"][1] is None
+    assert row["loss_own_context"][1] > 0  # one batch, of several records
+
+
+def test_repeating_a_set_makes_no_error_smaller_and_one_set_has_none():
+    rng = np.random.default_rng(0)
+    value_k = rng.normal(size=8)
+    mean, error = mean_and_error(value_k, np.arange(8))
+    assert error == pytest.approx(value_k.std(ddof=1) / 8**0.5)  # records that come once: the usual standard error
+    repeated = mean_and_error(np.tile(value_k, 100), np.tile(np.arange(8), 100))
+    assert repeated == pytest.approx((mean, error))
+    assert mean_and_error(rng.normal(size=100), np.zeros(100, int))[1] is None
 
 
 def test_what_is_not_comparable_is_refused(tiny, tmp_path):

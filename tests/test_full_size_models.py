@@ -34,10 +34,10 @@ def test_full_size_parameter_counts():
         "SD 2.1 U-Net": (UNet, SD21, 865_910_724),
         "SD autoencoder": (AutoencoderKL, AutoencoderConfig(), 83_653_863),
         "SD 2.1 text encoder": (CLIPTextEncoder, CLIPTextConfig(), 340_387_840),
-        "DINOv2-B": (DINOv2, SIZES["base"], 86_580_480),
-        "DINOv2-L": (DINOv2, SIZES["large"], 304_368_640),
-        "DINOv2-L with registers": (DINOv2, dataclasses.replace(SIZES["large"], num_register_tokens=4), 304_372_736),
-        "DINOv2-g": (DINOv2, SIZES["giant"], 1_136_480_768),
+        "DINOv2-B": (DINOv2, SIZES["base"], 86_579_712),
+        "DINOv2-L": (DINOv2, SIZES["large"], 304_367_616),
+        "DINOv2-L with registers": (DINOv2, dataclasses.replace(SIZES["large"], num_register_tokens=4), 304_371_712),
+        "DINOv2-g": (DINOv2, SIZES["giant"], 1_136_479_232),
     }
     for name, (cls, config, expected) in sizes.items():
         found = count(abstract(lambda cls=cls, config=config: cls(config, rngs=nnx.Rngs(0)))[1])

@@ -66,6 +66,7 @@ def test_slurm(monkeypatch):
     assert "tasks=8 restarts=7\n" in job
     for variable in ("JAX_PLATFORMS=cuda\\,cpu", "XLA_CLIENT_MEM_FRACTION=0.92"):
         assert f"export {variable}\n" in job
+    assert "export M2M_LAUNCH=slurm-$SLURM_JOB_ID\n" in job
     assert r"export XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true\ --xla_mine=1" in job
     found = subprocess.run([SHELLCHECK, "-"], input=job, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
@@ -103,6 +104,8 @@ def test_gke():
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert {"name": "M2M_PROCESSES", "value": "auto"} in container["env"]
     assert {"name": "JAX_PLATFORMS", "value": "tpu,cpu"} in container["env"]
+    # By which a pod knows the lock of one before it, which was perhaps on another node.
+    assert {"name": "M2M_LAUNCH", "value": f"gke-{jobset['metadata']['name']}"} in container["env"]
     two = launch("gke", *NEEDED["gke"], "--slices=2", "--dry_run", *PROGRAM)
     assert two.returncode == 2 and "--config.mesh.slice=2" in two.stderr
 
@@ -145,7 +148,7 @@ def test_a_workdir_that_hosts_do_not_share_is_refused(name, workdir, words):
 
 
 def shell(script, **options):
-    script = f"set -euo pipefail; cd '{ROOT}'; source launch/common.sh; sleep() {{ :; }}; {script}"
+    script = f"set -euo pipefail; cd '{ROOT}'; source launch/common.sh; sleep() {{ :; }}; workdir=no; {script}"
     return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60, **options)
 
 
@@ -156,16 +159,29 @@ def shell(script, **options):
         ((2,), 1),  # a mistake of the caller's
         ((130,), 1),  # Ctrl-C
         ((9, 9, 9), 3),  # two restarts
-        ((9, 75, 75, 75, 9, 0), 6),  # preemption takes none of them
+        ((9, "75 saved", "75 saved", "75 saved", 9, 0), 6),  # preemption takes none of them
+        ((75, 75, 75), 3),  # but where nothing was saved
+        (("75 saved", 75, "75 saved", 9, 9), 5),
     ],
 )
-def test_restarts(tmp_path, codes, runs):
+@pytest.mark.parametrize("name", ["checkpoints/{}", "checkpoints/{}/ema/array", "train-{}.array_record"])
+def test_restarts(tmp_path, codes, runs, name):
+    """Of a run what counts is its checkpoints, of a program that has none its files."""
     script = f"""
-    train() {{ local codes=({" ".join(map(str, codes))}); echo >> runs; return "${{codes[$(wc -l < runs) - 1]}}"; }}
-    cd '{tmp_path}'; restarting 2 train
+    train() {{
+      local code ends=({" ".join(f"'{code}'" for code in codes)})
+      echo >> runs; code=${{ends[$(wc -l < runs) - 1]}}
+      mkdir -p run/{name.split("/")[0] if "/" in name else ""}
+      echo >> run/log.partial
+      if [[ $code == *saved ]]; then
+        file=run/{name.format("$(wc -l < runs)")}; mkdir -p "$(dirname "$file")"; echo >> "$file"
+      fi
+      return "${{code% saved}}"
+    }}
+    cd '{tmp_path}'; workdir=run; restarting 2 train
     """
     result = shell(script)
-    assert result.returncode == codes[-1]
+    assert result.returncode == codes[-1], result.stderr
     assert (tmp_path / "runs").read_text().count("\n") == runs
 
 
@@ -219,8 +235,10 @@ while [[ $1 == --* ]]; do shift; done
 for ((i = 0; i < 2; i++)); do SLURM_PROCID=$i "$@"; done
 exit "$SRUN"
 """
-# Task 0 and task 1 end with CODES; "gone" has killed the shell around it, too, before that could say anything.
+# Task 0 and task 1 end with CODES; "gone" has killed the shell around it, too, before that could say anything. SAVES is
+# the checkpoint that they leave.
 TASK = """
+[[ -z $SAVES ]] || mkdir -p "${@: -1}/checkpoints/$SAVES"
 echo "$JAX_COMPILATION_CACHE_DIR" >&2
 codes=($CODES)
 [[ ${codes[SLURM_PROCID]} != gone ]] || kill -KILL $PPID
@@ -241,13 +259,15 @@ def slurm(tmp_path):
         "--restarts=2",
         f"--python={python}",
         "--",
-        f"--workdir={tmp_path}/shared runs/a",
+        "--workdir",
+        f"{tmp_path}/shared runs/a",
     )
     result = launch("slurm", *arguments, env=on_path(tmp_path / "bin"))
     assert result.returncode == 0, result.stderr  # the folder of the log is there when sbatch is called
 
-    def run(codes, srun, start=0):
+    def run(codes, srun, start=0, saves=""):
         variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start), "CODES": codes, "SRUN": str(srun)}
+        variables["SAVES"] = str(saves)
         environment = on_path(tmp_path / "bin") | variables
         job = ["bash", tmp_path / "job"]
         result = subprocess.run(job, env=environment, capture_output=True, text=True, check=False, timeout=60)
@@ -279,8 +299,14 @@ def test_slurm_ends_or_is_requeued_as_a_task_says(slurm, codes, srun, ends):
 def test_slurm_requeues_so_many_crashes_and_any_number_of_preemptions(slurm):
     starts = [("75 75", 75)] * 3 + [("1 143", 1), ("75 75", 75), ("1 gone", 137)]
     for i, (codes, srun) in enumerate(starts):
-        assert slurm(codes, srun, start=i) == (srun, i + 1)
+        assert slurm(codes, srun, start=i, saves=i) == (srun, i + 1)
     assert slurm("1 143", 1, start=len(starts)) == (1, len(starts))
+
+
+def test_slurm_counts_a_preemption_that_saved_nothing_among_the_crashes(slurm):
+    for i in range(2):
+        assert slurm("75 75", 75, start=i) == (75, i + 1)
+    assert slurm("75 75", 75, start=2) == (75, 2)
 
 
 @pytest.mark.parametrize(("name", "code"), [("TERM", 75), ("INT", 130)])
@@ -440,7 +466,7 @@ def test_two_processes_are_killed_start_again_and_finish_as_one_does(tiny, tmp_p
         of_this_run = ["pgrep", "-f", f"m2m_jax.train.*{workdir}"]
         pids = [int(pid) for pid in subprocess.run(of_this_run, capture_output=True, text=True).stdout.split()]
         os.kill(max(pids), signal.SIGKILL)
-        assert launcher.wait(timeout=400) == 0, log.read_text()
+        assert launcher.wait(timeout=900) == 0, log.read_text()
     assert "restarting, 2 restarts left" in log.read_text() and "resumed at step 3" in log.read_text()
     # All devices are connected before the first step: `gathering.connect`.
     for start in log.read_text().split("restarting, ")[1:]:

@@ -6,6 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from m2m_jax.configuration import default_config
 from m2m_jax.core.errors import UserError
@@ -85,8 +86,19 @@ def test_a_run_goes_on_without_flops_that_cannot_be_counted(monkeypatch, capsys)
 
     monkeypatch.setattr(throughput, "count_model_flops", count)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    clock = throughput.Throughput(default_config())
+    clock = throughput.Throughput(default_config(), "float32")
     clock.count_step()
     while "of no such model" not in capsys.readouterr().err:
         time.sleep(0.01)
     assert set(clock.take()) == {"images_per_second", "step_seconds", "data_wait_share"}
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "mfu"), ("float32", "share_of_bfloat16_peak")])
+def test_what_computes_in_float32_has_no_utilisation_of_a_peak_in_bfloat16(monkeypatch, dtype, name):
+    monkeypatch.setattr(throughput, "count_model_flops", lambda config: 1e9)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(throughput.chips, "peak_flops", lambda devices: 1e15)
+    clock = throughput.Throughput(default_config(), dtype)
+    clock.count_step()
+    clock._flops.result()
+    assert clock.take().keys() & {"mfu", "share_of_bfloat16_peak"} == {name}

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from model_fixtures import quick_jit, random_params
 
@@ -13,8 +14,9 @@ from m2m_jax.configuration import default_config
 from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.tasks.evaluation import another, context_losses
-from m2m_jax.tasks.objective import draw, set_loss, squared_error
+from m2m_jax.tasks.evaluation import another, context_errors, stratified_timesteps
+from m2m_jax.tasks.objective import Told, draw, squared_error, weighted_loss
+from m2m_jax.tasks.set_diffusion import SetDiffusion
 
 CONFIG = UNetConfig(
     block_out_channels=(16,),  # one level has four transformers: down, middle and two up
@@ -36,6 +38,13 @@ def random_unet():
     return graphdef, random_params(shapes)
 
 
+def errors_of_sets(unet, latents, context, draws, config):
+    """The error of every image of whole sets, as in training."""
+    told = Told(SetLayout.training(NUM_IMAGES), context, keep_context_b=draws.keep_context_b)
+    noised = latents, draws.noise_bnhwc, draws.timestep_bn
+    return squared_error(unet, SCHEDULE, told, *noised, clean_timestep=config.clean_timestep)
+
+
 @functools.cache
 def loss_and_gradients(context_dropout: float):
     """`(latents, seed, step) -> (loss, parts), gradients`."""
@@ -48,7 +57,9 @@ def loss_and_gradients(context_dropout: float):
         def loss(params):
             unet, context = merge(graphdef, params), latents[:, :-1]
             draws = draw(SCHEDULE, latents.shape, seed=seed, step=step, config=config)
-            return set_loss(unet, SCHEDULE, latents, context, draws, config=config)
+            error_bn = errors_of_sets(unet, latents, context, draws, config)
+            loss = weighted_loss(SCHEDULE, error_bn, draws.timestep_bn, config)
+            return loss, SetDiffusion.parts(error_bn)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -58,8 +69,8 @@ def loss_and_gradients(context_dropout: float):
 def test_the_loss_is_finite_and_depends_on_seed_and_step_alone():
     run = loss_and_gradients(0.1)
     (loss, parts), gradients = run(LATENTS, 5, 7)
-    assert np.isfinite(loss) and loss == parts["loss"] and loss > 0
-    assert parts.keys() == {"loss", "loss_first", "loss_last"}
+    assert np.isfinite(loss) and loss > 0
+    assert parts.keys() == {"loss_first", "loss_last"}
     assert all(np.isfinite(x).all() for x in gradients.values())
     (again, _), gradients_again = run(LATENTS, 5, 7)
     assert again == loss
@@ -87,7 +98,7 @@ def test_sets_without_context_teach_nothing_about_keys_and_values():
 
 @functools.cache
 def evaluate():
-    """`(latents, batch_index) -> context_losses`."""
+    """`(latents, batch_index) -> context_errors`, their means."""
     graphdef, params = random_unet()
 
     @quick_jit
@@ -95,7 +106,7 @@ def evaluate():
         unet = merge(graphdef, params)
         config = default_config().diffusion
         context = latents[:, :-1]
-        return context_losses(
+        errors = context_errors(
             unet,
             SCHEDULE,
             latents,
@@ -105,11 +116,12 @@ def evaluate():
             batch_index=batch_index,
             clean_timestep=config.clean_timestep,
         )
+        return jax.tree.map(jnp.mean, errors)
 
     return functools.partial(run, params)
 
 
-def test_context_losses_are_named_and_hang_together():
+def test_context_errors_are_named_and_hang_together():
     losses = evaluate()(LATENTS, 0)
     by_size = [losses[f"loss_by_context_size/{k}"] for k in range(NUM_IMAGES)]
     assert losses.keys() == {
@@ -146,6 +158,14 @@ def test_a_row_after_one_of_its_own_set_is_under_the_context_of_the_nearest_othe
     assert alone["loss_other_context"] == alone["loss_own_context"]
 
 
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_no_timestep_is_beyond_the_last(monkeypatch, count):
+    """The largest fraction that can be drawn rounds to 1 in the last of many strata."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, 1 - 2**-24, jnp.float32))
+    timestep_k = stratified_timesteps(SCHEDULE, jax.random.key(0), count)
+    assert timestep_k.max() == SCHEDULE.num_train_timesteps - 1
+
+
 def test_which_row_is_anothers():
     np.testing.assert_array_equal(another(jnp.array([5, 6, 7, 8])), [3, 0, 1, 2])
     np.testing.assert_array_equal(another(jnp.array([5, 5, 7, 7])), [3, 3, 1, 1])
@@ -169,7 +189,7 @@ def test_the_error_is_that_of_each_image_against_the_target_of_the_schedule():
     timestep = jnp.asarray(rng.integers(0, 1000, LATENTS.shape[:2]), jnp.int32)
     layout = SetLayout.training(NUM_IMAGES)
     error_bn = squared_error(
-        Spy(), SCHEDULE, LATENTS[:, :-1], jnp.asarray(LATENTS), noise, timestep, layout, clean_timestep=0
+        Spy(), SCHEDULE, Told(layout, LATENTS[:, :-1]), jnp.asarray(LATENTS), noise, timestep, clean_timestep=0
     )
     target = np.asarray(SCHEDULE.target(jnp.asarray(LATENTS), noise, timestep))
     np.testing.assert_allclose(error_bn, (target**2).mean((2, 3, 4)), rtol=1e-5)
@@ -181,7 +201,7 @@ def test_what_the_network_is_given_in_training():
     config.context_dropout, config.clean_timestep = 0.25, 3
     latents = jnp.asarray(np.random.default_rng(4).standard_normal((b, NUM_IMAGES, 1, 1, 4)), jnp.float32)
     draws = draw(SCHEDULE, latents.shape, seed=0, step=0, config=config)
-    set_loss(spy, SCHEDULE, latents, latents[:, :-1], draws, config=config)
+    errors_of_sets(spy, latents, latents[:, :-1], draws, config)
     assert spy.sets.layout == SetLayout.training(NUM_IMAGES)
 
     stack_bqhwc = spy.x_bhwc.reshape(b, -1, 1, 1, 4)
@@ -199,7 +219,7 @@ def test_a_rectified_flow_tells_the_network_the_level_and_wants_the_direction_of
     spy, latents, noise = Spy(), jnp.asarray(LATENTS), jnp.ones(LATENTS.shape)
     timestep = jnp.asarray([[0, 499, 999]] * len(LATENTS), jnp.int32)
     layout = SetLayout.training(NUM_IMAGES)
-    error_bn = squared_error(spy, schedule, latents[:, :-1], latents, noise, timestep, layout, clean_timestep=0)
+    error_bn = squared_error(spy, schedule, Told(layout, latents[:, :-1]), latents, noise, timestep, clean_timestep=0)
     np.testing.assert_allclose(error_bn, ((1 - LATENTS) ** 2).mean((2, 3, 4)), rtol=1e-5)
     timestep_bq = np.asarray(spy.timestep_b).reshape(len(LATENTS), -1)
     np.testing.assert_allclose(timestep_bq, [[0, 0, 3 / 1.002, 750, 1000]] * len(LATENTS), rtol=1e-6)

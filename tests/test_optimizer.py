@@ -7,7 +7,6 @@ import pytest
 
 from m2m_jax.configuration import default_config
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.keys import Stream, stream_key
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.state import TrainState
 
@@ -92,13 +91,3 @@ def test_ema_is_float32_whatever_the_parameters():
     state = state.apply_gradients({"a.kernel": jnp.ones((2, 2), jnp.bfloat16)}, optimizer, 0.9)
     assert state.params["a.kernel"].dtype == jnp.bfloat16
     assert state.ema_params["a.kernel"].dtype == jnp.float32
-
-
-def test_keys_differ_by_seed_step_and_stream_and_do_not_care_for_tracing():
-    def data(*args):
-        return tuple(np.asarray(jax.random.key_data(stream_key(*args))).tolist())
-
-    distinct = {data(seed, step, s) for seed in (0, 1) for step in (0, 1, 7) for s in Stream}
-    assert len(distinct) == 2 * 3 * len(Stream)
-    traced = jax.jit(lambda step: jax.random.key_data(stream_key(2**32 - 1, step, Stream.NOISE)))(jnp.int32(7))
-    assert tuple(np.asarray(traced).tolist()) == data(2**32 - 1, 7, Stream.NOISE)

@@ -13,9 +13,10 @@ from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
 from m2m_jax.core.chips import CHIPS, GIB, chip_of, gpus_of, peak_flops
 from m2m_jax.core.errors import UserError
-from m2m_jax.models.unet import UNetConfig
+from m2m_jax.models.unet import REMAT, UNetConfig
 from m2m_jax.planning import compile, hlo
-from m2m_jax.planning.collectives import Collective
+from m2m_jax.planning.collectives import Collective, collectives
+from m2m_jax.planning.formula import plan_by_formula
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
 from m2m_jax.planning.report import as_dict, as_text
@@ -26,7 +27,7 @@ from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.training import sharding
 from m2m_jax.training.attention_flops import AttentionFlops, attention_flops
 from m2m_jax.training.setup import set_up
-from m2m_jax.training.workload import Workload, count_flops
+from m2m_jax.training.workload import Workload, batch_shapes, count_flops, make_task
 
 TINY = config_argument("emoji:tiny")
 
@@ -313,6 +314,58 @@ def test_model_flops_do_not_depend_on_remat_or_batch():
 # GPUs
 
 
+def _formula(devices: int, **fields):
+    """The plan of a small U-Net by formula, and its config."""
+    config = default_config()
+    config.model.update(block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), num_attention_heads=(2,))
+    config.data.update(name="precomputed", path="none", image_size=256, images_per_set=2, batch_size=4)
+    config.data.augment.enabled = False
+    config.autoencoder.path = "none"
+    for name, value in fields.items():
+        group, _, field = name.partition("_")
+        setattr(getattr(config, group), field, value)
+    return plan_by_formula(config, gpus_of("h100:1")[0], devices, count_flops(config, devices, "gpu")), config
+
+
+def _formula_and_step(devices: int, **fields):
+    """The plan of a small U-Net by formula, and its step on as many of these devices, lowered."""
+    plan, config = _formula(devices, **fields)
+    config.model.attention_backend = "prefix"
+    task, mesh = make_task(config)[0], sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    setup = set_up(task, config, mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh, name))
+        for name, x in batch_shapes(config, task, config.data.batch_size).items()
+    }
+    return plan, setup.step.lower(setup.state, task.frozen, batch)
+
+
+@pytest.mark.parametrize("remat", list(REMAT))
+def test_flops_by_formula_are_those_of_the_program(remat):
+    plan, step = _formula_and_step(1, model_remat=remat)
+    assert plan.work.flops == pytest.approx(step.cost_analysis()["flops"], rel=0.01)
+
+
+def test_gradients_are_summed_as_often_as_the_program_sums_them():
+    """Once for each part of a batch: the sums stand in the loop over the parts."""
+    plan, step = _formula_and_step(2, mesh_data=2, train_accumulation=2)
+    found = collectives(hlo.parse(step.compile().as_text()), (0, 0))
+    (planned,) = plan.work.collectives
+    assert (planned.kind, planned.count) == ("all-reduce", 2)
+    sent = sum(one.ici_bytes for one in found if one.kind == "all-reduce")
+    assert planned.ici_bytes == pytest.approx(sent, rel=0.05)
+
+
+def test_gathered_kernels_take_memory_where_nothing_casts_them():
+    """Kernels in float32 are gathered as they are, and whole from forward to backward."""
+    (copies, config), (shares, _) = (_formula(4, mesh_data=4 // fsdp, mesh_fsdp=fsdp) for fsdp in (1, 4))
+    mesh, shapes = _abstract_mesh(4, data=1, fsdp=4), make_task(config)[0].shapes
+    split = {name: x for name, x in shapes.items() if "fsdp" in sharding.parameter_spec(name, x.shape, mesh)}
+    gathered = sum(4 * x.size for x in split.values())
+    # The gradient is split as its kernels are.
+    assert shares.memory.rest - copies.memory.rest == gathered - gathered * 3 // 4
+
+
 def _plan_gpus(*arguments) -> dict:
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote bfloat16
         result = run(
@@ -413,6 +466,7 @@ def test_a_tiny_plan(tmp_path):
     assert plan["devices"] == 4
     assert plan["memory"]["needed"] > plan["memory"]["parameters"] > 0
     assert "none: Stable Diffusion's autoencoder" in plan["notes"][0]
+    assert "peak in bfloat16" in plan["notes"][1]
     assert {c["kind"] for c in plan["work"]["collectives"]} >= {"all-reduce"}
     assert 0 < plan["work"]["mfu"] < 1
     # Seven transformer blocks, two attentions each, a kernel forward and two backward.

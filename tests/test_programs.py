@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -13,28 +14,28 @@ import pytest
 from run_fixtures import ROOT, run
 from test_layers import is_program, modules
 
-from m2m_jax.building import options as building_options
 from m2m_jax.config_fields import flatten
 from m2m_jax.configuration import default_config
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.options import Options, fields, option, split_list
 from m2m_jax.core.paths import expand_home, natural_order
-from m2m_jax.data import options as data_options
-from m2m_jax.evaluation import options as evaluation_options
-from m2m_jax.planning import options as planning_options
 from m2m_jax.sampling import job
+from m2m_jax.sampling.options import ChosenSettings
+from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.view.contact_sheet import Row, contact_sheet, context
 from m2m_jax.view.html_page import html_page
 
 TREES = modules()
 PROGRAMS = sorted(name for name, tree in TREES.items() if is_program(tree))
-OPTION_MODULES = (building_options, data_options, evaluation_options, planning_options, job)
-TRAIN = "m2m_jax.train"  # its main still does more, and imports JAX at its top
 MAY_DEFINE_FLAGS = {"m2m_jax.core.program", "m2m_jax.config_flag"}
 MOST_LINES = 60
 
 
 def _options() -> list[type]:
+    """Every class of options that a program, or the library behind it, has."""
+    for name, tree in TREES.items():
+        if "Options" in ast.unparse(tree) and not is_program(tree):
+            importlib.import_module(name)
     found, waiting = [], [Options]
     while waiting:
         subclasses = [one for one in waiting.pop().__subclasses__() if one.__module__.startswith("m2m_jax.")]
@@ -43,11 +44,15 @@ def _options() -> list[type]:
     return sorted(set(found), key=lambda one: one.__name__)
 
 
+def test_there_are_options():
+    assert {"TrainingRun", "Job", "SetBuild", "CaptionRules"} <= {one.__name__ for one in _options()}
+
+
 # Thin
 
 
 def test_there_are_programs():
-    assert {"m2m_jax.sample", "m2m_jax.evaluate", "m2m_jax.data.precompute"} < set(PROGRAMS)
+    assert {"m2m_jax.train", "m2m_jax.sample", "m2m_jax.evaluate", "m2m_jax.data.precompute"} < set(PROGRAMS)
 
 
 def test_no_library_defines_or_reads_flags():
@@ -62,7 +67,7 @@ def test_no_library_defines_or_reads_flags():
     assert not found
 
 
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != TRAIN])
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_is_its_flags_and_main(name):
     tree = TREES[name]
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
@@ -100,13 +105,32 @@ def _environment(**variables: str) -> dict[str, str]:
 
 def test_help_lists_all_flags_and_does_not_wait_for_jax():
     """All programs in one process: that nothing heavy is imported stands for the time."""
-    command = [sys.executable, "-c", HELP, *(name for name in PROGRAMS if name != TRAIN)]
+    command = [sys.executable, "-c", HELP, *PROGRAMS]
     result = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=True)
     for name, found in json.loads(result.stdout).items():
         assert not found["code"] and not found["heavy"], (name, found)
         assert found["flags"]
         for flag in found["flags"]:
             assert f"--{flag}:" in found["help"] or f"--[no]{flag}:" in found["help"], (name, flag)
+
+
+BINARY = """
+import sys
+from m2m_jax.sampling.bundle_program import main
+sys.argv = ["m2m-sample", "--help"]
+try:
+    main()
+finally:
+    assert "jax" not in sys.modules
+"""
+
+
+def test_help_of_the_sampler_binary_does_not_wait_for_jax():
+    command = [sys.executable, "-c", BINARY]
+    result = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=True)
+    for field, _ in fields(job.Job):
+        assert f"--{field.name}" in result.stdout
+    assert not result.stderr
 
 
 @pytest.mark.parametrize("flag", ["--help", "--helpshort", "--helpfull"])
@@ -142,11 +166,19 @@ def test_options_are_converted():
         ({"kind": "c"}, "--kind must be one of a, b, not 'c'"),
         ({"ends": ("x",)}, "--ends=x: could not convert"),
         ({"output": ""}, "--output is empty"),
+        ({"kind": None}, "--kind is None; it takes a value of type str"),
+        ({"names": [1]}, "--names is 1; it takes a value of type str"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(wrong, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         Example(**{"output": "x"} | wrong)
+
+
+def test_every_setting_of_sampling_is_an_option():
+    assert [one.name for one in dataclasses.fields(ChosenSettings)] == [
+        one.name for one in dataclasses.fields(SamplingSettings)
+    ]
 
 
 @pytest.mark.parametrize("kind", _options(), ids=lambda kind: kind.__name__)
@@ -307,6 +339,12 @@ def test_an_environment_that_jax_cannot_start_in_is_said_in_a_line(tmp_path, var
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result
     assert words in result.stderr
+
+
+def test_a_path_that_cannot_be_looked_at_is_said_in_a_line():
+    name = "x" * 300
+    result = run("data.check", name)
+    assert (result.code, result.err) == (2, f"error: {name}: File name too long\n")
 
 
 NO_HOME = """

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -180,6 +181,29 @@ def test_sets(checkpoint, sets, sampled, context_files, tmp_path):
     # As if the set had been named by --context: within a rounding, for it was alone then.
     for name, image in _images(sampled[0]).items():
         assert np.abs(_images(tmp_path / "out" / "set00")[name].astype(int) - image).max() <= 1
+
+
+def test_names_that_are_no_text_on_a_page(checkpoint, sets, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    shutil.copytree(sets / "set00", tmp_path / "sets" / name)
+    _sample(tmp_path / "out", f"--checkpoint={checkpoint}", f"--sets={tmp_path / 'sets'}", "--num_images=1", "--html")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {name, "contact_sheet.png", "index.html"}
+    context = json.loads((tmp_path / "out" / name / "sample.json").read_text())["context"]
+    assert all(os.path.exists(file) for file in context)
+    assert "caf\N{REPLACEMENT CHARACTER}" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_reader_that_goes_away_and_a_full_disk_under_stdout_lose_no_sample(checkpoint, tmp_path):
+    command = f"{sys.executable} -m m2m_jax.sample --checkpoint={checkpoint} --num_images=1"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    for number, (redirection, code) in enumerate((("| head -0", 0), ("> /dev/full", 2))):
+        line = f'{command} --output={tmp_path / str(number)} {redirection}; exit "${{PIPESTATUS[0]}}"'
+        result = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr and "--output" not in result.stderr
+        assert ("standard output" in result.stderr) == bool(code)
+        assert (tmp_path / str(number) / "sample.json").exists()
 
 
 def test_python(checkpoint, sampled, context_files):

@@ -1,6 +1,7 @@
 """The mesh, the rule table, and that sharding changes no number."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.training import sharding
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.state import TrainState
+from m2m_jax.training.step import make_train_step
 
 
 def _mesh(data, fsdp, **axes):
@@ -66,6 +68,7 @@ def test_slices_are_tpus(platform, asked, monkeypatch):
     monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", lambda within, across, devices, **options: 0)
     monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", lambda sizes, devices, **options: sizes)
     monkeypatch.setattr(sharding, "Mesh", lambda grid, axes, axis_types: grid)
+    monkeypatch.setattr(sharding.gathering, "connect", lambda mesh: None)
     devices = [Device(i) for i in range(8)]
     if platform == "tpu" and asked == 1:
         with pytest.raises(UserError, match="these devices are in 2 slices; set it to that"):
@@ -204,3 +207,48 @@ def test_whole_arrays_for_one_process():
     of_sampler = jax.device_put(found["copied"], sharding.replicated(Mesh(np.array(jax.local_devices()), ("data",))))
     where = {shard.device: shard.data.unsafe_buffer_pointer() for shard in placed["copied"].addressable_shards}
     assert {shard.device: shard.data.unsafe_buffer_pointer() for shard in of_sampler.addressable_shards} == where
+
+
+class Product:
+    """A task of one product in bfloat16, of rows whose gradients bfloat16 cannot add up."""
+
+    compute_dtype = "bfloat16"
+
+    @staticmethod
+    def draw(batch, step):
+        return None
+
+    @staticmethod
+    def loss(params, frozen, batch, draws):
+        (kernel,) = params.values()
+        y_bc = batch["x_bc"].astype(jnp.bfloat16) @ kernel.astype(jnp.bfloat16)
+        loss = jnp.mean(y_bc.astype(jnp.float32))
+        return loss, {"loss": loss}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_are_summed_in_float32_where_that_is_asked_for(accumulation):
+    """The text is that of the program before XLA: on a CPU, which has no bfloat16, XLA sums in float32 in any case."""
+    mesh, name = _mesh(2, 4), "blocks.0.linear.kernel"
+    params = {name: jnp.zeros(_params()[name].shape)}
+    optimizer, _ = make_optimizer(default_config().optimizer, 1000)
+    # 1 and 2**-7: each gradient is exact in bfloat16, and so is no sum of both.
+    x = np.where(np.arange(16)[:, None] < 2, 1.0, 2.0**-7).astype(np.float32).repeat(params[name].shape[0], axis=1)
+    batch = sharding.make_global_batch(mesh, {"x_bc": x}, 16)
+    shapes = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+    placed = sharding.state_shardings(shapes, mesh)
+    state = jax.jit(lambda p: TrainState.create(p, optimizer), out_shardings=placed)(params)
+    step = make_train_step(Product, optimizer, placed, mesh, 0.9, accumulation=accumulation, reduce_dtype="float32")
+    text = step.lower(state, {}, batch).as_text()
+    sums = re.findall(r'"stablehlo\.(reduce_scatter|all_reduce)".*?\}\) : \(tensor<([^>]*)>', text, re.DOTALL)
+    assert sums and all(of.endswith("f32") for _, of in sums), sums
+    assert [kind for kind, _ in sums].count("reduce_scatter") == 1  # once a step, whatever the parts
+    metrics = step(state, {}, batch)[1]
+    columns = params[name].shape[1]
+    expected = x.mean(axis=0)[:, None].repeat(columns, axis=1) / columns
+    np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(expected), rtol=1e-6)
+
+
+def test_float32_sums_are_refused_where_xla_splits_tensors():
+    with pytest.raises(UserError, match="set both to 1"):
+        sharding.summed_in_float32(None, _mesh(2, 2, tensor=2))

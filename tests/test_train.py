@@ -1,17 +1,20 @@
 """The training program: what it writes, and folders as data."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from compare_runs import TIMINGS, examples, metric_lines, saved_arrays
 from data_fixtures import write_image_folder
 from PIL import Image
-from run_fixtures import run, train_tiny
+from run_fixtures import load_config, run, train_tiny
 
 from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.core.parameters import fingerprint
 from m2m_jax.models.diffusers_folder import load_params
 from m2m_jax.training import sharding
+from m2m_jax.training.run import train
 
 MODULES = ("conv_in", "time_embedding", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
 MODULES += ("conv_norm_out", "conv_out")
@@ -109,3 +112,17 @@ def test_any_folder_is_a_data_set(tiny_run, tmp_path):
     losses = [line["train/loss"] for line in metric_lines(tmp_path / "run") if "train/loss" in line]
     assert len(losses) == 6 and np.all(np.isfinite(losses))
     assert load_for_sampling(tmp_path / "run").metadata["config"]["data"]["path"] == str(folder)
+
+
+def test_a_run_is_called_from_python_and_one_that_is_complete_does_nothing(tiny_run, tmp_path, capsys, monkeypatch):
+    """Fewer steps than were taken are complete, too: a launcher that is told 75 would start it again for ever."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "run")
+    config = load_config("emoji:tiny")
+    config.data.directory, config.autoencoder.path = tiny_run.emoji_directory, str(tiny_run.autoencoder)
+    before = metric_lines(workdir)
+    for steps in (6, 3):
+        config.train.steps = steps
+        assert train(config, workdir) == 0
+        assert f"step 6 is saved, of config.train.steps={steps}: nothing is left" in capsys.readouterr().out
+    assert metric_lines(workdir) == before

@@ -25,6 +25,7 @@ def start(directory: str | Path, build: Build) -> None:
 
     Raises UserError where the folder holds another build or something else, or cannot be written.
     """
+    disk.require_plain(Path(directory), "--output")
     path = mis.folder(directory) / mis.BUILD
     with disk.errors(f"--output={directory}"):
         if not path.exists():

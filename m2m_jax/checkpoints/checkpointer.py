@@ -2,18 +2,21 @@
 
 WORKDIR/checkpoints/STEP/ holds
     train_state   what resuming needs: the state but for the average
-    ema           what sampling needs: the averaged parameters, float32
+    ema           what sampling needs: the averages of the parameters that train, float32; those that do not are in
+                  train_state
     autoencoder   the frozen first stage, so that a checkpoint samples on its own (absent where there is none)
     image_encoder what encodes the context in M2M-DINO, likewise
     about         JSON: what the caller wants to be told later (its config), which of the above there are, the code's
                   version and the score of the evaluation
     SHA256SUMS    what every file of these was: m2m_jax/checkpoints/checksums.py
+and WORKDIR/lock belongs to the process that writes there: m2m_jax/checkpoints/workdir_lock.py
 
 Every item is one flat dict {dotted name: array}. So a checkpoint knows nothing of Optax's or Flax's classes, the
 EMA is restored without either, and names can be compared.
 
-A save is written into STEP.orbax-checkpoint-tmp; the checksums come last, and then the folder gets its name. So what
-was interrupted never has the name, and what has the name is compared with its checksums before anything of it is used.
+A save is written into STEP.orbax-checkpoint-tmp; then what was written is looked for, array by array, for libraries may
+lose some without a word; the checksums come last, and then the folder gets its name. So what was interrupted never has
+the name, and what has the name is compared with its checksums before anything of it is used.
 """
 
 from __future__ import annotations
@@ -33,13 +36,14 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from m2m_jax.checkpoints import checksums, save_errors
-from m2m_jax.checkpoints.config_changes import code_version, config_changes
+from m2m_jax.checkpoints import checksums, save_errors, stored_arrays, workdir_lock
+from m2m_jax.checkpoints.config_changes import code_version, config_changes, listing_changes
 from m2m_jax.checkpoints.saved_model import (
     ABOUT,
     ARRAYS,
     EMA,
     FOLDER,
+    FORMAT,
     STATE,
     choose,
     read_about,
@@ -48,6 +52,7 @@ from m2m_jax.checkpoints.saved_model import (
 )
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
+from m2m_jax.models.folder import first_of, in_turn
 from m2m_jax.models.frozen import FrozenParams
 
 _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
@@ -73,7 +78,7 @@ class Checkpointer:
     def __init__(
         self, workdir: str | Path, *, keep: int, keep_every: int = 0, keep_best: int = 0, fallback: bool = False
     ):
-        """Removes what an interrupted save left behind, and says so.
+        """Own the workdir, remove what an interrupted save left behind, and say so.
 
         Args:
             keep: the newest so many checkpoints stay on disk.
@@ -82,11 +87,21 @@ class Checkpointer:
             fallback: where the newest is damaged, the newest whole one is used. Otherwise that is an error.
 
         Raises:
-            UserError: the folder cannot be made or written.
+            UserError: the folder cannot be made or written, its name is one that libraries misread, or another process
+                owns the workdir.
         """
         self._folder, self._fallback = (Path(workdir) / FOLDER).resolve(), fallback
         self._scores: dict[int, float] = {}
         self._saving = 0  # the step that is being written
+        self._written: dict[str, dict[str, Any]] = {}  # its arrays, or what they look like, by item and name
+        disk.require_plain(self._folder.parent, "--workdir")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_owned(self._folder.parent))
+            self._manager = self._open(keep, keep_every, keep_best)
+            self._let_go = stack.pop_all()
+
+    def _open(self, keep: int, keep_every: int, keep_best: int) -> ocp.CheckpointManager:
+        """Orbax's manager of the folder, without what an interrupted save left there."""
         with disk.errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
@@ -108,14 +123,15 @@ class Checkpointer:
         save_errors.say_once()
         handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_WRITERS) for name in ARRAYS}
         handlers |= {ABOUT: ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         # It asks JAX whether it is preempted, of the step that is saved, from the background: JAX would take that for
         # the step that this process is at, and `Interruption` could miss the one that all stop after.
-        self._manager.reached_preemption = lambda step: False
-        for step in self._manager.all_steps():
+        manager.reached_preemption = lambda step: False
+        for step in manager.all_steps():
             if not checksums.damage(self._folder / str(step), [ABOUT]):
                 score = read_about(self._folder, step).get("score")
                 self._scores |= {step: score} if score is not None else {}
+        return manager
 
     def latest_step(self) -> int | None:
         """The newest step, whole or damaged; None where there is none."""
@@ -148,9 +164,16 @@ class Checkpointer:
             return
         score = score if score is not None and math.isfinite(score) else None
         arrays = {STATE: _flatten(_resumed(state)), EMA: state.ema_params, **frozen}
-        about = {"metadata": dict(metadata), "items": list(arrays), "code": code_version(), "score": score}
+        about = {
+            "format": FORMAT,
+            "metadata": dict(metadata),
+            "items": list(arrays),
+            "code": code_version(),
+            "score": score,
+        }
         items = {name: ocp.args.PyTreeSave(dict(tree)) for name, tree in arrays.items()}
         self._saving = step
+        self._written = {item: jax.tree.map(_shape, dict(tree)) for item, tree in arrays.items()}
         self._scores.pop(step, None)  # of one that was set aside
         self._scores |= {step: score} if score is not None else {}
         with self._plain_errors():
@@ -165,7 +188,7 @@ class Checkpointer:
             target: a TrainState of ShapeDtypeStructs with shardings; they need not be those it was saved with.
             step: which checkpoint; the latest if None.
             metadata: what the next `save` will be given. What of its config (`to_json`) differs from the checkpoint's
-                is printed; the frozen models ("sha256") must be the same.
+                is printed, and of the listings of its data ("listings"); the frozen models ("sha256") must be the same.
 
         Raises:
             UserError: no such checkpoint, it is damaged, or it is of other frozen models, or its leaves are not those
@@ -181,6 +204,8 @@ class Checkpointer:
         _require_same_frozen(folder, was.get("sha256", {}), metadata)
         if changes:
             _say("\n  ".join([f"the config is not that of {folder}:", *changes]))
+        if moved := listing_changes(was.get("listings", {}), metadata.get("listings", {})):
+            _say("\n  ".join([f"the data are not those of {folder}:", *moved]))
         if config and (code := about.get("code", "of an older version")) != code_version():
             _say(f"{folder} was saved by m2m_jax {code}; this is {code_version()}")
         restored = restore(folder, STATE, wanted)
@@ -199,8 +224,9 @@ class Checkpointer:
 
     def close(self) -> None:
         """`wait`, and let go of the folder."""
-        self.wait()
-        self._manager.close()
+        with self._let_go:
+            self.wait()
+            self._manager.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -211,7 +237,14 @@ class Checkpointer:
 
     def _seal(self) -> None:
         """The last thing before a save gets its name; in the background, in the first process."""
-        checksums.write(self._folder / f"{self._saving}{_UNFINISHED}")
+        folder = self._folder / f"{self._saving}{_UNFINISHED}"
+        for item, arrays in self._written.items():
+            if lost := stored_arrays.lost(folder / item, arrays):
+                raise UserError(
+                    f"the checkpoint {self._folder / str(self._saving)} was not written whole: of item {item} {lost}; "
+                    "what was saved before is whole. See that nothing else writes there, or name another --workdir"
+                )
+        checksums.write(folder)
 
     def _whole(self, step: int | None, items: Sequence[str]) -> int:
         """`step`, or the newest, whose items were found to be whole; with `fallback`, the newest where they are."""
@@ -282,6 +315,25 @@ def _resumed(state: Any) -> dict[str, Any]:
     return {name: getattr(state, name) for name in fields if name != "ema_params"}
 
 
+def _shape(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+@contextlib.contextmanager
+def _owned(workdir: Path) -> Iterator[None]:
+    """`workdir_lock.hold` by the first process, for all; all of them raise UserError where another launch holds it."""
+    with contextlib.ExitStack() as stack:
+        refused = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(workdir_lock.hold(workdir))
+            except UserError as error:
+                refused = str(error)
+        if refused := _of_all_processes(refused):
+            raise UserError(refused)
+        yield
+
+
 def _flatten(tree: Any) -> dict[str, Any]:
     """{dotted path: leaf} in the order of `jax.tree.leaves`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -292,19 +344,19 @@ def _require_same_leaves(folder: Path, targets: Mapping[str, Mapping[str, Any]],
     """Raises UserError where an item's leaves are not those of `targets`: {item: {name: with shape and dtype}}."""
     for item, target in targets.items():
         saved = saved_leaves(folder, item)
-        differences = [f"{name} (not in the checkpoint)" for name in target if name not in saved]
-        differences += [f"{name} (only in the checkpoint)" for name in saved if name not in target]
-        for name in target:
-            if name in saved:
-                was, now = (f"{x.dtype}{list(x.shape)}" for x in (saved[name], target[name]))
-                if was != now:
-                    differences.append(f"{name} ({was} in the checkpoint, {now} now)")
+        shapes = {
+            name: [f"{x.dtype}{list(x.shape)}" for x in (saved[name], target[name])] for name in target if name in saved
+        }
+        differences = in_turn(
+            [f"{name} (not in the checkpoint)" for name in target if name not in saved],
+            [f"{name} (only in the checkpoint)" for name in saved if name not in target],
+            [f"{name} ({was} in the checkpoint, {now} now)" for name, (was, now) in shapes.items() if was != now],
+        )
         if differences:
-            more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
             why = f"; since then {'; '.join(changes)}" if changes else ""
             raise UserError(
                 f"the checkpoint {folder} is of another model or optimizer; {item} differs in "
-                f"{', '.join(differences[:8])}{more}{why}; use the config it was trained with, or another --workdir"
+                f"{first_of(differences)}{why}; use the config it was trained with, or another --workdir"
             )
 
 

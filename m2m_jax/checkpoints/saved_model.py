@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,12 @@ from m2m_jax.checkpoints import checksums
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
+from m2m_jax.models.trained import PARAMETERS
 
+FORMAT = 2  # of names and shapes in a checkpoint: one more where what an earlier code saved can no longer be read
 FOLDER = "checkpoints"
 STATE, EMA, ABOUT = "train_state", "ema", "about"
+PARAMS = "params."  # begins the names of the parameters in the train state
 ARRAYS = (STATE, EMA, AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER)
 
 
@@ -36,7 +39,9 @@ class SavedModel(NamedTuple):
 
 
 def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
-    """The averaged parameters and the frozen models, on the first local device; nothing else is read.
+    """Return the averaged parameters and the frozen models, on the first local device.
+
+    Parameters that do not train have no average: they are those of the train state. Nothing else is read.
 
     Args:
         path: WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP.
@@ -69,13 +74,31 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
     about = read_about(folder, step)
     items = [name for name in ARRAYS if name in about["items"] and name != STATE]
     require(items)
+    restored = {name: _restore_on_one_device(folder / str(step), name) for name in items}
+    averages = restored.pop(EMA)
+    config = about["metadata"].get("config", {})
+    trained = PARAMETERS.choose(config.get("train", {}).get("parameters", "all"))
+    fixed = {}
+    if trained is not PARAMETERS["all"]:
+        require((STATE,))
+        params = _restore_on_one_device(folder / str(step), STATE, PARAMS, averages)
+        fixed = {name.removeprefix(PARAMS): value for name, value in params.items()}
+    return SavedModel(about["metadata"], trained.effective(fixed, averages), restored, step)
+
+
+def _restore_on_one_device(folder: Path, item: str, prefix: str = "", but: Container[str] = ()) -> Params:
+    """Return those arrays of an item whose names begin with a prefix, on the first local device.
+
+    Args:
+      but: names, without the prefix, that are left out.
+    """
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    restored: dict[str, Params] = {}
-    for name in items:
-        saved = saved_leaves(folder / str(step), name)
-        target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in saved.items()}
-        restored[name] = restore(folder / str(step), name, target)
-    return SavedModel(about["metadata"], restored.pop(EMA), restored, step)
+    target = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for name, x in saved_leaves(folder, item).items()
+        if name.startswith(prefix) and name.removeprefix(prefix) not in but
+    }
+    return restore(folder, item, target)
 
 
 def choose(folder: Path, steps: Sequence[int], step: int | None) -> int:
@@ -89,7 +112,18 @@ def choose(folder: Path, steps: Sequence[int], step: int | None) -> int:
 
 
 def read_about(folder: Path, step: int) -> dict[str, Any]:
-    return json.loads((folder / str(step) / ABOUT / "metadata").read_text(encoding="utf-8"))
+    """Return the item "about" of a checkpoint. Raises UserError for one of another format."""
+    about = json.loads((folder / str(step) / ABOUT / "metadata").read_text(encoding="utf-8"))
+    found = about.get("format", 1)  # the first did not say
+    if found != FORMAT:
+        by = about.get("code", "an early version")
+        remedy = "check that code out to go on with it or to sample; a run of another --workdir can start from it"
+        how = "`python -m m2m_jax.to_diffusers` there writes the folder that --config.init.path names here"
+        raise UserError(
+            f"the checkpoint {folder / str(step)} has format {found}, of m2m_jax {by}, and this code reads format "
+            f"{FORMAT}: {remedy}: {how}"
+        )
+    return about
 
 
 def saved_leaves(folder: Path, item: str) -> dict[str, Any]:
@@ -99,9 +133,12 @@ def saved_leaves(folder: Path, item: str) -> dict[str, Any]:
 
 
 def restore(folder: Path, item: str, target: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """One item, placed as `target` says."""
-    with _unreadable(folder, item), ocp.StandardCheckpointer() as reader:
-        return dict(reader.restore(folder / item, dict(target)))
+    """Return the arrays of an item that `target` names, placed as it says."""
+    arguments = ocp.args.PyTreeRestore(
+        dict(target), restore_args=ocp.checkpoint_utils.construct_restore_args(dict(target)), partial_restore=True
+    )
+    with _unreadable(folder, item), ocp.PyTreeCheckpointer() as reader:
+        return dict(reader.restore(folder / item, args=arguments))
 
 
 @contextlib.contextmanager

@@ -71,6 +71,30 @@ def run_errors(what: str | Path) -> contextlib.AbstractContextManager[None]:
     return errors(what, "; what was saved before is whole, and the run goes on from there when it is started again")
 
 
+def require_plain(path: Path, flag: str) -> None:
+    """Raise UserError where libraries would take a folder's absolute path for a pattern or a URL, or cannot take it.
+
+    Orbax and TFDS look for files by patterns, Grain reads FILE[1:5] as a part of a file, etils takes /gs: for a bucket,
+    and a backslash escapes: what they write there they may not find again.
+
+    Args:
+        flag: what the path was given as, with dashes.
+    """
+    whole = str(path.absolute())
+    found = sorted({*whole} & {*"*?[]\\"}) + [part for part in path.absolute().parts if part.endswith(":")]
+    if found:
+        raise UserError(
+            f"{flag}={path}: what is written there would not be found again, for {whole} has {found[0]!r} in it; "
+            "name another folder"
+        )
+    try:
+        whole.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{flag}={str(path)!a}: the name of that folder is not UTF-8, which libraries need; name another"
+        ) from None
+
+
 def unfinished(path: Path) -> Path:
     """What to write in the place of `path`, beside it, and then to `finish`."""
     return path.with_name(f".{path.name}.{_ME}{UNFINISHED}")

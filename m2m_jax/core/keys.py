@@ -1,4 +1,9 @@
-"""Random keys without state: each is computed from (seed, step, stream), so resuming replays nothing."""
+"""Random keys without state: each is computed from (program, seed, step, stream), so resuming replays nothing.
+
+Keys form a tree: the seed, below it a `Domain` for each program, below that what the program counts by. No two programs
+share a key, whatever their seeds and steps. A key is either drawn from, or folded, or split, and never two of these:
+`jax.random.split(key)[i]` and `jax.random.fold_in(key, i)` are the same key.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +28,14 @@ class Domain(enum.IntEnum):
 
 
 class Stream(enum.IntEnum):
-    """What a key is for. The numbers are part of a run's randomness: never change or reuse one."""
+    """Name what is drawn at a step. The numbers are part of a run's randomness: never change or reuse one."""
 
     PARAMS = 0
     NOISE = 1
     TIMESTEP = 2
     CONTEXT_DROPOUT = 3
-    EVAL = 4
-    SAMPLE = 5
-    AUTOENCODER = 6
+    POSTERIOR = 6
+    ADAPTER = 7
 
 
 def domain_key(domain: Domain, seed: int | jax.Array) -> jax.Array:
@@ -44,13 +48,14 @@ def domain_key(domain: Domain, seed: int | jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(jnp.uint32(seed)), jnp.uint32(domain))
 
 
-def stream_key(seed: int, step: int | jax.Array, stream: Stream) -> jax.Array:
-    """The key of `stream` at `step`: a typed key [].
+def stream_key(domain: Domain, seed: int, step: int | jax.Array, stream: Stream) -> jax.Array:
+    """Return the key of one stream at one step of a program: a typed key [].
 
     Args:
-        seed: of the run, in [0, 2**32).
-        step: a non-negative number or a traced integer scalar [].
-        stream: what the key is for.
+      domain: which program draws.
+      seed: of the run, in [0, 2**32).
+      step: a non-negative number or a traced integer scalar []: of training, or of a batch of an evaluation.
+      stream: what the key is for.
     """
-    key = jax.random.fold_in(jax.random.key(jnp.uint32(seed)), jnp.asarray(step).astype(jnp.uint32))
+    key = jax.random.fold_in(domain_key(domain, seed), jnp.asarray(step).astype(jnp.uint32))
     return jax.random.fold_in(key, jnp.uint32(stream))

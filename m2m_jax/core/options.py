@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -25,6 +26,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.paths import expand_home
 
 MAX_SEED = 2**32 - 1
+_KINDS = {int: Integral, float: Real}  # NumPy's numbers are of these, too
 
 
 def option(
@@ -113,13 +115,15 @@ def _checked_one(field: dataclasses.Field, kind: type, value: Any) -> Any:
         if field.default is not dataclasses.MISSING:
             return None
         raise UserError(f"{name} is empty: {about['help']}")
-    if value is None:
+    if value is None and field.default is None:
         return None
     if kind is float and isinstance(value, str | int):
         try:
             value = float(value)
         except ValueError as error:
             raise UserError(f"{name}={value}: {error}") from None
+    if not isinstance(value, _KINDS.get(kind, kind)):
+        raise UserError(f"{name} is {value!r:.80}; it takes a value of type {kind.__name__}")
     low, high = about["low"], about["high"]
     if kind in (int, float) and not low <= value <= high:
         limits = f"at least {low:.10g}" if math.isinf(high) else f"between {low:.10g} and {high:.10g}"

@@ -59,7 +59,7 @@ class SafeStream:
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
         if self.lost:
-            warn(f"{self._name} cannot be written: {error.strerror}; the work goes on without it")
+            warn(f"{self._name} cannot be written: {error.strerror or error}; the work goes on without it")
 
     @property
     def lost(self) -> bool:
@@ -97,7 +97,8 @@ def refuse_lost_output() -> None:
     """End the program with 2 where stdout was lost."""
     sys.stdout.flush()
     if isinstance(sys.stdout, SafeStream) and sys.stdout.lost:
-        refuse(UserError(f"standard output could not be written: {sys.stdout.error.strerror}; all else is done"))
+        error = sys.stdout.error
+        refuse(UserError(f"standard output could not be written: {error.strerror or error}; all else is done"))
 
 
 def say(line: str) -> None:

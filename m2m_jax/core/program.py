@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import shlex
 import sys
@@ -51,6 +52,8 @@ def run_program(
         except Exception as error:
             if _refused_by_jax(error):
                 error = UserError(f"JAX cannot start with this environment: {error}")
+            if _refused_by_system(error):
+                error = UserError(f"{error.filename}: {error.strerror}")
             jax = sys.modules.get("jax")
             if jax and jax.distributed.is_initialized():
                 _end_one_of_several(error)
@@ -109,6 +112,12 @@ def _refused_by_jax(error: Exception) -> bool:
     return isinstance(error, ValueError) and "jax._src" in sys.modules and "jax" not in sys.modules
 
 
+def _refused_by_system(error: Exception) -> bool:
+    """Whether a path cannot be looked at, wherever that was: not for us to mend, nor by starting again."""
+    codes = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+    return isinstance(error, OSError) and error.filename is not None and error.errno in codes
+
+
 def _end_one_of_several(error: Exception) -> NoReturn:
     """Report an error and end this process.
 
@@ -141,6 +150,12 @@ def _parse_flags(argv: Sequence[str], take: Callable[[Sequence[str]], list[str]]
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING
     return rest
+
+
+def mark_flags_parsed() -> None:
+    """Let libraries ask for flags of their own where no program has parsed any, as in a notebook: they get defaults."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 def read_flags(

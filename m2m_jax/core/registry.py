@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -35,21 +36,23 @@ class Registry(Mapping[str, T], Generic[T]):
         self.kind = kind
         self._package = package
         self._registered: dict[str, T] = {}
+        self._by: dict[str, dict[str, Any]] = {}  # the module that registered each, as its globals
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that adds a class or function under `name`, and gives it back unchanged.
 
-        What is defined again, as a config file does that is read twice, takes the place of what it was.
+        A module that is run again, as a config file is that is read twice, replaces what it registered.
 
         Raises:
-          ValueError: the name is taken by another.
+          ValueError: the name is taken.
         """
+        module = sys._getframe(1).f_globals
+        before = self._by.get(name)
+        if before is not None and (before is module or before["__name__"] != module["__name__"]):
+            raise ValueError(f"there is a {self.kind} {name!r} already, of {before['__name__']}")
 
         def add(thing: T) -> T:
-            before = self._registered.get(name)
-            if before is not None and _identity(before) != _identity(thing):
-                raise ValueError(f"there is a {self.kind} {name!r} already: {before!r}")
-            self._registered[name] = thing
+            self._registered[name], self._by[name] = thing, module
             return thing
 
         return add
@@ -91,7 +94,3 @@ def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     # A field put into the wrong group (config.steps) is near to no whole name, but its last part is one.
     matches = matches or [other for other in names if other.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     return f"; did you mean {prefix}{matches[0]}?" if matches else ""
-
-
-def _identity(thing: Any) -> tuple[Any, Any]:
-    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)

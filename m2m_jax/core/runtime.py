@@ -55,10 +55,10 @@ def _keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "m2m_jax"))
 
 
-def _find_devices() -> None:
-    """Ask JAX for its devices, here where what it says can be put into words. Raises UserError."""
+def _find_devices() -> list[jax.Device]:
+    """Return all devices. Raises UserError where the environment asks for some that are not there."""
     try:
-        jax.devices()
+        return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, without a word, where a plugin is not installed
         platforms = os.environ.get("JAX_PLATFORMS")
         if not platforms:
@@ -105,7 +105,7 @@ def _join_processes() -> None:
     except ValueError as error:
         raise UserError(f"M2M_PROCESSES={processes}: the processes of this launch cannot meet: {error}") from error
     # Of this form are the collectives of JAX's `multihost_utils`, and of Orbax.
-    devices = np.array(jax.devices()).reshape(jax.process_count(), jax.local_device_count())
+    devices = np.array(_find_devices()).reshape(jax.process_count(), jax.local_device_count())
     gathering.connect(Mesh(devices, ("processes", "local_devices")))
 
 

@@ -50,7 +50,7 @@ def read_sets(config: Config, split: str, num_sets: int) -> tuple[list[str], np.
     Raises:
       UserError: the config names latents, or the data cannot be used as it asks.
     """
-    validate(config)
+    validate(config.data)
     if reads_latents(config.data):
         raise UserError(
             f"config.data.name={config.data.name} gives latents; name the data set of images that they were made from"

@@ -17,10 +17,12 @@ Field names, defaults and values are those of diffusers' `DDIMScheduler` and `Fl
 tables are computed in float64 (diffusers: float32) and rounded once, on use.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,11 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.registry import Registry
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "rectified_flow")
+# schedule.beta_schedule -> float64 [num_train_timesteps], before any rescaling.
+BETA_SCHEDULES: Registry[Callable[[NoiseSchedule], np.ndarray]] = Registry("beta_schedule")
+# diffusion.loss_weight -> float64 [num_train_timesteps], of a schedule and diffusion.min_snr_gamma.
+LOSS_WEIGHTS: Registry[Callable[[NoiseSchedule, float], np.ndarray]] = Registry("loss weight")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-LOSS_WEIGHTS = ("uniform", "min_snr")
 
 # The fields that a rectified flow reads; the schedules with betas read all but `shift`.
 _FLOW_FIELDS = ("num_train_timesteps", "beta_schedule", "prediction_type", "shift")
@@ -96,7 +101,7 @@ class NoiseSchedule:
     shift: float = 1.0
 
     def __post_init__(self):
-        _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        BETA_SCHEDULES.choose(self.beta_schedule)
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         if self.num_train_timesteps < 2:
@@ -121,7 +126,7 @@ class NoiseSchedule:
             )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Reads a diffusers scheduler_config.json, of any scheduler that has betas or is a rectified flow.
 
         Missing fields take the defaults of DDIMScheduler or FlowMatchEulerDiscreteScheduler. Fields that are a
@@ -163,7 +168,7 @@ class NoiseSchedule:
         """Whether this is a rectified flow, and not a schedule with betas."""
         return self.beta_schedule == "rectified_flow"
 
-    def differences(self, other: "NoiseSchedule") -> list[str]:
+    def differences(self, other: NoiseSchedule) -> list[str]:
         """What a network that was trained under this schedule finds changed under the other, field by field: `beta_end
         is 0.02, not 0.012`. Fields that only say which timesteps a sampler visits are left out."""
         free = {"timestep_spacing", "steps_offset"}
@@ -190,25 +195,13 @@ class NoiseSchedule:
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """float64 [T], descending, read-only; ends at exactly 0 under zero terminal SNR. Needs betas."""
-        alphas_cumprod = np.cumprod(1.0 - self._betas())
+        alphas_cumprod = np.cumprod(1.0 - BETA_SCHEDULES[self.beta_schedule](self))
         if self.rescale_betas_zero_snr:
             # Algorithm 1 of Lin et al.: shift sqrt(alphas_cumprod) to end at 0, scale to keep its start.
             root = np.sqrt(alphas_cumprod)
             alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         alphas_cumprod.setflags(write=False)
         return alphas_cumprod
-
-    def _betas(self) -> np.ndarray:
-        """float64 [num_train_timesteps], before any rescaling."""
-        steps = self.num_train_timesteps
-        if self.beta_schedule == "linear":
-            return np.linspace(self.beta_start, self.beta_end, steps)
-        if self.beta_schedule == "scaled_linear":
-            return np.linspace(self.beta_start**0.5, self.beta_end**0.5, steps) ** 2
-        if self.beta_schedule == "squaredcos_cap_v2":
-            alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-            return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-        raise ValueError(f"{self.beta_schedule} has no betas")
 
     def _shifted(self, sigma: np.ndarray) -> np.ndarray:
         """Levels of a rectified flow: 1 stays 1, and with a large `shift` all but the least noise comes near."""
@@ -275,25 +268,9 @@ class NoiseSchedule:
     def loss_weight(self, timestep: jax.Array, kind: str = "uniform", gamma: float = 5.0) -> jax.Array:
         """Weight of the squared error of the network output, float32, shape of `timestep`.
 
-        "uniform" is 1. "min_snr" (Hang et al. 2023, arXiv:2303.09556, section 3.4) weighs the error of the
-        *clean image* by min(snr, gamma). That error is the output's times 1 for "sample", 1 / snr for
-        "epsilon" and sigma^2 for "v_prediction" (where it is 1 / (snr + 1)) and "flow"; below it is written
-        without a division by the SNR, so every weight is finite. At zero terminal SNR the weight of all but
-        "epsilon" is 0: under min_snr the step from pure noise is learned from its neighbours alone.
+        kind, gamma: a name in `LOSS_WEIGHTS`, and what `min_snr` reads.
         """
-        _check_choice("loss weight", kind, LOSS_WEIGHTS)
-        if kind == "uniform":
-            return jnp.ones(jnp.shape(timestep), jnp.float32)
-        if not gamma > 0:
-            raise UserError(f"min_snr gamma must be positive, not {gamma}")
-        signal, noise = (level**2 for level in self.levels)  # snr = signal / noise
-        if self.prediction_type == "epsilon":
-            weight = np.minimum(1.0, gamma * noise / signal)
-        elif self.prediction_type == "sample":
-            weight = np.minimum(signal / noise, gamma)
-        else:
-            weight = np.minimum(signal, gamma * noise)
-        return _look_up(weight, timestep)
+        return _look_up(LOSS_WEIGHTS.choose(kind)(self, gamma), timestep)
 
     def inference_timesteps(self, num_steps: int, drop_zero: bool = False) -> np.ndarray:
         """The timesteps a sampler visits, as the network is told them: [num_steps], descending.
@@ -338,6 +315,56 @@ class NoiseSchedule:
         shape = shape + (1,) * (images.ndim - len(shape))
         alpha, sigma = (_look_up(level, timestep) for level in self.levels)
         return alpha.reshape(shape).astype(images.dtype), sigma.reshape(shape).astype(images.dtype)
+
+
+@BETA_SCHEDULES.register("linear")
+def _linear(schedule: NoiseSchedule) -> np.ndarray:
+    """From beta_start to beta_end."""
+    return np.linspace(schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps)
+
+
+@BETA_SCHEDULES.register("scaled_linear")
+def _scaled_linear(schedule: NoiseSchedule) -> np.ndarray:
+    """Linear in the square root of beta: Stable Diffusion's."""
+    return np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.num_train_timesteps) ** 2
+
+
+@BETA_SCHEDULES.register("squaredcos_cap_v2")
+def _squared_cosine(schedule: NoiseSchedule) -> np.ndarray:
+    """Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17; reads neither beta_start nor beta_end."""
+    steps = schedule.num_train_timesteps
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+@BETA_SCHEDULES.register("rectified_flow")
+def _no_betas(schedule: NoiseSchedule) -> np.ndarray:
+    """A straight line from noise to image, which has no betas."""
+    raise ValueError(f"{schedule.beta_schedule} has no betas")
+
+
+@LOSS_WEIGHTS.register("uniform")
+def _uniform(schedule: NoiseSchedule, gamma: float) -> np.ndarray:
+    """1, at every noise level."""
+    return np.ones(schedule.num_train_timesteps)
+
+
+@LOSS_WEIGHTS.register("min_snr")
+def _min_snr(schedule: NoiseSchedule, gamma: float) -> np.ndarray:
+    """Hang et al. 2023, arXiv:2303.09556, section 3.4: min(snr, gamma) times the error of the clean image.
+
+    That error is the output's times 1 for "sample", 1 / snr for "epsilon" and sigma^2 for "v_prediction" (where it is
+    1 / (snr + 1)) and "flow"; here it is written without a division by the SNR, so every weight is finite. At zero
+    terminal SNR the weight of all but "epsilon" is 0: the step from pure noise is learned from its neighbours alone.
+    """
+    if not gamma > 0:
+        raise UserError(f"min_snr gamma must be positive, not {gamma}")
+    signal, noise = (level**2 for level in schedule.levels)  # snr = signal / noise
+    if schedule.prediction_type == "epsilon":
+        return np.minimum(1.0, gamma * noise / signal)
+    if schedule.prediction_type == "sample":
+        return np.minimum(signal / noise, gamma)
+    return np.minimum(signal, gamma * noise)
 
 
 def _look_up(table: np.ndarray, timestep: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from m2m_jax.evaluation.options import ContextEvaluation
 from m2m_jax.models.frozen import AUTOENCODER
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.sampling.sampler import Sampler
-from m2m_jax.tasks.evaluation import context_losses, warn_of_one_set
+from m2m_jax.tasks.evaluation import context_errors, mean_and_error, warn_of_one_set
 from m2m_jax.training import sharding
 
 _NAMED = 3  # sets, in the text of a report
@@ -40,7 +40,7 @@ class ContextReport:
       config: what the sets are of.
       options: what was asked.
       sets: the names of the sets that were used, each once.
-      runs: {run: {"step", "parameters", and losses of `context_losses` as [mean, standard error or None]}}.
+      runs: {run: {"step", "parameters", and losses of `context_errors` as [mean, standard error or None]}}.
     """
 
     config: Config
@@ -112,7 +112,7 @@ def evaluate_context(config: Config, options: ContextEvaluation) -> ContextRepor
     runtime.start()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
-    examples = open_examples(config.data, split=options.split, seed=config.seed)
+    examples = open_examples(config.data, split=options.split, seed=config.seed, augment=config.eval.augment)
     rows = sharding.local_rows(mesh, config.eval.batch_size)
     dataset = make_dataset(examples, batch_size=config.eval.batch_size, rows=rows, threads=config.data.threads)
     samplers = {str(path): _load(str(path)) for path in options.checkpoints}
@@ -169,15 +169,15 @@ def _require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:
 def _losses(
     sampler: Sampler, dataset: grain.MapDataset, num_batches: int, config: Config, mesh: Mesh
 ) -> dict[str, list[float | None]]:
-    """{name: [mean, its standard error]} over the batches; of one batch there is no error."""
+    """{name: [mean, standard error over the records that were evaluated, or None where that is one]}."""
     unet_config, models, schedule = sampler.static.unet_config, sampler.models, sampler.schedule
     graphdef = unet_structure(unet_config)[0]
 
-    @jax.jit
+    @jax.jit(out_shardings=sharding.replicated(mesh))
     def of_batch(unet_params, frozen, batch, batch_index):
         images_bnhwc = batch["images_bnhwc"]
         context = models.context(frozen, images_bnhwc[:, :-1])
-        return context_losses(
+        error = context_errors(
             merge(graphdef, unet_params),
             schedule,
             models.encode(frozen, images_bnhwc),
@@ -187,12 +187,13 @@ def _losses(
             batch_index=batch_index,
             clean_timestep=sampler.clean_timestep,
         )
+        return error, batch["record_index_b"]
 
     params = sharding.replicate((sampler.unet_params, sampler.frozen), mesh)
     stream = batches(dataset, 0, config.data.prefetch)
     found = []
     for i in range(num_batches):
         batch = sharding.make_global_batch(mesh, held_out_inputs(next(stream)), config.eval.batch_size)
-        found.append(of_batch(*params, batch, np.uint32(i)))
-    values = {name: np.array([float(one[name]) for one in found]) for name in found[0]}
-    return {name: [x.mean(), x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else None] for name, x in values.items()}
+        found.append(jax.device_get(of_batch(*params, batch, np.uint32(i))))
+    error, record_k = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+    return {name: list(mean_and_error(error_k, record_k)) for name, error_k in error.items()}

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
 
-from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.models import diffusers_folder, text_encoders, transformers_folder
@@ -23,6 +22,9 @@ from m2m_jax.models.folder import config_from, require_same
 from m2m_jax.models.limits import require_one_of
 from m2m_jax.models.precision import PRECISIONS, products_in
 from m2m_jax.models.text_encoders import TextEncoderConfig
+
+if TYPE_CHECKING:
+    from m2m_jax.configuration import Config  # sampling does without
 
 # The keys of their parameters: {AUTOENCODER: {name: array}, IMAGE_ENCODER: ...}.
 AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER = "autoencoder", "image_encoder", "text_encoder"

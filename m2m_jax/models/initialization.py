@@ -1,4 +1,4 @@
-"""How M2M starts from a pretrained U-Net, and which of its parameters train."""
+"""How M2M starts from a pretrained U-Net, and what its parameters are called."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from m2m_jax.core.errors import UserError, warn
-from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params, split
 from m2m_jax.diffusion.schedule import NoiseSchedule, UnsupportedSchedule
 from m2m_jax.models.attentions import parameter_names
@@ -34,14 +34,6 @@ def _part_of_block(name: str) -> str:
     return found[1] if found else ""
 
 
-# `config.train.parameters`: which parameters train, by name.
-TRAINED: dict[str, Callable[[str], bool]] = {
-    "all": lambda name: True,
-    "attention": is_attention,
-    "set_attention": is_set_attention,
-}
-
-
 def initial_params(
     build: Callable[[jax.Array], UNet], config: UNetConfig, schedule: NoiseSchedule, folder: str, *, seed: int
 ) -> Params:
@@ -50,7 +42,8 @@ def initial_params(
     build: the network of `config`, of a key. schedule: that it will be trained under; a warning says where that of the
     folder is another. Raises UserError as `from_pretrained`.
     """
-    params = jax.jit(lambda key: split(build(key))[1])(stream_key(seed, 0, Stream.PARAMS))
+    key = stream_key(Domain.INITIALIZE, seed, 0, Stream.PARAMS)
+    params = jax.jit(lambda key: split(build(key))[1])(key)
     if not folder:
         return params
     params = from_pretrained(params, config, load_params(folder), load_unet_config(folder), folder)

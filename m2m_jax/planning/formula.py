@@ -1,7 +1,7 @@
 """Plans a training step on GPUs by formula: XLA compiles for CUDA only where there is a GPU.
 
 What a step keeps for its backward pass is counted exactly, before XLA optimises anything: fusions keep less of it, and
-convolutions take room for themselves. FLOPs are those of the model, and of what `model.remat` computes again.
+convolutions take room for themselves. FLOPs are counted in the program, with what `model.remat` computes again.
 """
 
 from __future__ import annotations
@@ -56,30 +56,33 @@ def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload
     task, notes = make_task(config)
     setup = set_up(task, config, mesh)
     state_bytes, params = memory.state_bytes(setup.state), setup.state.params
-    trained = {name: x for name, x in params.items() if setup.trains(name)}
+    trained = setup.trained.of(params)
     trained_bytes = memory.bytes_per_device(trained)
     kept_of_one, kept_of_two = (kept_bytes(config, task, n) for n in (1, 2))
     kept_of_a_set = kept_of_two - kept_of_one
     kept = kept_of_one + (sets // parts - 1) * kept_of_a_set
+    # Gathered kernels all live from forward to backward; where layers cast them, the casts are among what is kept.
+    separate = config.train.reduce_dtype == "float32" and task.compute_dtype != "float32"
+    float32 = separate or task.compute_dtype == "float32"
+    split = {name: x for name, x in params.items() if "fsdp" in sharding.parameter_spec(name, x.shape, mesh)}
+    gathered = _bytes(split) if float32 else 0
     frozen_bytes, batch = _bytes(task.frozen), _bytes(batch_shapes(config, task, sets))
     beside = _bytes(not_read(config, task.frozen))
     needs = Memory(
         **state_bytes,
         frozen=frozen_bytes,
         batch=batch,
-        peak=sum(state_bytes.values()) + trained_bytes + kept + batch + frozen_bytes - beside,
+        peak=sum(state_bytes.values()) + trained_bytes + gathered + kept + batch + frozen_bytes - beside,
         beside=beside,
         limit=chip.hbm,
     )
 
-    # Forward, and twice that backward; remat computes blocks or what is no product again.
-    again = {"none": 1.0, "dots": 1.0, "blocks": 4 / 3}[config.model.remat]
-    flops = workload.model_flops * sets * again
+    flops = workload.model_flops * workload.again * sets
     hbm_bytes = 2 * sum(state_bytes.values()) + 2 * trained_bytes + 2 * parts * kept
-    per_scalar = (
-        jnp.dtype(task.compute_dtype).itemsize / 4
-    )  # kernels are gathered, and gradients summed, as layers compute
-    collectives = _collectives(mesh, _bytes(params) * per_scalar, _bytes(trained) * per_scalar, parts)
+    # Kernels are gathered, and gradients summed, as layers compute; those that devices sum themselves once a step.
+    per_scalar = 1 if float32 else jnp.dtype(task.compute_dtype).itemsize / 4
+    sums = 1 if separate else parts
+    collectives = _collectives(mesh, _bytes(params) * per_scalar, _bytes(trained) * per_scalar, sums)
     times = roofline(
         chip, flops, hbm_bytes, sum(c.ici_bytes for c in collectives), sum(c.dcn_bytes for c in collectives)
     )
@@ -104,8 +107,13 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _collectives(mesh: AbstractMesh, kernels: float, gradients: float, parts: int) -> list[Collective]:
-    """Bytes of gradients, summed over all devices, and of kernels, gathered once where fsdp shares them."""
+def _collectives(mesh: AbstractMesh, kernels: float, gradients: float, sums: int) -> list[Collective]:
+    """Return what devices send for gradients, summed over all, and for kernels, gathered once where fsdp shares them.
+
+    Args:
+      kernels, gradients: bytes.
+      sums: how often a step sums gradients: once for each part of a batch.
+    """
     slices, data, fsdp = tuple(mesh.shape.values())[:3]
     share = gradients / fsdp
     found = []
@@ -115,7 +123,7 @@ def _collectives(mesh: AbstractMesh, kernels: float, gradients: float, parts: in
             found.append(Collective(kind, between, slices, count, ici_bytes, dcn_bytes))
 
     add("all-gather", fsdp, 1, wire_bytes("all-gather", kernels, fsdp))
-    add("reduce-scatter", fsdp, parts, parts * wire_bytes("reduce-scatter", share, fsdp))
-    add("all-reduce", data, 1, wire_bytes("all-reduce", share, data))
-    add("all-reduce", slices, 1, 0.0, wire_bytes("all-reduce", share / data, slices), slices)
+    add("reduce-scatter", fsdp, sums, sums * wire_bytes("reduce-scatter", share, fsdp))
+    add("all-reduce", data, sums, sums * wire_bytes("all-reduce", share, data))
+    add("all-reduce", slices, sums, 0.0, sums * wire_bytes("all-reduce", share / data, slices), slices)
     return found

@@ -11,7 +11,7 @@ from PIL import Image
 
 from m2m_jax.configuration import Config, build, reads_latents, to_json
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge, split
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.frozen import FrozenParams
@@ -55,19 +55,19 @@ class Autoencoding:
         return AutoencoderKL(self.autoencoder_config, rngs=nnx.Rngs(key))
 
     def init(self) -> Params:
-        """Parameters at step 0."""
-        key = stream_key(self.config.seed, 0, Stream.PARAMS)
+        """Return the parameters at step 0."""
+        key = stream_key(Domain.INITIALIZE, self.config.seed, 0, Stream.PARAMS)
         return jax.jit(lambda key: split(self._build(key))[1])(key)
 
     def draw(self, batch: dict, step: jax.Array) -> jax.Array:
-        """What is random in the loss of a batch: noise of the latents' shape."""
+        """Return what is random in the loss of a batch: noise of the latents' shape."""
         b, n, height, width, _ = batch["images_bnhwc"].shape
         factor, channels = self.autoencoder_config.downsampling, self.autoencoder_config.latent_channels
         shape = (b, n, height // factor, width // factor, channels)
-        return jax.random.normal(stream_key(self.config.seed, step, Stream.AUTOENCODER), shape)
+        return jax.random.normal(stream_key(Domain.TRAIN, self.config.seed, step, Stream.POSTERIOR), shape)
 
     def loss(self, params: Params, frozen: FrozenParams, batch: dict, noise: jax.Array) -> tuple[jax.Array, dict]:
-        """Scalar loss and scalars for the log. The decoder sees samples of the posterior."""
+        """Return the loss and scalars for the log. The decoder sees samples of the posterior."""
         model = merge(self.graphdef, params)
         images = pixels_to_float(batch["images_bnhwc"])
         mean, log_variance = model.posterior(images)
@@ -80,7 +80,7 @@ class Autoencoding:
     def evaluate(
         self, params: Params, frozen: FrozenParams, batch: dict, batch_index: jax.Array
     ) -> dict[str, jax.Array]:
-        """Scalars of one held-out batch. PSNR is of the batch's mean squared error, in dB, peak 2."""
+        """Return scalars of one held-out batch. PSNR is of the batch's mean squared error, in dB, peak 2."""
         model = merge(self.graphdef, params)
         images = pixels_to_float(batch["images_bnhwc"])
         latents = model.encode(images)
@@ -89,11 +89,11 @@ class Autoencoding:
 
     @staticmethod
     def score(means: dict[str, float]) -> float:
-        """Which checkpoint is best, by the means over an evaluation's batches: lower is better."""
+        """Return how bad parameters are: the negative PSNR."""
         return -means["eval/psnr_db"]
 
     def samples(self, params: Params, batch: dict, number_b: Sequence[int], step: int) -> Samples:
-        """Held-out images, and their reconstructions; on one device."""
+        """Return held-out images, and their reconstructions, made on one device."""
         params = jax.device_put(params, jax.local_devices()[0])
         images_bhwc = np.asarray(batch["images_bnhwc"])[:, 0]
         rebuilt_bhwc = images_in_pieces(
@@ -103,7 +103,7 @@ class Autoencoding:
 
     @staticmethod
     def sheet(samples: Samples) -> Image.Image:
-        """Those beside these."""
+        """Return a picture with both side by side."""
         return side_by_side(Group("held out", samples["held_out_bhwc"]), Group("rebuilt", samples["rebuilt_bhwc"]))
 
     @property

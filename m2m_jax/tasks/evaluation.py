@@ -2,20 +2,22 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.errors import warn
-from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet
-from m2m_jax.tasks.objective import squared_error
+from m2m_jax.tasks.objective import Told, squared_error
 
 
 def stratified_timesteps(schedule: NoiseSchedule, key: jax.Array, count: int) -> jax.Array:
     """One timestep in each of `count` equal strata, int32 [count]: far less variance between batches than independent
     draws."""
     fraction_k = (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(key, (count,))) / count
-    return (fraction_k * schedule.num_train_timesteps).astype(jnp.int32)
+    timestep_k = (fraction_k * schedule.num_train_timesteps).astype(jnp.int32)
+    return jnp.minimum(timestep_k, schedule.num_train_timesteps - 1)  # the last fraction may round to 1
 
 
 def warn_of_one_set(num_sets: int, split: str) -> None:
@@ -36,7 +38,7 @@ def another(x_b: jax.Array) -> jax.Array:
     return jnp.argmin(jnp.where(differs_bb, steps_back_bb, b + steps_back_bb), axis=1)
 
 
-def context_losses(
+def context_errors(
     unet: UNet,
     schedule: NoiseSchedule,
     latents_bnhwc: jax.Array,
@@ -47,7 +49,9 @@ def context_losses(
     batch_index: jax.Array,
     clean_timestep: int,
 ) -> dict[str, jax.Array]:
-    """Losses of the last image of each set, with the same noise and timestep under every context.
+    """Return the error of the last image of each set under every context, {name: [b]}.
+
+    Noise and timestep are the same under each.
 
     Args:
       latents_bnhwc: scaled latents of held-out sets.
@@ -63,8 +67,9 @@ def context_losses(
       loss_by_context_size/k: the first k images of its own set, k = 0 .. n - 1.
     """
     b, n, *image = latents_bnhwc.shape
-    key = stream_key(seed, batch_index, Stream.EVAL)
-    noise_key, timestep_key = jax.random.split(key)
+    noise_key, timestep_key = (
+        stream_key(Domain.EVALUATE, seed, batch_index, stream) for stream in (Stream.NOISE, Stream.TIMESTEP)
+    )
     timestep_b = stratified_timesteps(schedule, timestep_key, b)
     noise_bhwc = jax.random.normal(noise_key, (b, *image))
 
@@ -72,9 +77,31 @@ def context_losses(
         # The same noised image at positions 0 .. n - 1 of one stack: position k sees k context images.
         repeated = (jnp.repeat(x[:, None], n, axis=1) for x in (latents_bnhwc[:, -1], noise_bhwc, timestep_b))
         layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
-        return squared_error(unet, schedule, context, *repeated, layout, clean_timestep=clean_timestep)
+        return squared_error(unet, schedule, Told(layout, context), *repeated, clean_timestep=clean_timestep)
 
-    own_n = errors(context).mean(axis=0)
-    other_n = errors(context[another(record_b)]).mean(axis=0)
-    by_size = {f"loss_by_context_size/{k}": own_n[k] for k in range(n)}
-    return {"loss_own_context": own_n[-1], "loss_other_context": other_n[-1], **by_size}
+    own_bn, other_bn = errors(context), errors(context[another(record_b)])
+    by_size = {f"loss_by_context_size/{k}": own_bn[:, k] for k in range(n)}
+    return {"loss_own_context": own_bn[:, -1], "loss_other_context": other_bn[:, -1], **by_size}
+
+
+def mean_and_error(value_k: np.ndarray, record_k: np.ndarray) -> tuple[float, float | None]:
+    """Return the mean of values and its standard error over records, which are what is drawn independently.
+
+    Values of one record, where sets come again with other noise, are a cluster: their common deviation counts once, and
+    no number of repetitions makes it smaller. (Liang and Zeger 1986, of a mean; G / (G - 1) for few clusters.)
+
+    Args:
+      value_k: one a set that was evaluated.
+      record_k: the record that each set is of.
+
+    Returns:
+      The mean, and its standard error; None where all values are of one record.
+    """
+    value_k = np.asarray(value_k, np.float64)
+    mean = value_k.mean()
+    records, cluster_k = np.unique(record_k, return_inverse=True)
+    if len(records) < 2:
+        return float(mean), None
+    deviation_g = np.bincount(cluster_k, value_k - mean)
+    variance = len(records) / (len(records) - 1) * np.sum(deviation_g**2) / len(value_k) ** 2
+    return float(mean), float(np.sqrt(variance))

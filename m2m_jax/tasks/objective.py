@@ -1,45 +1,66 @@
 """The training objective of M2M: every image of a set denoised in the context of the clean images before it."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.core.keys import Stream, stream_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet, denoise_sets
+
+
+class Told(NamedTuple):
+    """What a network is told of the noised images of b sets, beside their latents; a task fills what its network has.
+
+    Attributes:
+      layout: which images are noised, and which clean ones they see.
+      context: the clean images of `layout.clean`: latents or tokens, as `denoise_sets` takes them.
+      text_bsc: tokens of each set's text.
+      globals_bq: {name: values of all images of the stack}; see `denoise_sets`.
+      keep_context_b: bool; the images of a set marked False see no clean image.
+
+    Example:
+        Told(SetLayout.training(4), context=latents_bnhwc[:, :-1])
+    """
+
+    layout: SetLayout
+    context: jax.Array | None = None
+    text_bsc: jax.Array | None = None
+    globals_bq: Mapping[str, jax.Array] | None = None
+    keep_context_b: jax.Array | None = None
 
 
 def squared_error(
     unet: UNet,
     schedule: NoiseSchedule,
-    context: jax.Array | None,
+    told: Told,
     target_bnhwc: jax.Array,
     noise_bnhwc: jax.Array,
     timestep_bn: jax.Array,
-    layout: SetLayout,
     *,
     clean_timestep: int,
-    keep_context_b: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean squared error of the prediction for each noised image, [b, n]. Nothing random happens here.
+    """Return the mean squared error of the prediction for each noised image, [b, n]. Nothing is random here.
 
     Args:
-      context: the clean images of `layout.clean`; see `denoise_sets`.
-      target_bnhwc: the latents to be denoised, one for each position of `layout.noised`.
+      target_bnhwc: the latents to be denoised, one for each position of `told.layout.noised`.
       noise_bnhwc, timestep_bn: what they are noised with.
-      clean_timestep, keep_context_b: see `denoise_sets`.
+      clean_timestep: see `denoise_sets`.
     """
     noised_bnhwc = schedule.add_noise(target_bnhwc, noise_bnhwc, timestep_bn)
     output_bnhwc = denoise_sets(
         unet,
-        context,
+        told.context,
         noised_bnhwc,
         schedule.network_timestep(timestep_bn),
-        layout,
+        told.layout,
         clean_timestep=clean_timestep,
-        keep_context_b=keep_context_b,
+        keep_context_b=told.keep_context_b,
+        text_bsc=told.text_bsc,
+        globals_bq=told.globals_bq,
     )
     error_bnhwc = output_bnhwc - schedule.target(target_bnhwc, noise_bnhwc, timestep_bn)
     return jnp.mean(error_bnhwc**2, axis=(2, 3, 4))
@@ -54,7 +75,7 @@ class SetDraws(NamedTuple):
 
 
 def draw(schedule: NoiseSchedule, shape: tuple[int, ...], *, seed: int, step: jax.Array, config) -> SetDraws:
-    """The draws of one training batch, which depend on `seed` and `step` alone.
+    """Return the draws of one training batch, which depend on `seed` and `step` alone.
 
     Timesteps are drawn independently for every image (not known of the paper). With probability
     `config.context_dropout` the noised images of a set see no context at all, for guidance.
@@ -64,46 +85,21 @@ def draw(schedule: NoiseSchedule, shape: tuple[int, ...], *, seed: int, step: ja
       config: `config.diffusion`.
     """
     b, n = shape[:2]
-    dropout_key = stream_key(seed, step, Stream.CONTEXT_DROPOUT)
+    noise_key, timestep_key, dropout_key = (
+        stream_key(Domain.TRAIN, seed, step, stream)
+        for stream in (Stream.NOISE, Stream.TIMESTEP, Stream.CONTEXT_DROPOUT)
+    )
     return SetDraws(
-        noise_bnhwc=jax.random.normal(stream_key(seed, step, Stream.NOISE), shape),
-        timestep_bn=jax.random.randint(
-            stream_key(seed, step, Stream.TIMESTEP), (b, n), 0, schedule.num_train_timesteps
-        ),
+        noise_bnhwc=jax.random.normal(noise_key, shape),
+        timestep_bn=jax.random.randint(timestep_key, (b, n), 0, schedule.num_train_timesteps),
         keep_context_b=jax.random.uniform(dropout_key, (b,)) >= config.context_dropout,
     )
 
 
-def set_loss(
-    unet: UNet,
-    schedule: NoiseSchedule,
-    latents_bnhwc: jax.Array,
-    context: jax.Array | None,
-    draws: SetDraws,
-    *,
-    config,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one training batch, and its parts for the log.
+def weighted_loss(schedule: NoiseSchedule, error_bn: jax.Array, timestep_bn: jax.Array, config: Any) -> jax.Array:
+    """Return the mean of errors, weighted by their noise levels as `config.diffusion.loss_weight` says.
 
     Args:
-      latents_bnhwc: scaled latents of whole sets.
-      context: the first n - 1 images of each set, as `denoise_sets` takes them.
-      draws: as from `draw`.
       config: `config.diffusion`.
     """
-    n = latents_bnhwc.shape[1]
-    layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
-    error_bn = squared_error(
-        unet,
-        schedule,
-        context,
-        latents_bnhwc,
-        draws.noise_bnhwc,
-        draws.timestep_bn,
-        layout,
-        clean_timestep=config.clean_timestep,
-        keep_context_b=draws.keep_context_b,
-    )
-    weight_bn = schedule.loss_weight(draws.timestep_bn, config.loss_weight, config.min_snr_gamma)
-    loss = jnp.mean(weight_bn * error_bn)
-    return loss, {"loss": loss, "loss_first": jnp.mean(error_bn[:, 0]), "loss_last": jnp.mean(error_bn[:, -1])}
+    return jnp.mean(schedule.loss_weight(timestep_bn, config.loss_weight, config.min_snr_gamma) * error_bn)

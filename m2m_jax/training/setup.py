@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
 
 from m2m_jax.configuration import Config
 from m2m_jax.core.parameters import Params
-from m2m_jax.models.initialization import TRAINED
+from m2m_jax.models.trained import PARAMETERS, Trained
+from m2m_jax.tasks.protocol import Objective
 from m2m_jax.training import sharding
 from m2m_jax.training.optimizer import make_optimizer
 from m2m_jax.training.state import TrainState
@@ -23,22 +24,30 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """state: the train state as ShapeDtypeStructs with shardings; create: what makes it of parameters, compiled."""
+    """What a run and a plan have in common.
+
+    Attributes:
+      state: the train state as ShapeDtypeStructs with shardings.
+      create: makes the state of a model's parameters, compiled.
+      step: the training step, compiled when it is first called or lowered.
+      learning_rate: of a number of updates, for the log.
+      trained: which parameters train, and how all become the model's.
+    """
 
     state: TrainState
     create: Callable[[Params], TrainState]
     step: Step
     learning_rate: optax.Schedule
-    trains: Callable[[str], bool]
+    trained: Trained
 
 
-def set_up(task: Any, config: Config, mesh: Mesh) -> Setup:
-    """Of `SetDiffusion` or `Autoencoding`. Nothing is computed and no device is asked for anything."""
+def set_up(task: Objective, config: Config, mesh: Mesh) -> Setup:
+    """Return what training `task` on `mesh` consists of. Computes nothing, and asks no device for anything."""
     optimizer, learning_rate = make_optimizer(config.optimizer, config.train.steps)
-    trains = TRAINED[config.train.parameters]
+    trained = PARAMETERS.choose(config.train.parameters)
 
     def create(params: Params) -> TrainState:
-        return TrainState.create(params, optimizer, trains)
+        return TrainState.create(trained.start(config.seed, params), optimizer, trained.trains)
 
     shapes = jax.eval_shape(create, task.shapes)
     shardings = sharding.state_shardings(shapes, mesh)
@@ -46,8 +55,15 @@ def set_up(task: Any, config: Config, mesh: Mesh) -> Setup:
         state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
         create=jax.jit(create, out_shardings=shardings),
         step=make_train_step(
-            task, optimizer, shardings, mesh, config.train.ema_decay, trains, config.train.accumulation
+            task,
+            optimizer,
+            shardings,
+            mesh,
+            config.train.ema_decay,
+            trained,
+            config.train.accumulation,
+            config.train.reduce_dtype,
         ),
         learning_rate=learning_rate,
-        trains=trains,
+        trained=trained,
     )

@@ -147,6 +147,59 @@ def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
     return {name: whole(name, value) for name, value in params.items()}
 
 
+def summed_in_float32(gradients_of: Callable, mesh: Mesh) -> Callable:
+    """Return `gradients_of`, computed by each device of its own rows, and then summed in float32.
+
+    XLA sums a product that is split over devices where it stands, in the product's dtype, and casts the sum: no cast in
+    the program, before or after, makes it sum in float32. So each device computes a gradient of its own, as of a loss
+    of its rows alone, and the sum is written out. With accumulation there is one sum a step, not one a part.
+
+    Args:
+      gradients_of: (parameters, frozen, inputs) -> (gradients, metrics), both means over the rows of the inputs.
+
+    Raises:
+      UserError: the mesh splits tensors or images, which only XLA can do.
+    """
+    if mesh.shape["tensor"] * mesh.shape["context"] > 1:
+        raise UserError(
+            "config.train.reduce_dtype=float32 does not go with config.mesh.tensor or .context above 1: set both to 1, "
+            "or reduce_dtype=model"
+        )
+
+    def place(params: Params) -> dict[str, PartitionSpec]:
+        return {name: parameter_spec(name, value.shape, mesh) for name, value in params.items()}
+
+    def own_share(params: Params, frozen: Any, inputs: Any, kept: dict[str, PartitionSpec]) -> tuple[Params, dict]:
+        def whole(name: str, value: jax.Array) -> jax.Array:
+            if "fsdp" not in kept[name]:
+                return value
+            return jax.lax.all_gather(value, "fsdp", axis=kept[name].index("fsdp"), tiled=True)
+
+        def summed(name: str, value: jax.Array) -> jax.Array:
+            value = value.astype(np.float32) / math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+            if "fsdp" not in kept[name]:
+                return jax.lax.psum(value, BATCH_AXES)
+            axis = kept[name].index("fsdp")
+            value = jax.lax.psum_scatter(value, "fsdp", scatter_dimension=axis, tiled=True)
+            return jax.lax.psum(value, ("slice", "data"))
+
+        gradients, metrics = gradients_of({name: whole(name, x) for name, x in params.items()}, frozen, inputs)
+        return {name: summed(name, x) for name, x in gradients.items()}, jax.lax.pmean(metrics, BATCH_AXES)
+
+    def run(params: Params, frozen: Any, inputs: Any) -> tuple[Params, dict]:
+        kept = place(params)
+        gradients = jax.eval_shape(gradients_of, params, frozen, inputs)[0]
+        return jax.shard_map(
+            functools.partial(own_share, kept=kept),
+            mesh=mesh.abstract_mesh,
+            in_specs=(kept, PartitionSpec(), PartitionSpec(BATCH_AXES)),
+            out_specs=({name: kept[name] for name in gradients}, PartitionSpec()),
+            check_vma=False,  # kernels are not tracked
+        )(params, frozen, inputs)
+
+    return run
+
+
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """A TrainState of shardings: optimizer state and EMA follow their parameters; all else is on every device.
 

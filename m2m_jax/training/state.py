@@ -24,7 +24,8 @@ class TrainState:
       skipped_steps: int32 [], those of them that changed nothing because their numbers were not finite.
       skipped_batches: int32 [], that no step has seen: `config.train.on_nonfinite=rollback` leaves some out. A step's
         data and noise are those of `step + skipped_batches`.
-      params, ema_params: flat dicts of the same names and shapes, the EMA in float32.
+      params: flat dict of all parameters, those that do not train included.
+      ema_params: averages of those that train, float32; of the others there is nothing to be averaged.
     """
 
     step: jax.Array
@@ -40,16 +41,17 @@ class TrainState:
     ) -> TrainState:
         """The state before the first step; the EMA begins at the parameters.
 
-        trains: of a dotted name: whether that parameter trains. The optimizer holds nothing of the others.
+        trains: whether the parameter of a dotted name trains. Optimizer and EMA hold nothing of the others.
         """
+        trained = {name: value for name, value in params.items() if trains(name)}
         return cls(
             step=jnp.zeros((), jnp.int32),
             skipped_steps=jnp.zeros((), jnp.int32),
             skipped_batches=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init({name: value for name, value in params.items() if trains(name)}),
+            opt_state=optimizer.init(trained),
             # Copies: a donated state must not hold one buffer twice.
-            ema_params={name: jnp.array(value, jnp.float32, copy=True) for name, value in params.items()},
+            ema_params={name: jnp.array(value, jnp.float32, copy=True) for name, value in trained.items()},
         )
 
     def apply_gradients(
@@ -58,12 +60,17 @@ class TrainState:
         """One update of parameters, optimizer and EMA. `gradients`: of those that train. Traceable."""
         trained = {name: self.params[name] for name in gradients}
         updates, opt_state = optimizer.update(gradients, self.opt_state, trained)
-        params = self.params | jax.tree.map(lambda p, u: p + u.astype(p.dtype), trained, updates)
+        trained = jax.tree.map(lambda p, u: p + u.astype(p.dtype), trained, updates)
         # The average of a young run follows its parameters closely, or it would remember the initial ones for long.
         step = self.step.astype(jnp.float32)
         rate = 1.0 - jnp.minimum(jnp.float32(ema_decay), (1.0 + step) / (10.0 + step))
-        ema_params = jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), self.ema_params, params)
-        return self.replace(step=self.step + jnp.int32(1), params=params, opt_state=opt_state, ema_params=ema_params)
+        ema_params = jax.tree.map(lambda e, p: e + rate * (p.astype(jnp.float32) - e), self.ema_params, trained)
+        return self.replace(
+            step=self.step + jnp.int32(1),
+            params=self.params | trained,
+            opt_state=opt_state,
+            ema_params=ema_params,
+        )
 
     def skip(self) -> TrainState:
         """A step that changes nothing else. Traceable."""

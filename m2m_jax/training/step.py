@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from m2m_jax.core.parameters import Params
+from m2m_jax.data import transform
 from m2m_jax.models.frozen import FrozenParams
+from m2m_jax.models.trained import PARAMETERS, Trained
+from m2m_jax.tasks.protocol import Objective
 from m2m_jax.training import sharding
 from m2m_jax.training.state import TrainState
 
 if TYPE_CHECKING:
     import optax
-
-
-class Task(Protocol):
-    """What a step needs of `SetDiffusion` or `Autoencoding`. Metrics have a "loss"."""
-
-    compute_dtype: str  # of the layers; parameters are float32
-
-    def draw(self, batch: dict, step: jax.Array) -> Any: ...
-
-    def loss(self, params: Params, frozen: FrozenParams, batch: dict, draws: Any) -> tuple[jax.Array, dict]: ...
 
 
 # Of a parameter's name: the module, and which one of a list of modules.
@@ -36,15 +29,18 @@ Step = Callable[[TrainState, FrozenParams, dict], tuple[TrainState, dict[str, ja
 
 
 def make_train_step(
-    task: Task,
+    task: Objective,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
     mesh: Mesh,
     ema_decay: float,
-    trains: Callable[[str], bool] = lambda name: True,
+    trained: Trained = PARAMETERS["all"],
     accumulation: int = 1,
+    reduce_dtype: str = "model",
 ) -> Step:
-    """(state, frozen, batch) -> (next state, scalars for the log). The state is donated: its buffers are reused.
+    """Return the step: (state, frozen, batch) -> (next state, scalars for the log).
+
+    The state is donated: its buffers are reused.
 
     Where loss or gradient are not finite the next state is the last one, a step older: nothing bad gets into
     parameters, moments or average, and so into no checkpoint. `training/divergence.py` decides how the run goes on.
@@ -52,33 +48,30 @@ def make_train_step(
     Args:
       shardings: of the state, as from `sharding.state_shardings`.
       ema_decay: see `TrainState.apply_gradients`.
-      trains: see `TrainState.create`. Nothing is computed for the gradient of the others.
+      trained: which parameters train, and how all become the model's.
       accumulation: the batch is computed in so many parts, one after another. What is random is drawn for the whole
         batch, so the numbers are those of one part; memory for activations is that of a part.
+      reduce_dtype: what devices sum gradients in: "model", as layers compute, or "float32".
     """
+    separate = reduce_dtype == "float32" and task.compute_dtype != "float32"
 
     def train_step(state: TrainState, frozen: FrozenParams, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-        trained = {name: value for name, value in state.params.items() if trains(name)}
+        batch = transform.finish(batch)
 
-        def gradients_of(inputs: tuple) -> tuple[Params, dict]:
-            def loss(trained: Params) -> tuple[jax.Array, dict]:
-                params = sharding.gathered(state.params | trained, mesh, task.compute_dtype)
-                return task.loss(params, frozen, *inputs)
+        def gradients_of(params: Params, frozen: FrozenParams, inputs: tuple) -> tuple[Params, dict]:
+            def loss(values: Params, inputs: tuple) -> tuple[jax.Array, dict]:
+                own = trained.effective(params, values)
+                # Where each device sums its own gradient, it has whole parameters already.
+                own = own if separate else sharding.gathered(own, mesh, task.compute_dtype)
+                return task.loss(own, frozen, *inputs)
 
-            return jax.grad(loss, has_aux=True)(trained)
+            return _accumulated(jax.grad(loss, has_aux=True), trained.of(params), inputs, accumulation)
 
         # By the batch and not by the step: after a rollback the same steps see other batches, and other noise.
         inputs = (batch, task.draw(batch, state.step + state.skipped_batches))
-        if accumulation == 1:
-            gradients, metrics = gradients_of(inputs)
-        else:
-            parts = jax.tree.map(lambda x: _in_parts(x, accumulation), inputs)
-            zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients_of, inputs))
-
-            def add(total: tuple, part: tuple) -> tuple[tuple, None]:
-                return jax.tree.map(lambda a, b: a + b / accumulation, total, gradients_of(part)), None
-
-            (gradients, metrics), _ = jax.lax.scan(add, zero, parts)
+        if separate:
+            gradients_of = sharding.summed_in_float32(gradients_of, mesh)
+        gradients, metrics = gradients_of(state.params, frozen, inputs)
         metrics |= gradient_norms(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         # A branch: a select in every element cost 2 % of a step on a CPU, and this nothing.
@@ -100,6 +93,20 @@ def gradient_norms(gradients: Params) -> dict[str, jax.Array]:
         squares[module] = squares.get(module, jnp.float32(0.0)) + jnp.sum(gradient.astype(jnp.float32) ** 2)
     norms = {f"gradient_norm/{module}": jnp.sqrt(square) for module, square in squares.items()}
     return {"gradient_norm": jnp.sqrt(sum(squares.values())), **norms}
+
+
+def _accumulated(
+    gradient: Callable[[Params, tuple], tuple[Params, dict]], values: Params, inputs: tuple, parts: int
+) -> tuple[Params, dict]:
+    """Return `gradient(values, inputs)`, the mean of that of so many parts of the inputs, one after another."""
+    if parts == 1:
+        return gradient(values, inputs)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, values, inputs))
+
+    def add(total: tuple, part: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(lambda a, b: a + b / parts, total, gradient(values, part)), None
+
+    return jax.lax.scan(add, zero, jax.tree.map(lambda x: _in_parts(x, parts), inputs))[0]
 
 
 def _in_parts(x: jax.Array, parts: int) -> jax.Array:

@@ -23,8 +23,9 @@ class Throughput:
     asks for, that time is saved.
     """
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, compute_dtype: str):
+        """Begin to time. compute_dtype: what layers compute in."""
+        self._config, self._compute_dtype = config, compute_dtype
         self._flops: concurrent.futures.Future | None = None
         if jax.default_backend() != "cpu":
             counting = concurrent.futures.ThreadPoolExecutor(1, "flops")
@@ -68,7 +69,9 @@ class Throughput:
             rate = self._flops.result() * sets_per_second / jax.device_count()
             metrics["model_flops_per_second"] = rate  # of a device
             if self._peak:
-                metrics["mfu"] = rate / self._peak
+                # The peak is that of bfloat16: no utilisation, where float32 is computed.
+                name = "mfu" if self._compute_dtype == "bfloat16" else "share_of_bfloat16_peak"
+                metrics[name] = rate / self._peak
         memory = jax.local_devices()[0].memory_stats()
         if memory:  # a CPU has none
             metrics["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30

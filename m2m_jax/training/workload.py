@@ -13,20 +13,21 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from m2m_jax.attention.backends import resolve
-from m2m_jax.configuration import Config, reads_latents
+from m2m_jax.configuration import Config, build, reads_latents
+from m2m_jax.data import transform
+from m2m_jax.data.augmentation import SetAugmentation
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
-from m2m_jax.models.initialization import TRAINED
+from m2m_jax.models.trained import PARAMETERS
 from m2m_jax.models.unet import REMAT
-from m2m_jax.tasks.autoencoding import Autoencoding
-from m2m_jax.tasks.set_diffusion import SetDiffusion
-from m2m_jax.tasks.text_to_image import TextToImageTask
+from m2m_jax.tasks.latent_diffusion import LatentDiffusion
+from m2m_jax.tasks.protocol import Task
+from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.attention_flops import AttentionFlops, attention_flops
 from m2m_jax.training.sharding import abstract_mesh
 
-Task = SetDiffusion | Autoencoding | TextToImageTask
 NOT_READ = "(not read)"
 PLATFORM = "tpu"
 
@@ -41,11 +42,14 @@ class Workload:
         it is trained, so that plans can be compared by them.
       attention: of the products of attention, by the config's backend and mesh.
       backend: that one; empty where there is no U-Net.
+      again: how many times `model_flops` a step computes, with what `model.remat` computes a second time; counted for
+        GPUs alone, as a compiled program says it itself.
     """
 
     model_flops: float
     attention: AttentionFlops
     backend: str = ""
+    again: float = 1.0
 
 
 def make_task(config: Config) -> tuple[Task, list[str]]:
@@ -53,12 +57,15 @@ def make_task(config: Config) -> tuple[Task, list[str]]:
 
     Raises UserError for text-to-image where its folders are not there, as a run does.
     """
-    if config.task == "autoencoder":
-        return Autoencoding(config), []
-    if config.task == "text_to_image":
-        return TextToImageTask(config), []
-    models, notes = frozen_models(config)
-    return SetDiffusion(config, platform=PLATFORM, models=models), notes
+    kind, notes = TASKS.choose(config.task), []
+    if not issubclass(kind, LatentDiffusion) or config.text_encoder.path:
+        task = kind(config)
+    else:
+        models, notes = frozen_models(config)
+        task = kind(config, platform=PLATFORM, models=models)
+    if task.compute_dtype == "float32":
+        notes.append("the step computes in float32; times and MFU are by the chip's peak in bfloat16")
+    return task, notes
 
 
 def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
@@ -90,7 +97,13 @@ def batch_shapes(config: Config, task: Task, batch_size: int) -> dict:
     if reads_latents(config.data):
         shapes["latents_bnhwc"] = jax.ShapeDtypeStruct((*sets, *task.models.latent_shape(size)), jnp.float32)
     if task.needs_images or not shapes:
-        shapes["images_bnhwc"] = jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)
+        augment = config.data.augment
+        if augment.enabled and augment.on_device:
+            length = build(SetAugmentation, augment).num_parameters(size)
+            shapes[transform.RGBA] = jax.ShapeDtypeStruct((*sets, size, size, 4), jnp.uint8)
+            shapes[transform.PARAMETERS] = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+        else:
+            shapes[transform.IMAGES] = jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)
     if task.tokenizer:
         shapes["token_ids_bns"] = jax.ShapeDtypeStruct((*sets, task.empty_ids_1s.shape[-1]), jnp.int32)
     return shapes
@@ -101,11 +114,15 @@ def not_read(config: Config, frozen: FrozenParams) -> FrozenParams:
     return {AUTOENCODER: frozen[AUTOENCODER]} if reads_latents(config.data) else {}
 
 
-def count_model_flops(config: Config) -> float:
-    """`Workload.model_flops`. Traces the whole model: half a minute at the size of Stable Diffusion."""
+def count_model_flops(config: Config, remat: str = "none") -> float:
+    """Return `Workload.model_flops`. Traces the whole model: half a minute at the size of Stable Diffusion.
+
+    Args:
+      remat: a value of config.model.remat: what it computes a second time counts, too.
+    """
     # An accelerator's client counts nothing; the CPU's is asked, whatever the model runs on.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return _lowered_gradient(_plain_task(config), config).cost_analysis()["flops"]
+        return _lowered_gradient(_plain_task(config, remat), config).cost_analysis()["flops"]
 
 
 def _lowered_gradient(task: Task, config: Config) -> jax.stages.Lowered:
@@ -123,9 +140,13 @@ def _loss_of_trained(
     task: Task, config: Config, params: dict, frozen: dict, batch: dict, step: jax.Array
 ) -> tuple[Callable[[dict], jax.Array], dict]:
     """The loss of a batch, as a function of the parameters that train, and these."""
-    trains, draws = TRAINED[config.train.parameters], task.draw(batch, step)
-    trained = {name: x for name, x in params.items() if trains(name)}
-    return lambda trained: task.loss(params | trained, frozen, batch, draws)[0], trained
+    trained, draws = PARAMETERS.choose(config.train.parameters), task.draw(batch, step)
+    params = trained.start(config.seed, params)
+
+    def loss(values: dict) -> jax.Array:
+        return task.loss(trained.effective(params, values), frozen, batch, draws)[0]
+
+    return loss, trained.of(params)
 
 
 def kept_bytes(config: Config, task: Task, sets: int) -> int:
@@ -158,18 +179,20 @@ def count_flops(config: Config, devices: int, platform: str = PLATFORM) -> Workl
     Raises UserError where `config.mesh` does not go with so many.
     """
     mesh = abstract_mesh(config.mesh, devices)
-    task, flops = _plain_task(config), count_model_flops(config)
+    task, flops = _plain_task(config, "none"), count_model_flops(config)
     if config.task == "autoencoder":
         return Workload(flops, AttentionFlops())
     backend = resolve(config.model.attention_backend, platform, config.model.dtype)
     unet_config = dataclasses.replace(task.unet_config, attention_backend=backend)
     side = task.models.latent_shape(config.data.image_size)[0]
     attention = attention_flops(unet_config, config.data.images_per_set, side, task.models.context_tokens, mesh)
-    return Workload(flops, attention, backend)
+    remat = config.model.remat
+    again = count_model_flops(config, remat) / flops if platform == "gpu" and remat != "none" else 1.0
+    return Workload(flops, attention, backend, again)
 
 
-def _plain_task(config: Config) -> Task:
-    """Nothing is computed twice, and nothing by a kernel."""
+def _plain_task(config: Config, remat: str) -> Task:
+    """Return a task of which nothing is computed by a kernel, and a second time what `remat` says."""
     plain = copy.deepcopy(config)
-    plain.model.update({"remat": "none", "attention_backend": "prefix"})
+    plain.model.update({"remat": remat, "attention_backend": "prefix"})
     return make_task(plain)[0]

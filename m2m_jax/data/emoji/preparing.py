@@ -10,6 +10,7 @@ import time
 
 import tensorflow_datasets as tfds
 
+from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.printing import say_progress
 from m2m_jax.data.emoji.builder import KINDS, Emoji, make_builder
@@ -20,6 +21,7 @@ def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> E
 
     Raises UserError if the directory cannot be written or a package with artwork is missing.
     """
+    disk.require_plain(pathlib.Path(directory), "--directory")
     try:
         pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,0 +1,117 @@
+"""How a run is judged while it trains: figures of held-out sets, and a sheet of what the model makes of some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from m2m_jax.core.images import write_png
+from m2m_jax.core.parameters import Params
+from m2m_jax.data.pipeline import SetExamples, held_out_inputs, inputs, make_dataset
+from m2m_jax.models.frozen import FrozenParams
+from m2m_jax.models.trained import Trained
+from m2m_jax.tasks import sample_grid
+from m2m_jax.training import sharding
+
+if TYPE_CHECKING:
+    from m2m_jax.configuration import Config
+    from m2m_jax.tasks.protocol import Task
+    from m2m_jax.training.metrics import MetricWriter
+    from m2m_jax.training.state import TrainState
+
+
+class HeldOut:
+    """Evaluates the averaged parameters of a run on the same batches every time, and draws the same grid of sets.
+
+    Example:
+        held_out = HeldOut(config, task, trained, mesh, examples, writer, workdir)
+        score = held_out.evaluate(step, state, frozen)
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        trained: Trained,
+        mesh: Mesh,
+        examples: SetExamples,
+        writer: MetricWriter,
+        workdir: Path,
+    ):
+        """Compile nothing yet, and read nothing.
+
+        Args:
+          trained: which parameters train, and how all become the model's.
+          examples: of the held-out split.
+          workdir: gets samples/STEP.png.
+        """
+        self._config, self._task, self._trained, self._mesh = config, task, trained, mesh
+        self._writer, self._samples = writer, workdir / "samples"
+        size, threads = config.eval.batch_size, config.data.threads
+        self._data = make_dataset(examples, batch_size=size, rows=sharding.local_rows(mesh, size), threads=threads)
+        self._grid_size = min(sample_grid.SETS, size)
+        self._grid_rows = sample_grid.rows_of_process(self._grid_size)
+        self._grid_data = make_dataset(examples, batch_size=size, rows=self._grid_rows, threads=threads)
+
+        def of_batch(params: Params, averages: Params, *arguments) -> dict[str, jax.Array]:
+            own = sharding.gathered(trained.effective(params, averages), mesh, task.compute_dtype)
+            return task.evaluate(own, *arguments)
+
+        self._of_batch = jax.jit(sharding.traced_on(mesh, of_batch))
+
+    def evaluate(self, step: int, state: TrainState, frozen: FrozenParams) -> float:
+        """Log the figures of `state`, draw its grid, and return its score: lower is better."""
+        size = self._config.eval.batch_size
+        held_out = [self._data[i] for i in range(self._config.eval.batches)]
+        placed = (sharding.make_global_batch(self._mesh, held_out_inputs(batch), size) for batch in held_out)
+        results = [self._of_batch(state.params, state.ema_params, frozen, batch, i) for i, batch in enumerate(placed)]
+        means = {f"eval/{name}": np.mean([float(r[name]) for r in results]) for name in results[0]}
+        substituted = {}
+        if self._config.data.on_error == "skip":
+            found = sum(int(batch["substituted_b"].sum()) for batch in held_out)
+            read = sum(len(batch["substituted_b"]) for batch in held_out)
+            substituted["eval/substituted_sets"] = sets_of_all_processes(found, read, size * len(held_out))
+        self._writer.scalars(step, means | substituted)
+        shown = {name: value for name, value in means.items() if "/loss_by" not in name}
+        self._writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        params = self._trained.effective(state.params, state.ema_params)
+        self._draw(step, sharding.on_this_process(params, self._mesh))
+        return self._task.score(means)
+
+    def _draw(self, step: int, params: Params) -> None:
+        try:
+            samples = self._task.samples(params, inputs(self._grid_data[0]), self._grid_rows, step)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            samples = None
+        samples = sample_grid.gather(samples, self._grid_size)
+        if samples is None:
+            # A picture is not worth a run.
+            elsewhere = "; `python -m m2m_jax.sample` makes one from the checkpoint, on another machine"
+            self._writer.message(
+                f"step {step}: no memory is left for the sample grid, and the run goes on without it"
+                + (elsewhere if self._config.task == "set_diffusion" else "")
+            )
+            return
+        if jax.process_index() == 0:
+            grid = self._task.sheet(samples)
+            self._writer.image(step, "samples", np.asarray(grid))
+            write_png(self._samples / f"{step:07d}.png", grid)
+
+
+def sets_of_all_processes(found: int, read: int, sets: int) -> int:
+    """Return how many of `sets` were found in all processes, which must all call, where this one found some.
+
+    Processes that share rows, along the axes of tensor and context, each count them.
+
+    Args:
+      found, read: of this process: sets that count, and all that it read.
+    """
+    found, read = multihost_utils.process_allgather(np.int32([found, read])).reshape(-1, 2).sum(axis=0)
+    return int(found) * sets // int(read)
