@@ -40,23 +40,23 @@ def load_text_encoder(folder: str | Path) -> tuple[TextEncoderConfig, Params]:
 
 
 def make_text_encoder(config: TextEncoderConfig) -> nnx.Module:
-    """With drawn parameters."""
+    """Return a text encoder with drawn parameters."""
     return _kind(config)[1][1](config, rngs=nnx.Rngs(0))
 
 
 def encode_text(encoder: nnx.Module, token_ids_bs: jax.Array) -> jax.Array:
-    """What a U-Net attends to: states [b, s, c] of ids [b, s]."""
+    """Return what a U-Net attends to: states [b, s, c] of ids [b, s]."""
     states = encoder(token_ids_bs)
     return states[0] if isinstance(encoder, CLIPTextEncoder) else states  # CLIP's second output is the pooled state
 
 
 def to_metadata(config: TextEncoderConfig) -> dict[str, Any]:
-    """As JSON can hold it."""
+    """Return what it is, as JSON can hold it."""
     return {"model_type": _kind(config)[0], **dataclasses.asdict(config)}
 
 
 def from_metadata(values: dict[str, Any]) -> TextEncoderConfig:
-    """Of what `to_metadata` gave."""
+    """Return the config of what `to_metadata` gave."""
     return folders.config_from(KINDS[values["model_type"]][0], values, {})
 
 
