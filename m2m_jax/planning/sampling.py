@@ -20,7 +20,7 @@ from m2m_jax.planning.compile import Machine
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import bytes_per_device, gib, parse_out_of_memory
 from m2m_jax.planning.roofline import Roofline, roofline
-from m2m_jax.sampling.programs import COMPILED, UNET, Programs
+from m2m_jax.sampling.programs import UNET, Programs, compiled
 from m2m_jax.training.attention_flops import attentions
 from m2m_jax.training.workload import make_task
 
@@ -99,7 +99,7 @@ def plan_sampling(config: Config, machine: Machine, sets_per_device: int) -> Sam
     params, cache = arguments["empty_cache"][0], arguments["append"][1]
 
     started = time.monotonic()
-    programs = {name: _compile(name, static, rest, machine) for name, rest in arguments.items()}
+    programs = {name: _compile(name, static, mesh, rest, machine) for name, rest in arguments.items()}
     # XLA counts a loop once: of a full cache, one image.
     tokens = task.models.context_tokens
     others = (context_images - 1) * _kept_image(static, machine, tokens, sets_per_device)
@@ -167,24 +167,24 @@ def _arguments(static: Programs, params: Any, mesh: Mesh, num_sets: int) -> dict
     return {
         "empty_cache": (params, seed_b),
         "encode": (params, images),
-        "append": (params, cache, image, everyone),
+        "append": (params, cache, seed_b, image, everyone),
         "begin": (params, cache, seed_b),
         "denoise": (params, cache, seed_b, carry, number, number),
         "decode": (params, carry["x"]),
     }
 
 
-def _compile(name: str, static: Programs, arguments: tuple, machine: Machine) -> Program:
+def _compile(name: str, static: Programs, mesh: Mesh, arguments: tuple, machine: Machine) -> Program:
     try:
-        compiled = COMPILED[name].lower(static, *arguments).compile()
+        executable = compiled(static, mesh)[name].lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = parse_out_of_memory(str(error))
         if sizes is None:
             raise UserError(f"XLA does not compile {name} for {machine.topology}: {str(error)[:2000]}") from error
         return Program(sizes[0] - bytes_per_device(arguments), float("nan"), "memory")
-    memory = compiled.memory_analysis()
+    memory = executable.memory_analysis()
     scratch = max(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, 0)
-    times = _times(compiled, machine)
+    times = _times(executable, machine)
     return Program(scratch, times.step_seconds, times.limiter)
 
 
@@ -192,9 +192,9 @@ def _slower(program: Program, seconds: float) -> Program:
     return dataclasses.replace(program, seconds=program.seconds + seconds)
 
 
-def _times(compiled: Any, machine: Machine) -> Roofline:
-    flops = compiled.cost_analysis().get("flops", 0.0)
-    return roofline(machine.chip, flops, hbm_bytes(hlo.parse(compiled.as_text())), 0.0, 0.0)
+def _times(executable: Any, machine: Machine) -> Roofline:
+    flops = executable.cost_analysis().get("flops", 0.0)
+    return roofline(machine.chip, flops, hbm_bytes(hlo.parse(executable.as_text())), 0.0, 0.0)
 
 
 def _kept_image(static: Programs, machine: Machine, tokens: int | None, num_sets: int) -> float:

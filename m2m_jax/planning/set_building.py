@@ -17,7 +17,7 @@ from m2m_jax.core.chips import chip_of, gpus_of
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.diffusion.steppers import STEPPERS
+from m2m_jax.diffusion.step_tables import STEPPERS
 from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.unet import UNetConfig, unet_structure
