@@ -1,4 +1,4 @@
-"""Compiles what sampling consists of for TPUs that are not there, and reads off what it would need and do."""
+"""The programs of sampling, compiled for TPUs that are not there: what they would need and do."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SamplingPlan:
 
     @property
     def advice(self) -> list[str]:
-        """What to change so that it fits, and what that gives: cache and scratch are about proportional to sets."""
+        """Return what to change so that sampling fits: cache and scratch are about proportional to sets."""
         a_set = (self.needed - self.parameters) / self.sets_per_device
         sets = min(int((self.limit - self.parameters) / a_set), self.sets_per_device - 1)
         if sets > 0:
@@ -82,7 +82,7 @@ class SamplingPlan:
 
 
 def plan_sampling(config: Config, machine: Machine, sets_per_device: int) -> SamplingPlan:
-    """Of the sampler of `config`, its sets shared evenly by all devices.
+    """Return the plan of the sampler of `config`, its sets shared evenly by all devices.
 
     The cache holds a whole set but its last image, as the model was trained. Takes minutes at full size.
 
@@ -126,7 +126,7 @@ def plan_sampling(config: Config, machine: Machine, sets_per_device: int) -> Sam
 
 
 def sampling_as_text(plan: SamplingPlan, topology: str) -> str:
-    """To be read."""
+    """Return a plan to be read."""
     lines = [
         f"{topology}: {plan.devices} devices, {plan.sets_per_device} sets a device with {plan.context_images} context "
         f"images each, {plan.steps} steps an image; compiled in {plan.compile_seconds:.0f} s",
@@ -151,7 +151,7 @@ def sampling_as_text(plan: SamplingPlan, topology: str) -> str:
 
 
 def _arguments(static: Programs, params: Any, mesh: Mesh, num_sets: int) -> dict[str, tuple]:
-    """What each program is called with, as the sampler places it."""
+    """Return what each program is called with, as the sampler places it."""
 
     def placed(tree: Any, *axes: str) -> Any:
         where = NamedSharding(mesh, PartitionSpec(*axes))
@@ -198,7 +198,7 @@ def _times(executable: Any, machine: Machine) -> Roofline:
 
 
 def _kept_image(static: Programs, machine: Machine, tokens: int | None, num_sets: int) -> float:
-    """Seconds that one more image in the cache takes of a pass through the network."""
+    """Return the seconds that one more image in the cache adds to a pass through the network."""
     config, seconds = static.unet_config, 0.0
     placed = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(machine.devices[0]))
     for count, t, channels, heads in attentions(config, static.models.latent_shape(static.image_size)[0]):
