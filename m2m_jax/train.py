@@ -18,7 +18,7 @@ Exit codes, and what the scripts in launch/ do:
     2     something that starting again does not mend, named in one line: bad input, or numbers that are not finite
           (`config.train.on_nonfinite`). Not started again.
     75    stopped by SIGTERM or by a TPU's maintenance, after a step that all processes saved. Started again, however
-          often it happens (GKE counts these, too).
+          often it happens, as long as each start saves something (GKE counts these, too).
     130   stopped by Ctrl-C: once, after a step that all processes saved; twice, at once. Not started again.
     else  it crashed or was killed. Started again, `--restarts` times.
 """

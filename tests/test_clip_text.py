@@ -182,6 +182,6 @@ def test_parameters_that_do_not_fit_are_listed(folder):
     with pytest.raises(UserError) as error:
         require_same(folder, expected, load_params(folder))
     assert str(error.value) == (
-        f"{folder} does not hold this model: final_layer_norm.scale is (3,), should be (12,); "
-        "missing final_layer_norm.bias; unexpected more.scale"
+        f"{folder} does not hold this model: missing final_layer_norm.bias; unexpected more.scale; "
+        "final_layer_norm.scale is (3,), should be (12,)"
     )

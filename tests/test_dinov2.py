@@ -42,7 +42,7 @@ REGISTERS = dataclasses.replace(TINY, num_register_tokens=3)
 # (config, height, width) of the images.
 ENCODERS = {
     "native size": (TINY, 20, 20),
-    "larger, oblong": (dataclasses.replace(TINY, num_attention_heads=1, use_mask_token=False), 28, 36),
+    "larger, oblong": (dataclasses.replace(TINY, num_attention_heads=1), 28, 36),
     "smaller, odd patches, as many of them but oblong": (
         dataclasses.replace(TINY, hidden_size=10, num_attention_heads=5, image_size=18, patch_size=3),
         *(12, 27),
@@ -152,7 +152,7 @@ def test_fields_that_a_config_lacks_have_the_values_of_transformers_parity(trans
 
 def test_the_small_model_has_its_parameters():
     """The larger ones: tests/test_full_size_encoders.py."""
-    assert count(abstract(lambda: DINOv2(SIZES["small"], rngs=nnx.Rngs(0)))[1]) == 22_056_576
+    assert count(abstract(lambda: DINOv2(SIZES["small"], rngs=nnx.Rngs(0)))[1]) == 22_056_192
 
 
 @pytest.mark.parametrize("config", [TINY, REGISTERS])
@@ -193,7 +193,6 @@ def test_images_of_a_size_between_patches_are_refused():
         ({"layer": -2}, "layer=-2"),
         ({"num_attention_heads": 5}, "hidden_size=12 must be a multiple of num_attention_heads=5"),
         ({"image_size": (20, 30)}, r"image_size must be one number .* not \(20, 30\)"),
-        ({"num_register_tokens": 2, "use_mask_token": False}, "use_mask_token=False goes with num_register_tokens=0"),
     ],
 )
 def test_impossible_configs_are_refused(fields, words):
@@ -251,6 +250,19 @@ def test_a_config_of_another_model_is_refused(fields, words, folder):
         load_dinov2_config(folder)
 
 
+def test_what_pretraining_alone_reads_need_not_be_there(folder):
+    """The token of masked patches: with it and without, whatever the config says."""
+    expected = load_params(folder)
+    tensors = {name: x for name, x in load_file(folder / WEIGHTS).items() if name != "embeddings.mask_token"}
+    for mask_token in ({}, {"embeddings.mask_token": np.ones((1, 12), np.float32)}):
+        save_file(tensors | mask_token, folder / WEIGHTS)
+        for fields in ({}, {"use_mask_token": True}, {"use_mask_token": False}):
+            change_config(folder, **fields)
+            _, shapes = abstract(lambda: DINOv2(load_dinov2_config(folder), rngs=nnx.Rngs(0)))
+            require_same(folder, shapes, load_params(folder))
+            assert_same_params(load_params(folder), expected)
+
+
 def test_pickled_weights_are_refused(folder):
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin is pickled and is not opened"):
@@ -267,8 +279,8 @@ def test_parameters_that_do_not_fit_are_listed(folder):
         require_same(folder, shapes, load_params(folder))
     assert str(error.value) == (
         f"{folder} does not hold this model: "
-        "encoder.layer.0.attention.q_proj.kernel is (12, 6), should be (12, 12); "
-        "missing layernorm.bias; unexpected classifier.scale"
+        "missing layernorm.bias; unexpected classifier.scale; "
+        "encoder.layer.0.attention.q_proj.kernel is (12, 6), should be (12, 12)"
     )
 
 

@@ -12,6 +12,7 @@ from parity_fixtures import random_model, relative_error, to_numpy, to_torch
 from m2m_jax.core.parameters import abstract, count, merge
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.clip_text import CLIPTextConfig, CLIPTextEncoder
+from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.diffusers_folder import save_autoencoder, save_unet
 from m2m_jax.models.dinov2 import SIZES, DINOv2
 from m2m_jax.models.transformers_folder import save_clip_text, save_dinov2
@@ -19,7 +20,7 @@ from m2m_jax.models.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.slow
 
-SD21 = UNetConfig(attn2="text", cross_attention_dim=1024)
+SD21 = UNetConfig(attentions=("self", "text"), cross_attention_dim=1024)
 
 
 def report(name: str, params, error: float) -> None:
@@ -33,10 +34,10 @@ def test_full_size_parameter_counts():
         "SD 2.1 U-Net": (UNet, SD21, 865_910_724),
         "SD autoencoder": (AutoencoderKL, AutoencoderConfig(), 83_653_863),
         "SD 2.1 text encoder": (CLIPTextEncoder, CLIPTextConfig(), 340_387_840),
-        "DINOv2-B": (DINOv2, SIZES["base"], 86_580_480),
-        "DINOv2-L": (DINOv2, SIZES["large"], 304_368_640),
-        "DINOv2-L with registers": (DINOv2, dataclasses.replace(SIZES["large"], num_register_tokens=4), 304_372_736),
-        "DINOv2-g": (DINOv2, SIZES["giant"], 1_136_480_768),
+        "DINOv2-B": (DINOv2, SIZES["base"], 86_579_712),
+        "DINOv2-L": (DINOv2, SIZES["large"], 304_367_616),
+        "DINOv2-L with registers": (DINOv2, dataclasses.replace(SIZES["large"], num_register_tokens=4), 304_371_712),
+        "DINOv2-g": (DINOv2, SIZES["giant"], 1_136_479_232),
     }
     for name, (cls, config, expected) in sizes.items():
         found = count(abstract(lambda cls=cls, config=config: cls(config, rngs=nnx.Rngs(0)))[1])
@@ -51,7 +52,12 @@ def test_unet_of_stable_diffusion_21_parity(diffusers, tmp_path):
     rng = np.random.default_rng(1)
     x, text = rng.standard_normal((1, 64, 64, 4), np.float32), rng.standard_normal((1, 77, 1024), np.float32)
     timestep = np.asarray([501], np.int32)
-    ours = np.asarray(jax.jit(lambda p, *inputs: merge(graphdef, p)(*inputs))(params, x, timestep, text))
+
+    @jax.jit
+    def run(params, x, timestep, text):
+        return merge(graphdef, params)(x, timestep, Conditioning(text_bsc=text))[0]
+
+    ours = np.asarray(run(params, x, timestep, text))
 
     save_unet(tmp_path, SD21, params)
     model, loading = diffusers.UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)

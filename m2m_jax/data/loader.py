@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
-from absl import flags
 
+from m2m_jax.core.program import mark_flags_parsed
 from m2m_jax.data.examples import SetExamples
 
 # What of a batch says what it is. It stays on the host; all else is what a step computes with.
@@ -67,8 +67,7 @@ def batches(dataset: BatchDataset, start_step: int, prefetch: int) -> Iterator[d
     """Return an iterator over the batches from `start_step` on, so many made ahead in the background (0: none)."""
     threads = dataset.threads if prefetch else 0
     if dataset.workers and prefetch:
-        if not flags.FLAGS.is_parsed():  # Grain asks flags of its own as it starts workers, and a library parses none
-            flags.FLAGS.mark_as_parsed()
+        mark_flags_parsed()  # Grain asks flags of its own as it starts workers
         # Whole batches, for workers take turns.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         workers = grain.MultiprocessingOptions(dataset.workers, per_worker_buffer_size=prefetch)

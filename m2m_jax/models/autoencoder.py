@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from m2m_jax.attention.backends import attend
+from m2m_jax.attention.plain import attend
 from m2m_jax.models.layers import Conv3x3, Downsample, GroupNorm, ResnetBlock, Upsample
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_levels
 
@@ -20,6 +20,8 @@ class AutoencoderConfig:
 
     Attributes:
       scaling_factor: latents are multiplied by it, so that they have unit variance over the training data.
+      use_quant_conv, use_post_quant_conv: whether a 1x1 convolution follows the encoder, and one precedes the decoder.
+      mid_block_add_attention: whether the middle of both attends; it is residual blocks alone otherwise.
     """
 
     in_channels: int = 3
@@ -29,6 +31,9 @@ class AutoencoderConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
 
     def __post_init__(self):
         counts = ("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups")
@@ -62,17 +67,22 @@ class Level(nnx.Module):
     def __init__(self, in_channels: int, out_channels: int, num_layers: int, resnet):
         inputs = [in_channels] + [out_channels] * (num_layers - 1)
         self.resnets = nnx.List([resnet(channels, out_channels) for channels in inputs])
+        self.downsamplers, self.upsamplers = nnx.List([]), nnx.List([])
 
 
 class MidBlock(nnx.Module):
-    """Residual block, attention, residual block."""
+    """Residual block, attention where the config has it, residual block."""
 
-    def __init__(self, channels: int, norm_num_groups: int, resnet, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, c: AutoencoderConfig, resnet, *, rngs: nnx.Rngs):
         self.resnets = nnx.List([resnet(channels, channels), resnet(channels, channels)])
-        self.attentions = nnx.List([SpatialSelfAttention(channels, norm_num_groups, rngs=rngs)])
+        attends = range(c.mid_block_add_attention)
+        self.attentions = nnx.List([SpatialSelfAttention(channels, c.norm_num_groups, rngs=rngs) for _ in attends])
 
     def __call__(self, h: jax.Array) -> jax.Array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](h)))
+        h = self.resnets[0](h)
+        for attention in self.attentions:
+            h = attention(h)
+        return self.resnets[1](h)
 
 
 class Encoder(nnx.Module):
@@ -90,7 +100,7 @@ class Encoder(nnx.Module):
                 block.downsamplers = nnx.List([Downsample(width, padding=padding, dtype=None, rngs=rngs)])
             blocks.append(block)
         self.down_blocks = nnx.List(blocks)
-        self.mid_block = MidBlock(channels[-1], c.norm_num_groups, resnet, rngs=rngs)
+        self.mid_block = MidBlock(channels[-1], c, resnet, rngs=rngs)
         self.conv_norm_out = GroupNorm(channels[-1], c.norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
         self.conv_out = Conv3x3(channels[-1], 2 * c.latent_channels, rngs=rngs)
 
@@ -99,8 +109,8 @@ class Encoder(nnx.Module):
         for block in self.down_blocks:
             for resnet in block.resnets:
                 h = resnet(h)
-            if hasattr(block, "downsamplers"):
-                h = block.downsamplers[0](h)
+            for downsample in block.downsamplers:
+                h = downsample(h)
         h = self.mid_block(h)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(h)))
 
@@ -112,7 +122,7 @@ class Decoder(nnx.Module):
         resnet = _resnet(c, rngs)
         channels = c.block_out_channels[::-1]
         self.conv_in = Conv3x3(c.latent_channels, channels[0], rngs=rngs)
-        self.mid_block = MidBlock(channels[0], c.norm_num_groups, resnet, rngs=rngs)
+        self.mid_block = MidBlock(channels[0], c, resnet, rngs=rngs)
         blocks = []
         for i, width in enumerate(channels):
             block = Level(channels[max(i - 1, 0)], width, c.layers_per_block + 1, resnet)
@@ -128,8 +138,8 @@ class Decoder(nnx.Module):
         for block in self.up_blocks:
             for resnet in block.resnets:
                 h = resnet(h)
-            if hasattr(block, "upsamplers"):
-                h = block.upsamplers[0](h)
+            for upsample in block.upsamplers:
+                h = upsample(h)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(h)))
 
 
@@ -144,13 +154,18 @@ class AutoencoderKL(nnx.Module):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
-        self.quant_conv = nnx.Conv(2 * config.latent_channels, 2 * config.latent_channels, (1, 1), rngs=rngs)
-        self.post_quant_conv = nnx.Conv(config.latent_channels, config.latent_channels, (1, 1), rngs=rngs)
+        moments, latents = 2 * config.latent_channels, config.latent_channels
+        if config.use_quant_conv:
+            self.quant_conv = nnx.Conv(moments, moments, (1, 1), rngs=rngs)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nnx.Conv(latents, latents, (1, 1), rngs=rngs)
 
     def posterior(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of the unscaled latents, each `[..., h / f, w / f, latent_channels]`."""
         flat_bhwc = images.reshape(-1, *images.shape[-3:])
-        moments = self.quant_conv(self.encoder(flat_bhwc))
+        moments = self.encoder(flat_bhwc)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(moments.reshape(*images.shape[:-3], *moments.shape[1:]), 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
@@ -161,7 +176,9 @@ class AutoencoderKL(nnx.Module):
     def decode(self, latents: jax.Array) -> jax.Array:
         """Scaled latents to images, not clipped."""
         flat_bhwc = latents.reshape(-1, *latents.shape[-3:]) / self.config.scaling_factor
-        images = self.decoder(self.post_quant_conv(flat_bhwc))
+        if self.config.use_post_quant_conv:
+            flat_bhwc = self.post_quant_conv(flat_bhwc)
+        images = self.decoder(flat_bhwc)
         return images.reshape(*latents.shape[:-3], *images.shape[1:])
 
 

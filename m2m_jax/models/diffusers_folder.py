@@ -12,7 +12,7 @@ from m2m_jax.core.parameters import Params
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models import folder as folders
 from m2m_jax.models.autoencoder import AutoencoderConfig
-from m2m_jax.models.unet import BLOCK_TYPES, UNetConfig
+from m2m_jax.models.unet_config import BLOCK_TYPES, UNetConfig, with_todays_names
 
 SCHEDULER = "scheduler_config.json"
 DIFFUSERS = folders.Format(
@@ -25,41 +25,68 @@ DIFFUSERS = folders.Format(
 
 # Fields of diffusers' config.json that bear another name here.
 UNET_FIELDS = {"num_attention_heads": "attention_head_dim"}
-# Fields of diffusers' U-Net that have one value here; another would be another network.
-UNET_FIXED = {
-    "act_fn": "silu",
-    "addition_embed_type": None,
-    "attention_type": "default",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
+# Every field of diffusers is read, or has one meaning here (these: another would be another network), or is harmless.
+UNET_FIXED: dict[str, tuple] = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
 }
+# For embeddings that are not there, for training, or for the precision of half of the numbers.
+UNET_HARMLESS = (
+    "addition_embed_type_num_heads",
+    "addition_time_embed_dim",
+    "dropout",
+    "projection_class_embeddings_input_dim",
+    "sample_size",
+    "upcast_attention",
+)
+# Of which a list may say the same for every level.
+UNET_BY_LEVEL = (
+    "cross_attention_dim",
+    "layers_per_block",
+    "only_cross_attention",
+    "reverse_transformer_layers_per_block",
+    "transformer_layers_per_block",
+)
 
 # Likewise of its autoencoder: they change what a latent is, and no parameter tells of them.
-AUTOENCODER_FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None}
+AUTOENCODER_FIXED: dict[str, tuple] = {
+    "act_fn": ("silu", "swish"),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "shift_factor": (None, 0),
+}
+AUTOENCODER_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+AUTOENCODER_HARMLESS = ("force_upcast", "sample_size")
+# What diffusers takes fields for that config.json lacks, where we would take another.
+AUTOENCODER_DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1}
 
 
 def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
@@ -69,13 +96,12 @@ def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
     heads = values.get("attention_head_dim", 8)  # diffusers' default; the number of heads, despite the name
     values["attention_head_dim"] = heads if isinstance(heads, list) else [heads] * levels
     values.setdefault("use_linear_projection", False)
-    if "attn2" not in values:  # a field of ours: what diffusers itself saves attends to text
-        values["attn2"] = "text"
+    values = with_todays_names(values)
+    if "attentions" not in values:  # a field of ours: what diffusers itself saves attends to text
+        values["attentions"] = ["self", "text"]
         values.setdefault("cross_attention_dim", 1280)
+    values = folders.one_for_all(folder, values, UNET_BY_LEVEL, levels)
     folders.require_fixed(folder, values, UNET_FIXED)
-    for name in ("transformer_layers_per_block", "layers_per_block", "cross_attention_dim"):
-        if isinstance(values.get(name), list):
-            raise UserError(f"{folder}/config.json has {name} by level; one number is implemented")
     down, up = _list(folder, values, "down_block_types", ()), values.get("up_block_types")
     if not all(kind in BLOCK_TYPES for kind in down) or up not in (None, _mirrored(down)):
         raise UserError(
@@ -88,8 +114,11 @@ def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
 def load_autoencoder_config(folder: str | Path) -> AutoencoderConfig:
     """The architecture that an autoencoder folder describes."""
     values = _read_config(folder, "AutoencoderKL")
-    values["shift_factor"] = values.get("shift_factor") or None  # 0 shifts nothing
+    values = AUTOENCODER_DEFAULTS | values
     folders.require_fixed(folder, values, AUTOENCODER_FIXED)
+    levels = len(_list(folder, values, "block_out_channels", ()))
+    blocks = {name: ([kind] * levels,) for name, kind in AUTOENCODER_BLOCKS.items()}
+    folders.require_fixed(folder, values, blocks)
     return folders.load_config(AutoencoderConfig, folder, values, {})
 
 
@@ -120,11 +149,7 @@ def save_unet(folder: str | Path, config: UNetConfig, params: Params, dtype=np.f
 
 def save_autoencoder(folder: str | Path, config: AutoencoderConfig, params: Params, dtype=np.float32) -> None:
     """Writes an autoencoder folder."""
-    levels = len(config.block_out_channels)
-    blocks = {
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
+    blocks = {name: [kind] * len(config.block_out_channels) for name, kind in AUTOENCODER_BLOCKS.items()}
     values = {"_class_name": "AutoencoderKL", **dataclasses.asdict(config), **blocks}
     folders.save_folder(folder, values, params, dtype, DIFFUSERS)
 

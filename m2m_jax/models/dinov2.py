@@ -31,8 +31,6 @@ class DINOv2Config:
       use_swiglu_ffn: a gated perceptron, with a middle of two thirds of that (giant).
       image_size: pixels a side that the position embeddings were made for. Other sizes interpolate them.
       num_register_tokens: 0: Dinov2Model; more: Dinov2WithRegistersModel.
-      use_mask_token: whether the weights have what pretraining put in the place of masked patches. It is a parameter,
-        so that folders are read and written whole, and never used.
       layer: how many blocks run; their output comes without the final norm, as `hidden_states[layer]` of transformers
         does. -1: all blocks, then the norm.
       dtype: what is computed in; parameters are float32.
@@ -47,7 +45,6 @@ class DINOv2Config:
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
     num_register_tokens: int = 0
-    use_mask_token: bool = True
     layer: int = -1
     dtype: str = "float32"
 
@@ -65,8 +62,6 @@ class DINOv2Config:
             raise UserError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
             )
-        if self.num_register_tokens and not self.use_mask_token:
-            raise UserError("use_mask_token=False goes with num_register_tokens=0: transformers has no other model")
         if not -1 <= self.layer <= self.num_hidden_layers:
             raise UserError(f"layer={self.layer}: this encoder has {self.num_hidden_layers} blocks; -1 runs them all")
 
@@ -155,8 +150,6 @@ class Embeddings(nnx.Module):
         self.patch_embeddings = PatchEmbeddings(c, dtype=dtype, rngs=rngs)
         self.cls_token = token(1, 1)
         self.position_embeddings = token(1, 1 + c.grid**2)
-        if c.use_mask_token:
-            self.mask_token = token(1)
         if c.num_register_tokens:
             self.register_tokens = token(1, c.num_register_tokens)
 

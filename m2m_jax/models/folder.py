@@ -6,8 +6,10 @@ here, `weight` there) and a few renamed paths; convolutions are HWIO here and OI
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,6 +21,9 @@ from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.field_types import described, is_of
 from m2m_jax.core.parameters import Params
+
+# How safetensors names what numbers are stored as: those that are read, and what the names of counted ones end with.
+FLOATS, COUNTED = ("F64", "F32", "F16", "BF16"), ("position_ids", "num_batches_tracked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ def read_config(folder: str | Path, library: str) -> dict[str, Any]:
 def read_json(path: Path, otherwise: str = "a part of the model is missing") -> dict[str, Any]:
     """The JSON object in a file. Raises UserError where there is none; otherwise: what that means."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {otherwise}") from None
     except OSError as error:
@@ -91,68 +96,136 @@ def load_config(cls, folder: str | Path, values: Mapping[str, Any], renamed: Map
         raise UserError(f"{folder}/config.json: {error}") from error
 
 
-def require_fixed(folder: str | Path, values: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Raises UserError where a field of `config.json` has another value than the one that is implemented."""
-    for name, value in fixed.items():
-        if values.get(name, value) != value:
-            raise UserError(f"{folder}/config.json has {name}={values[name]!r}; only {value!r} is implemented")
+def require_fixed(folder: str | Path, values: Mapping[str, Any], fixed: Mapping[str, tuple]) -> None:
+    """Raise UserError where a field of `config.json` has none of the values that mean what is implemented.
+
+    Args:
+      fixed: {field: its values}, the first of which the error names.
+    """
+    for name, known in fixed.items():
+        if name in values and values[name] not in known:
+            raise UserError(f"{folder}/config.json has {name}={values[name]!r:.60}; only {known[0]!r} is implemented")
+
+
+def one_for_all(folder: str | Path, values: Mapping[str, Any], names: Iterable[str], levels: int) -> dict[str, Any]:
+    """Return the fields of a `config.json` with one value in the place of a list of equal ones, an item a level.
+
+    Raises UserError for a list with different values, or of another length.
+    """
+    values = dict(values)
+    for name in names:
+        value = values.get(name)
+        if not isinstance(value, list):
+            continue
+        if len(value) != levels or any(item != value[0] for item in value):
+            raise UserError(
+                f"{folder}/config.json has {name}={value!r:.60}; one value for all {levels} levels is implemented"
+            )
+        values[name] = value[0]
+    return values
 
 
 def load_params(folder: str | Path, form: Format) -> Params:
-    """All parameters of a folder under this project's names, as float32 NumPy arrays.
+    """Return all parameters of a folder under this project's names, as float32 NumPy arrays.
+
+    The weights of the library's default name are read, in one file or in several under an index; where there are none,
+    the only variant that is there (fp16, say).
 
     Raises:
-      UserError: no safetensors there, or damaged ones. Pickled weights are never opened.
+      UserError: there are no safetensors, or damaged ones, or numbers that are not plain floats. Pickled weights are
+        never opened.
     """
-    folder = Path(folder)
-    index = folder / f"{form.weights}.index.json"
-    files = [folder / form.weights]
-    if index.exists():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged: it has no weight_map of file names") from error
-        for file in files:
-            if file.parent != folder or file.name == "..":
-                raise UserError(f"{index} names {file}, which lies outside its folder")
     params = {}
-    for file in files:
-        if not file.is_file():
-            variants = sorted(p.name for p in folder.glob(f"{file.stem}.*{file.suffix}"))
-            pickled = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
-            remedy = ""
-            if variants:
-                remedy = f"; there is {variants[0]}, a variant: rename it to {file.name}"
-            elif pickled:
-                remedy = (
-                    f"; {pickled[0]} is pickled and is not opened, for it could run code: load it with {form.library} "
-                    "where that does no harm, and save it again, which writes safetensors"
-                )
-            raise UserError(f"no weights at {file}{remedy}")
+    for file in _weight_files(Path(folder), form):
         try:
             with safe_open(file, framework="np") as tensors:
                 for torch_name in tensors.keys():  # noqa: SIM118 (no mapping)
+                    stored = tensors.get_slice(torch_name).get_dtype()
+                    if stored not in FLOATS and not torch_name.endswith(COUNTED):
+                        raise UserError(
+                            f"{file} holds {torch_name} as {stored}: it is quantized, and only "
+                            f"{', '.join(FLOATS)} are read; name the folder of the model before that"
+                        )
                     name, value = from_torch(torch_name, tensors.get_tensor(torch_name), form)
                     params[name] = value
         except SafetensorError as error:
             raise UserError(f"{file} is damaged: {error}") from error
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
     return params
 
 
+def _weight_files(folder: Path, form: Format) -> list[Path]:
+    """The safetensors of a folder. Raises UserError where there are none, or several to choose from."""
+    weights, index = folder / form.weights, folder / f"{form.weights}.index.json"
+    if index.exists():
+        return _indexed(index)
+    if weights.is_file():
+        return [weights]
+    stem, suffix = re.escape(weights.stem), re.escape(weights.suffix)
+    names = sorted(path.name for path in folder.glob("*"))
+    parts = [name for name in names if re.fullmatch(rf"{stem}.*-\d+-of-\d+.*{suffix}", name)]
+    variants = [name for name in names if re.fullmatch(rf"{stem}\..+{suffix}", name) and name not in parts]
+    variants += [name for name in names if re.fullmatch(rf"{stem}{suffix}\.index\..+\.json", name)]
+    if len(variants) == 1:
+        (variant,) = variants
+        return _indexed(folder / variant) if variant.endswith(".json") else [folder / variant]
+    remedy = ""
+    pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    if variants:
+        remedy = f"; there are several variants, {' and '.join(variants)}: leave one of them in the folder"
+    elif parts:
+        remedy = f"; there is {parts[0]}, a part: copy {index.name}, which names all parts, from where that came from"
+    elif pickled:
+        remedy = (
+            f"; {pickled[0]} is pickled and is not opened, for it could run code: load it with {form.library} "
+            "where that does no harm, and save it again, which writes safetensors"
+        )
+    raise UserError(f"no weights at {weights}{remedy}")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files of an index. Raises UserError for one that is damaged, names what is not there or leaves its folder."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} is damaged: it has no weight_map of file names")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    for file in files:
+        if file.parent != index.parent or file.name == "..":
+            raise UserError(f"{index} names {file}, which lies outside its folder")
+        if not file.is_file():
+            raise UserError(f"no weights at {file}, which {index.name} names: copy it from where that came from")
+    return files
+
+
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Every parameter of `found` that is missing, unexpected or of another shape, in words."""
-    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    problems += [
-        f"{name} is {found[name].shape}, should be {expected[name].shape}"
-        for name in expected.keys() & found.keys()
-        if found[name].shape != expected[name].shape
-    ]
-    return sorted(problems)
+    """Return, in words, every parameter of `found` that is missing, unexpected or of another shape, of each in turn.
+
+    A prefix that wrappers (torch.compile, DistributedDataParallel) put before all names is named first.
+    """
+    prefixes = {name.partition(".")[0] + "." if "." in name else "" for name in found}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    if prefix and not any(name.startswith(prefix) for name in expected):
+        bare = {name.removeprefix(prefix): x for name, x in found.items()}
+        return [f"all names there begin with {prefix!r}: save them without it", *differences(expected, bare)]
+    return in_turn(
+        [f"missing {name}" for name in sorted(expected.keys() - found.keys())],
+        [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())],
+        [
+            f"{name} is {found[name].shape}, should be {expected[name].shape}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name].shape != expected[name].shape
+        ],
+    )
+
+
+def in_turn(*kinds: Sequence[str]) -> list[str]:
+    """Return the first of each kind, then the second of each, and so on: the first few show every kind."""
+    return [text for group in itertools.zip_longest(*kinds) for text in group if text is not None]
 
 
 def require_same(folder: str | Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises UserError with the first of the `differences`."""
+    """Raise UserError with the first of the `differences`."""
     problems = differences(expected, found)
     if problems:
         raise UserError(f"{folder} does not hold this model: {first_of(problems)}")

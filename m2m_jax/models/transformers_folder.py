@@ -1,6 +1,7 @@
 """Folders of transformers: what the fields of a text encoder's (CLIP, BERT) and a DINOv2's `config.json` mean here."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ CLIP_PREFIX = "text_model."
 # What CLIP folders may hold and the states of the text do not depend on: positions counted from 0, which old versions
 # stored, and the projection to the space shared with images.
 CLIP_UNUSED = ("embeddings.position_ids", "text_projection.kernel")
+# What DINOv2's pretraining puts in the place of masked patches, and nothing else reads.
+DINOV2_UNUSED = ("embeddings.mask_token",)
 
 # What transformers takes fields for that config.json lacks, where we would take another.
 CLIP_DEFAULTS = {
@@ -70,8 +73,8 @@ BERT_DEFAULTS = {
 }
 REGISTERS_DEFAULTS = {"patch_size": 16, "num_register_tokens": 4}
 # Fields of DINOv2 that have one value here; another would be another network.
-DINOV2_FIXED = {"hidden_act": "gelu", "num_channels": 3, "qkv_bias": True}
-BERT_FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+DINOV2_FIXED = {"hidden_act": ("gelu",), "num_channels": (3,), "qkv_bias": (True,)}
+BERT_FIXED = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False,)}
 # Values of model_type.
 CLIP_TEXT, BERT, DINOV2, DINOV2_WITH_REGISTERS = "clip_text_model", "bert", "dinov2", "dinov2_with_registers"
 
@@ -96,7 +99,7 @@ def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
     if values["model_type"] == DINOV2:
         values["num_register_tokens"] = 0
     else:
-        values = REGISTERS_DEFAULTS | values | {"use_mask_token": True}
+        values = REGISTERS_DEFAULTS | values
         if values["num_register_tokens"] < 1:
             # Not the model without registers: it would interpolate position embeddings in another way.
             raise UserError(f"{folder}/config.json is a {DINOV2_WITH_REGISTERS} without a register: not implemented")
@@ -113,31 +116,42 @@ def save_clip_text(folder: str | Path, config: CLIPTextConfig, params: Params, d
 
 def save_bert(folder: str | Path, config: BertConfig, params: Params, dtype=np.float32) -> None:
     """Writes a BERT folder."""
-    values = {"architectures": ["BertModel"], "model_type": BERT, **BERT_FIXED, **dataclasses.asdict(config)}
+    values = {"architectures": ["BertModel"], "model_type": BERT, **_only(BERT_FIXED), **dataclasses.asdict(config)}
     folders.save_folder(folder, values, params, dtype, BERT_FORMAT)
 
 
 def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params, dtype=np.float32) -> None:
     """Writes a DINOv2 folder."""
-    architecture, model_type, not_there = "Dinov2Model", DINOV2, "num_register_tokens"
-    if config.num_register_tokens:
-        architecture, model_type, not_there = "Dinov2WithRegistersModel", DINOV2_WITH_REGISTERS, "use_mask_token"
-    values = {"architectures": [architecture], "model_type": model_type, **DINOV2_FIXED, **dataclasses.asdict(config)}
-    for name in ("layer", "dtype", not_there):
+    architecture, model_type = "Dinov2Model", DINOV2
+    values = _only(DINOV2_FIXED) | dataclasses.asdict(config)
+    for name in ("layer", "dtype"):
         del values[name]
+    if config.num_register_tokens:
+        architecture, model_type = "Dinov2WithRegistersModel", DINOV2_WITH_REGISTERS
+        # transformers has no such model without one.
+        params = {**params, "embeddings.mask_token": np.zeros((1, config.hidden_size), np.float32)}
+    else:
+        del values["num_register_tokens"]
+        values["use_mask_token"] = False
+    values = {"architectures": [architecture], "model_type": model_type, **values}
     folders.save_folder(folder, values, params, dtype, TRANSFORMERS)
 
 
 def load_params(folder: str | Path) -> Params:
-    """All parameters of a CLIP text encoder's folder but CLIP_UNUSED, or of a DINOv2's; see `folder.load_params`."""
+    """Return what is used of a CLIP text encoder's folder, or of a DINOv2's; see `folder.load_params`."""
     params = _of_part(folders.load_params(folder, TRANSFORMERS), CLIP_PREFIX, *DINOV2_PREFIXES)
-    return {name: x for name, x in params.items() if name not in CLIP_UNUSED}
+    return {name: x for name, x in params.items() if name not in CLIP_UNUSED + DINOV2_UNUSED}
 
 
 def load_bert_params(folder: str | Path) -> Params:
     """All parameters of a BERT folder but BERT_UNUSED; see `folder.load_params`."""
     params = _of_part(folders.load_params(folder, BERT_FORMAT), BERT_PREFIX)
     return {name: x for name, x in params.items() if name not in BERT_UNUSED}
+
+
+def _only(fixed: Mapping[str, tuple]) -> dict[str, Any]:
+    """The fields that have one value, as `config.json` has them."""
+    return {name: known[0] for name, known in fixed.items()}
 
 
 def _of_part(params: Params, *prefixes: str) -> Params:

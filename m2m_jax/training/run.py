@@ -108,8 +108,7 @@ class Run:
         kept = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "keep_best", "fallback")}
         self.checkpoints = stack.enter_context(Checkpointer(workdir, **kept))
         digests = {name: fingerprint(params) for name, params in self.task.frozen.items()}
-        listings = {examples.split: examples.fingerprint for examples in (train_examples, eval_examples)}
-        self.metadata = self.task.metadata | {"sha256": digests, "listings": listings}
+        self.metadata = self.task.metadata | {"sha256": digests}
 
         self.state = self._start(params)
         del params
@@ -228,11 +227,10 @@ class Run:
         train_examples = open_examples(config.data, split=config.data.train_split, in_step=True, **options)
         options |= {"whole_captions": True, "augment": config.eval.augment}
         eval_examples = open_examples(config.data, split=config.data.eval_split, **options)
-        size = config.data.batch_size
+        size, threads, workers = config.data.batch_size, config.data.threads, config.data.workers
         rows = sharding.local_rows(self.mesh, size)
         self._rows = len(rows)
-        ahead = {"threads": config.data.threads, "workers": config.data.workers}
-        self._data = make_dataset(train_examples, batch_size=size, rows=rows, **ahead)
+        self._data = make_dataset(train_examples, batch_size=size, rows=rows, threads=threads, workers=workers)
         return train_examples, eval_examples
 
     def _make_workdir(self) -> None:

@@ -57,11 +57,15 @@ def make_task(config: Config) -> tuple[Task, list[str]]:
 
     Raises UserError for text-to-image where its folders are not there, as a run does.
     """
-    task = TASKS.choose(config.task)
-    if not issubclass(task, LatentDiffusion) or config.text_encoder.path:
-        return task(config), []
-    models, notes = frozen_models(config)
-    return task(config, platform=PLATFORM, models=models), notes
+    kind, notes = TASKS.choose(config.task), []
+    if not issubclass(kind, LatentDiffusion) or config.text_encoder.path:
+        task = kind(config)
+    else:
+        models, notes = frozen_models(config)
+        task = kind(config, platform=PLATFORM, models=models)
+    if task.compute_dtype == "float32":
+        notes.append("the step computes in float32; times and MFU are by the chip's peak in bfloat16")
+    return task, notes
 
 
 def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
