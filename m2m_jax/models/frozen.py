@@ -166,7 +166,7 @@ class FrozenModels:
         """Return the tokens [b, s, c] that the U-Net attends to, of ids of captions."""
         encoder = merge(self._text_encoder_and_shapes[0], params[TEXT_ENCODER])
         with products_in(self.precision):
-            return text_encoders.encode_text(encoder, token_ids_bs)
+            return text_encoders.encode_text(self.text_encoder, encoder, token_ids_bs)
 
     @functools.cached_property
     def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
