@@ -39,7 +39,7 @@ ROAD_EVALUATE := $(RUN) m2m_jax.evaluate --config configs/emoji.py:road --split=
 SAMPLER ?= dist/m2m-sample.pyz
 SAMPLER_PYTHON ?= $(PYTHON)
 BUILD ?= build
-SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix core/,disk errors gathering images options paths printing \
+SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix core/,disk errors gathering image_folder images options paths printing \
   runtime) $(addprefix view/,contact_sheet html_page) $(addprefix sampling/,bundle bundle_program job program_check \
   run_job set_sampler)))
 

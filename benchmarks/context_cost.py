@@ -51,7 +51,7 @@ class Variant:
     """
 
     def __init__(self, name: str):
-        config = UNetConfig(dtype=DTYPE.value, cross_attention_dim=WIDTH if name == "M2M-DINO" else None)
+        config = UNetConfig(dtype=DTYPE.value, context_dim=WIDTH if name == "M2M-DINO" else None)
         self.config, self.graphdef = config, abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))[0]
         self.params = jax.jit(lambda: split(UNet(config, rngs=nnx.Rngs(0)))[1])()
         side = LATENT_SIZE.value
@@ -60,7 +60,7 @@ class Variant:
         self.noised_bhwc = jax.random.normal(noise_key, (1, side, side, 4))
         self.context = jax.random.normal(context_key, (1, max(COUNTS), *shape))
         cache, append, denoise = jax.jit(self._empty)(self.params), jax.jit(self._append), jax.jit(self._denoise)
-        self.key_shapes = [k.shape[2:] for k in cache.k_bmshd]
+        self.key_shapes = [k.shape[2:] for k in cache.k_bmshd.values()]
         self.cached, self.uncached, self.append, self.uncached_flops = {}, {}, {}, {}
         for n in range(max(COUNTS) + 1):
             if n in COUNTS:

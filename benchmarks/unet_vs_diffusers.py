@@ -27,6 +27,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from m2m_jax.core import runtime
 from m2m_jax.core.parameters import abstract, count, merge, split
+from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.diffusers_folder import unet_values
 from m2m_jax.models.unet import UNet, UNetConfig
 
@@ -40,7 +41,7 @@ SIZES = {
             layers_per_block=1,
             num_attention_heads=(2, 4),
             norm_num_groups=16,
-            attn2="text",
+            attentions=("self", "text"),
             cross_attention_dim=64,
         ),
         *(64, 8, 16),
@@ -51,12 +52,12 @@ SIZES = {
             down_block_types=(ATTENDS, ATTENDS, PLAIN),
             layers_per_block=2,
             num_attention_heads=(2, 4, 4),
-            attn2="text",
+            attentions=("self", "text"),
             cross_attention_dim=256,
         ),
         *(4, 32, 77),
     ),
-    "sd21": (UNetConfig(attn2="text", cross_attention_dim=1024), *(4, 64, 77)),
+    "sd21": (UNetConfig(attentions=("self", "text"), cross_attention_dim=1024), *(4, 64, 77)),
 }
 
 NAMES = flags.DEFINE_list("sizes", ["emoji", "medium"], f"Some of {', '.join(SIZES)}.")
@@ -77,7 +78,8 @@ def jax_calls(config: UNetConfig, inputs: dict[str, np.ndarray]) -> tuple[Call, 
     optimizer = optax.adamw(1e-4)
 
     def predict(params, batch):
-        return merge(graphdef, params)(batch["x"], batch["timestep"], batch["text"])
+        conditioning = Conditioning(text_bsc=batch["text"])
+        return merge(graphdef, params)(batch["x"], batch["timestep"], conditioning)[0]
 
     def train_step(state, batch):
         params, opt_state = state

@@ -27,7 +27,7 @@ PRESETS = {
 
 def get_config(preset: str = ""):
     config = default_config()
-    config.model.attn2 = "none"
+    config.model.attentions = ("self",)
     config.data.images_per_set = 1
     config.data.batch_size = 128
     config.init.path = ""

@@ -19,4 +19,5 @@ def get_config(preset: str = "") -> Config:
     config = runpy.run_path(str(Path(__file__).with_name("emoji.py")))["get_config"](preset)
     config.data.name = "folder"
     config.data.augment.update(hue_degrees=0.0, ground_probability=0.0, ink_probability=0.0, contrast=0.0, scale=0.0)
+    config.eval.augment = False  # held-out sets are measured as they are
     return config

@@ -162,12 +162,19 @@ class Group:
     """
 
     prefix: ClassVar[str] = ""
+    # {what a field was called: (its name, {value of before: value})}.
+    formerly: ClassVar[Mapping[str, tuple[str, Mapping[Any, Any]]]] = MappingProxyType({})
 
     def __init_subclass__(cls, prefix: str = "", **arguments: Any):
         super().__init_subclass__(**arguments)
         cls.prefix = prefix
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.formerly:
+            before, (name, values) = self.name_of(name), self.formerly[name]
+            if not isinstance(value, str) or value not in values:
+                raise UserError(f"config.{before} is {value!r}; it must be one of {', '.join(values)}")
+            value = values[value]
         if name not in fields_of(type(self)):
             raise self._unknown(name)
         object.__setattr__(self, name, fields_of(type(self))[name].accept(value, self.name_of(name)))

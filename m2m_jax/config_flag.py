@@ -171,6 +171,9 @@ def _override(config: Config, name: str, text: str) -> None:
             raise unknown_field(name, names_of(Config))
         group = getattr(group, part)
     one = fields_of(type(group)).get(last)
+    if last in group.formerly:
+        setattr(group, last, text)
+        return
     if one is None:
         raise unknown_field(name, names_of(Config))
     if one.about.options_of:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from m2m_jax.config_fields import Group, chosen, field, fields_of, names_of, options_of, unknown_field
@@ -24,6 +25,7 @@ class Augment(Group, prefix="data.augment."):
     """Augmentations: drawn once a set, and shared by its images."""
 
     enabled: bool = field(True, "Whether sets are augmented.")
+    on_device: bool = field(False, "Whether a training step augments, and not the host: the same images, to the bit.")
     hue_degrees: float = field(180.0, "The largest rotation of the hue, either way.", low=0, high=180)
     ground_probability: float = field(0.5, "Of a coloured ground in the place of a white one.", low=0, high=1)
     ink_probability: float = field(0.5, "Of black line art drawn in a dark colour instead.", low=0, high=1)
@@ -38,14 +40,18 @@ class Augment(Group, prefix="data.augment."):
 class Data(Group, prefix="data."):
     """The image sets."""
 
-    name: str = field("emoji", "Where the sets come from.", choices="m2m_jax.data.pipeline:SOURCES")
+    name: str = field("emoji", "Where the sets come from.", choices="m2m_jax.data.source:SOURCES")
     path: str = field(
         "",
         "Of folder: the folder of folders of images. Of precomputed and mis: the --output of the program behind it.",
         path=True,
     )
     options: dict[str, Any] = options_of("name", "What this source alone reads.")
-    follow_links: bool = field(False, "Read by folder: whether links out of data.path are followed.")
+    follow_links: bool = field(
+        False,
+        "Read by folder: whether links out of data.path are followed, as those of hub caches, DVC and git-annex. "
+        "Nothing but images and captions is read through them; but who made them says which ones of this machine.",
+    )
     latents: bool = field(False, "Read by mis: train on the latents that it holds, and not on its images.")
     directory: str = field("data", "Where prepared data sets lie: the data_dir of TFDS.", path=True)
     image_size: int = field(32, "Pixels a side.", low=8)
@@ -57,7 +63,8 @@ class Data(Group, prefix="data."):
         ("style", "content"), "Kinds of emoji sets: of one style, of one content.", choices=("style", "content")
     )
     prefetch: int = field(2, "Batches made ahead in the background.", low=0)
-    threads: int = field(2, "Threads that read and decode.", low=1)
+    threads: int = field(2, "Threads that read, decode and augment.", low=1)
+    workers: int = field(0, "Processes that do, each in so many threads; 0: the training process does.", low=0)
     log_examples: bool = field(False, "Whether each process writes which sets it saw when, to WORKDIR/examples.")
     on_error: str = field(
         "stop",
@@ -96,12 +103,16 @@ class Autoencoder(Group, prefix="autoencoder."):
 class Model(Group, prefix="model."):
     """The U-Net, in diffusers' words."""
 
+    formerly = MappingProxyType(
+        {"attn2": ("attentions", {"image_set": ("self", "set"), "text": ("self", "text"), "none": ("self",)})}
+    )
+
     block_out_channels: tuple[int, ...] = field((64, 128), "Channels of each level.", low=1)
     layers_per_block: int = field(1, "Residual blocks of a level.", low=1)
     down_block_types: tuple[str, ...] = field(
         ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "Of each level, with or without attention; the way up mirrors the way down.",
-        choices="m2m_jax.models.unet:BLOCK_TYPES",
+        choices="m2m_jax.models.unet_config:BLOCK_TYPES",
     )
     num_attention_heads: tuple[int, ...] = field((2, 4), "Of each level.", low=1)
     transformer_layers_per_block: int = field(1, "Transformer layers after a residual block.", low=1)
@@ -110,11 +121,11 @@ class Model(Group, prefix="model."):
     use_linear_projection: bool = field(
         True, "Around the transformers: linear layers (Stable Diffusion 2.x), or 1x1 convolutions (1.x)."
     )
-    attn2: str = field(
-        "image_set",
-        "What the second attention of a block attends to: the images of the set; the text of task=text_to_image; "
-        "nothing: a model of single images.",
-        choices="m2m_jax.models.unet:ATTN2",
+    attentions: tuple[str, ...] = field(
+        ("self", "set"),
+        "The attentions of a transformer block, in order: self,set is M2M; self,text what task=text_to_image has; self "
+        "a model of single images.",
+        choices="m2m_jax.models.attentions:ATTENTIONS",
     )
     order_embedding: bool = field(False, "Whether Image-Set Attention is told the positions of images in their set.")
     clean_sees: str = field(
@@ -131,13 +142,13 @@ class Model(Group, prefix="model."):
     remat: str = field(
         "none",
         "What the backward pass computes again, to save memory.",
-        choices="m2m_jax.models.unet:REMAT",
+        choices="m2m_jax.models.remat:REMAT",
     )
     precision: str = field(
         "default",
         "Of products of float32 matrices, in every network: the device's own (TF32 on GPUs, bfloat16 on TPUs), or the "
         "highest: float32.",
-        choices=("default", "highest"),
+        choices="m2m_jax.models.precision:PRECISIONS",
     )
     dtype: str = field(
         "float32", "What is computed in; parameters are always float32.", choices=("float32", "bfloat16")
@@ -229,7 +240,9 @@ class Optimizer(Group, prefix="optimizer."):
     clip_norm: float = field(1.0, "Gradients are scaled down to this global norm.", low=1e-12)
     b1: float = field(0.9, "Decay of the average of gradients.", low=0, high=0.999999)
     b2: float = field(0.999, "Decay of the average of squared gradients.", low=0, high=0.999999)
-    attn2_rate: float = field(1.0, "Factor on the updates of attn2, which is new where the rest is pretrained.", low=0)
+    attn2_rate: float = field(
+        1.0, "Factor on the updates of attn2, to sets or to text, which is new where the rest is pretrained.", low=0
+    )
 
 
 @dataclasses.dataclass
@@ -433,10 +446,10 @@ def _fill(group: Group, values: Mapping[str, Any]) -> None:
         raise UserError(f"config.{group.prefix}: a group of fields, not {values!r:.60}")
     known = fields_of(type(group))
     for name, value in values.items():
-        if name not in known:
+        if name not in known and name not in group.formerly:
             error = unknown_field(group.name_of(name), names_of(Config))
             raise UserError(f"a config of another version, or damaged: {error}")
-        if known[name].is_group:
+        if name in known and known[name].is_group:
             _fill(getattr(group, name), value)
         else:
             setattr(group, name, value)

@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image
 
 from m2m_jax.configuration import Data
+from m2m_jax.data import precomputed
 from m2m_jax.data.emoji.preparing import prepare_emoji
+from m2m_jax.data.records import ImageSetRecord
 
 IMAGE_SIZE = 32
 
@@ -54,3 +56,26 @@ def write_image_folder(root: pathlib.Path, *, num_sets: int, images_per_set: int
             kind = position % len(suffixes)
             Image.fromarray(pixels).convert(modes[kind]).save(subfolder / f"{position}{suffixes[kind]}")
     return root
+
+
+def write_latents(folder: pathlib.Path, *, splits: tuple[str, ...] = ("train",), num_sets: int = 6) -> pathlib.Path:
+    """Precomputed latents of sets of 4 images of `IMAGE_SIZE`, in one shard a split."""
+    for split in splits:
+        manifest = precomputed.Manifest(
+            version=precomputed.VERSION,
+            image_size=IMAGE_SIZE,
+            autoencoder={},
+            latent_shape=[4, 4, 4],
+            latent_dtype="float32",
+            has_images=False,
+            records_per_shard=num_sets,
+            kinds=["folder"] * num_sets,
+            num_images=[4] * num_sets,
+            made_from="nothing",
+            command="COMMAND",
+        )
+        precomputed.write_manifest(folder, split, manifest)
+        latents = np.zeros((4, 4, 4, 4), np.float32)
+        sets = [ImageSetRecord(f"s{i}", "folder", "", images=(), latents=latents) for i in range(num_sets)]
+        precomputed.write_shard(precomputed.shard_path(folder, split, 0, 1), sets)
+    return folder

@@ -37,7 +37,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import check_header, read_image, write_png
 from m2m_jax.core.parameters import abstract, split
 from m2m_jax.data import mis, pipeline, precomputed, records
-from m2m_jax.data.mis_source import MisRecords
+from m2m_jax.data.sources.mis import MisRecords
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
@@ -156,8 +156,8 @@ def _use(source, index: int) -> records.ImageSetRecord:
     record = source[index]
     config = default_config().data
     config.images_per_set, config.image_size, config.name = 2, 16, "folder"
-    examples = pipeline.SetExamples(source, config, seed=0, augment=True)
-    images = [examples._load_image(index, image) for image in range(len(record.images))]
+    examples = pipeline.SetExamples(source, config, split="train", seed=0, augment=True)
+    images = [examples._fetch.image(index, image) for image in range(len(record.images))]
     assert all(image.shape == (16, 16, 4) for image in images)
     assert record.latents.shape == (2, 4, 4, 4) and np.isfinite(record.latents).all()
     return record

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2m_jax.attention.backends import BACKENDS
+from m2m_jax.attention.backends import BACKENDS, Backend
 from m2m_jax.attention.splash import splash
 
 # The kernel for TPUs as plain XLA, which computes the same on any platform.
-BACKENDS["splash_interpreted"] = functools.partial(splash, interpret=True)
+BACKENDS.register("splash_interpreted")(Backend(functools.partial(splash, interpret=True)))
 RUN_HERE = ("dense", "prefix", "splash_interpreted")
 
 # Test programs are compiled once and run on next to nothing.

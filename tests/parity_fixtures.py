@@ -49,7 +49,8 @@ def record(graphdef, params, kinds, call, *inputs) -> dict[str, np.ndarray]:
 
         def recording(original):
             def recorded(self, *args, **kwargs):
-                out = outputs[names[id(self)]] = original(self, *args, **kwargs)
+                out = original(self, *args, **kwargs)
+                outputs[names[id(self)]] = out[0] if isinstance(out, tuple) else out  # keys and values are ours alone
                 return out
 
             return recorded

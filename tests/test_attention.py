@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from model_fixtures import RUN_HERE
 
-from m2m_jax.attention.backends import BACKENDS, dense, prefix, prefix_cudnn, resolve
+from m2m_jax.attention.backends import BACKENDS, resolve
+from m2m_jax.attention.cudnn import prefix_cudnn
 from m2m_jax.attention.layout import CLEAN_SEES, SetLayout, allowed
+from m2m_jax.attention.plain import dense, prefix
 from m2m_jax.configuration import default_config
 from m2m_jax.core.errors import UserError
 from m2m_jax.training import sharding
@@ -125,11 +127,12 @@ def outputs_and_gradients(backend: str, layout: SetLayout) -> tuple[jax.Array, t
     return run(qkv(layout))
 
 
-def by_definition(q_bqthd, k_bkshd, v_bkshd, layout: SetLayout) -> np.ndarray:
+def by_definition(q_bqthd, k_bkshd, v_bkshd, layout: SetLayout, mask_qk=None) -> np.ndarray:
     """Image-set attention written out: each image, over the images that its row of the mask names. In float64."""
+    mask_qk = layout.mask_qk() if mask_qk is None else mask_qk
     q_bqthd, k_bkshd, v_bkshd = (np.asarray(x, np.float64) for x in (q_bqthd, k_bkshd, v_bkshd))
     out_bqthd = np.zeros(q_bqthd.shape)
-    for query, row_k in enumerate(layout.mask_qk()):
+    for query, row_k in enumerate(mask_qk):
         if row_k.any():
             logits_bhtks = np.einsum("bthd,bkshd->bhtks", q_bqthd[:, query], k_bkshd[:, row_k]) / 2
             weights_bhtks = np.exp(logits_bhtks - logits_bhtks.max((3, 4), keepdims=True))

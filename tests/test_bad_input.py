@@ -231,7 +231,7 @@ def test_sample_from_sets_and_context(tmp_path, tiny_run, picture, folder):
     arguments = (f"--checkpoint={tiny_run.workdir}", f"--sets={folder}", f"--output={tmp_path / 'out'}")
     assert "exclude one another" in _refused(tmp_path, "sample", *arguments, f"--context={picture}")
     (folder / "set09").mkdir()
-    assert "set09 holds no image" in _refused(tmp_path, "sample", *arguments)
+    assert "set09: no images (" in _refused(tmp_path, "sample", *arguments)
 
 
 def test_sample_never_replaces_what_it_did_not_write(tmp_path, tiny_run, folder):

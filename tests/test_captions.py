@@ -48,6 +48,8 @@ def test_what_was_written_is_read(captions, suffix):
         ("c.TXT", "\ufeffa cat\r\na dog", ["a cat", "a dog"]),
         ("c.jsonl", '{"text": "a cat", "id": 1}\n{"id": 2, "text": null}\n', ["a cat", ""]),
         ("c.jsonl", '{"text": "no", "caption": "a cat"}\n', ["a cat"]),
+        ("c.jsonl", '{"text": "a cat"}\n\n \r\n', ["a cat"]),  # blank lines at the end
+        ("c.tsv", "url\tcaption\nhttp://a\ta cat\n\n", ["a cat"]),
     ],
 )
 def test_other_layouts(tmp_path, name, data, captions):
@@ -70,7 +72,7 @@ LONG = "x" * 100_000
         ("c.tsv", b"http://a\ta cat\nhttp://b\n", "line 2: has 1 fields, not 2"),
         ("c.tsv", b"http://a\ta cat\nhttp://b\tone\ttwo\n", "line 2: has 3 fields, not 2"),
         ("c.tsv", b"a cat\thttp://a\n", "line 1: expected url TAB caption, or"),  # Conceptual Captions 3M's order
-        ("c.tsv", b"url\tcaption\nhttp://a\ta cat\n\n", "line 3: has 1 fields"),
+        ("c.tsv", b"url\tcaption\nhttp://a\ta cat\n\nhttp://b\ta dog\n", "line 3: has 1 fields"),
         ("c.txt", b"a cat\n\xff\xfe dog\n", "line 2: not UTF-8 (byte 0 of the line)"),
         ("c.txt", "a cat".encode("utf-16"), "line 1: not UTF-8|line 1: has a zero byte"),
         ("c.txt", b"a\n\0\n", "line 2: has a zero byte"),
@@ -78,7 +80,7 @@ LONG = "x" * 100_000
         ("c.txt", b"", "holds no captions"),
         ("c.tsv", b"url\tcaption\n", "holds no captions"),
         ("c.jsonl", b'{"caption": "a"}\n{"caption": "b"\n', "line 2: not JSON"),
-        ("c.jsonl", b'{"caption": "a"}\n\n', "line 2: not JSON"),
+        ("c.jsonl", b'{"caption": "a"}\n\n{"caption": "b"}\n', "line 2: not JSON"),
         ("c.jsonl", b"[" * 60_000, "line 1: not JSON"),
         ("c.jsonl", b'["a"]\n', "line 1: not a JSON object"),
         ("c.jsonl", b'{"caption": "a"}\n{"text": "b"}\n', "line 2: has no field 'caption'"),

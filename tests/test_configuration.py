@@ -107,9 +107,9 @@ def test_mesh_has_every_axis():
         ("data.images_per_set", 26, ["images_per_set", "26", "between 1 and 25"]),
         ("data.images_per_set", 0, ["images_per_set", "between 1 and 25"]),
         (
-            "model.attn2",
-            "image_sets",
-            ["model.attn2", "image_sets", "did you mean image_set?", "image_set, text, none"],
+            "model.attentions",
+            ("self", "sets"),
+            ["model.attentions", "sets", "must be one of self, text, set"],
         ),
         ("sample.stepper", "rk4", ["sample.stepper", "one of", "ddim"]),
         ("data.name", "folder", ["data.path", "--config.data.path"]),
@@ -127,9 +127,9 @@ def test_mesh_has_every_axis():
         ("mesh.fsdp", 0, ["mesh.fsdp", "-1"]),
         ("checkpoint.keep", 0, ["checkpoint.keep", "at least 1"]),
         ("text_encoder.path", "bert", ["text_encoder.path", "text_to_image"]),
-        ("model.attn2", "text", ["model.attn2", "text_to_image"]),
-        ("model.attn2", "none", ["model.attn2", "images_per_set=1"]),
-        ("task", "text_to_image", ["model.attn2=text"]),
+        ("model.attentions", ("self", "text"), ["model.attentions", "text_to_image"]),
+        ("model.attentions", ("self",), ["model.attentions", "images_per_set=1"]),
+        ("task", "text_to_image", ["model.attentions", "self,text"]),
     ],
 )
 def test_validate_names_the_field_and_the_remedy(field, value, words):
@@ -413,13 +413,16 @@ def test_a_source_brings_options_and_rules(own_source):
 
 OWN = '''
 from m2m_jax.configuration import default_config
-from m2m_jax.data.pipeline import SOURCES
+from m2m_jax.data.pipeline import SOURCES, DataSource
 from m2m_jax.tasks.registry import TASKS
 
 @SOURCES.register("own_source")
-def own_source(data, split):
+class OwnSource(DataSource):
     """Sets of my own."""
-    return SOURCES["folder"](data, split)
+
+    @classmethod
+    def open(cls, data, split):
+        return SOURCES["folder"].open(data, split)
 
 @TASKS.register("own_task")
 class OwnTask:
@@ -498,3 +501,16 @@ def test_groups_know_their_names():
         number: float = field(1, "A number.", low=0)
 
     assert flatten(Inner()) == {"outer.inner.number": 1.0}
+
+
+def test_the_field_that_named_the_second_attention_is_still_read():
+    config = default_config()
+    for word, attentions in {"text": ("self", "text"), "none": ("self",), "image_set": ("self", "set")}.items():
+        config.model.attn2 = word
+        assert config.model.attentions == attentions
+    of_before = to_json(default_config())
+    del of_before["model"]["attentions"]
+    of_before["model"]["attn2"] = "text"
+    assert from_json(of_before).model.attentions == ("self", "text")
+    with pytest.raises(UserError, match=r"config.model.attn2 is 'sets'; it must be one of image_set, text, none"):
+        config.model.attn2 = "sets"

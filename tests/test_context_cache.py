@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from model_fixtures import quick_jit, random_params
 
-from m2m_jax.attention.cached import attend_to_kept
+from m2m_jax.attention.cached import plain
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.models.context_cache import append_image, denoise_next, empty_cache
@@ -31,7 +31,7 @@ BASE = {
 FORMS = {
     "M2M-Self": {},
     "M2M-Self, clean images alone, told their order": {"clean_sees": "itself", "order_embedding": True},
-    "M2M-DINO, told their order": {"cross_attention_dim": WIDTH, "order_embedding": True},
+    "M2M-DINO, told their order": {"context_dim": WIDTH, "order_embedding": True},
 }
 
 
@@ -108,7 +108,7 @@ def test_one_compilation_serves_any_number_of_images(form):
 def test_half_the_memory_costs_little():
     form = "M2M-Self"
     (exact, denoise), (half, _) = fill(form, (3, 3, 3)), fill(form, (3, 3, 3), "bfloat16")
-    assert {x.dtype for x in half.k_bmshd} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in half.k_bmshd.values()} == {jnp.dtype("bfloat16")}
     difference = np.abs(denoise(half)[0] - denoise(exact)[0]).max()
     assert 0 < difference < 0.02 * np.abs(denoise(exact)[0]).max()
 
@@ -120,22 +120,25 @@ def test_a_full_cache_slides():
     np.testing.assert_array_equal(cache.count_b, (2, 2, 1))
     np.testing.assert_array_equal(cache.position_b, (4, 2, 1))
     whole, denoise_whole = fill(form, (4, 2, 1))
-    for kept, all_of_them in zip(cache.k_bmshd + cache.v_bmshd, whole.k_bmshd + whole.v_bmshd, strict=True):
-        np.testing.assert_allclose(kept[0], all_of_them[0, 2:4], rtol=1e-6, atol=1e-6)
+    for name in ("k_bmshd", "v_bmshd"):
+        for address, kept in getattr(cache, name).items():
+            np.testing.assert_allclose(kept[0], getattr(whole, name)[address][0, 2:4], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(denoise(cache)[0][1:], denoise_whole(whole)[0][1:], rtol=1e-5, atol=1e-5)
 
 
 def test_the_accumulated_softmax_is_the_softmax():
-    q, k, v = (RNG.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 2, 4), *[(2, 5, 6, 2, 4)] * 2))
+    """Of two sets with two rows each, which see some of five images, or nothing."""
+    q, k, v = (RNG.standard_normal(shape).astype(np.float32) for shape in ((2, 2, 3, 2, 4), *[(2, 5, 6, 2, 4)] * 2))
     own = tuple(RNG.standard_normal((2, 6, 2, 4)).astype(np.float32) for _ in range(2))
-    for counts in ((5, 2), (0, 1), (0, 0)):
+    prefix = np.arange(5) < np.asarray([[5, 0], [2, 1]])[..., None]
+    for sees in (prefix, RNG.random((2, 2, 5)) < 0.5, np.zeros((2, 2, 5), bool)):
         for extra in (None, own):
-            out = jax.jit(attend_to_kept)(30 * q, k, v, jnp.asarray(counts, jnp.int32), extra)  # sharp
-            for b, count in enumerate(counts):
-                keys, values = (x[b, :count].reshape(-1, 2, 4) for x in (k, v))
+            out = jax.jit(plain)(30 * q, k, v, jnp.asarray(sees), extra)  # sharp
+            for b, g in np.ndindex(2, 2):
+                keys, values = (x[b, sees[b, g]].reshape(-1, 2, 4) for x in (k, v))
                 if extra is not None:
                     keys, values = (np.concatenate([x, y[b]]) for x, y in ((keys, own[0]), (values, own[1])))
-                logits = np.einsum("thd,shd->hts", 30 * q[b].astype(np.float64), keys) / 2
+                logits = np.einsum("thd,shd->hts", 30 * q[b, g].astype(np.float64), keys) / 2
                 weights = np.exp(logits - logits.max(-1, keepdims=True, initial=-1e9))
                 expected = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), values)
-                np.testing.assert_allclose(out[b], expected if len(keys) else 0, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(out[b, g], expected if len(keys) else 0, rtol=1e-4, atol=1e-5)

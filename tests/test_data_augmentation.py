@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from m2m_jax.core.images import on_white
-from m2m_jax.data.augmentation import MIN_GROUND_LUMINANCE, SetAugmentation
+from m2m_jax.data import transform
+from m2m_jax.data.augmentation import MIN_GROUND_LUMINANCE, SetAugmentation, resampling_table
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 EVERYTHING = SetAugmentation(
@@ -27,8 +30,12 @@ def _set(*colours):
     return np.stack([_disc(colour) for colour in colours])
 
 
+def _parameters(augmentation, seed, size=32):
+    return augmentation.draw(np.random.default_rng(seed), size)
+
+
 def _apply(augmentation, images, seed=0):
-    return augmentation(images, np.random.default_rng(seed))
+    return transform.augment(images, _parameters(augmentation, seed, images.shape[1]))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -121,3 +128,66 @@ def test_draws_do_not_depend_on_other_values():
     with_mirror = _apply(SetAugmentation(hue_degrees=90, mirror_probability=1), images, 7)
     without = _apply(SetAugmentation(hue_degrees=90, contrast=0.0), images, 7)
     np.testing.assert_array_equal(with_mirror, without[:, :, ::-1])
+
+
+AUGMENTATIONS = {
+    "everything": EVERYTHING,
+    "nothing": SetAugmentation(),
+    "colours": SetAugmentation(hue_degrees=180, contrast=0.99),
+    "much smaller": SetAugmentation(scale=0.9),
+    "mirror": SetAugmentation(mirror_probability=0.5),
+    "ink": SetAugmentation(ink_probability=0.5, ground_probability=0.5),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_the_same_bits_on_the_host_and_in_a_step(name):
+    """NumPy set by set; JAX, compiled, on a whole batch."""
+    rng = np.random.default_rng(0)
+    rgba_bnhwc = rng.integers(0, 256, (6, 3, 24, 24, 4), np.uint8)
+    rgba_bnhwc[::2, ..., 3] = 255  # photographs
+    rgba_bnhwc[1, 0, ..., 1:3] = rgba_bnhwc[1, 0, ..., :1]  # line art
+    parameters_bs = np.stack([_parameters(AUGMENTATIONS[name], seed, 24) for seed in range(6)])
+    host = np.stack([transform.augment(*one) for one in zip(rgba_bnhwc, parameters_bs, strict=True)])
+    batch = {"rgba_bnhwc": rgba_bnhwc, "augmentation_bs": parameters_bs, "other_b": np.arange(6)}
+    device = jax.jit(transform.finish)(batch)
+    assert device.keys() == {"images_bnhwc", "other_b"}
+    np.testing.assert_array_equal(device["images_bnhwc"], host)
+    np.testing.assert_array_equal(transform.augment(rgba_bnhwc, parameters_bs), host)
+
+
+def test_short_cuts_are_exact(monkeypatch):
+    opaque = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 4), np.uint8)
+    opaque[..., 3] = 255
+    for seed in range(4):
+        parameters = _parameters(SetAugmentation(mirror_probability=0.5), seed, 16)
+        short = transform.augment(opaque, parameters)
+        monkeypatch.setattr(transform, "_only_mirrored", lambda *_: False)
+        np.testing.assert_array_equal(transform.augment(opaque, parameters), short)
+        monkeypatch.undo()
+    np.testing.assert_array_equal(on_white(opaque), opaque[..., :3])
+
+
+def test_on_white_is_rounded_to_the_nearest():
+    colour, alpha = np.mgrid[:256, :256].astype(np.uint8)
+    got = on_white(np.stack([colour, colour, colour, alpha], -1))[..., 0]
+    exact = (colour.astype(int) * alpha + 255 * (255 - alpha.astype(int))) / 255
+    np.testing.assert_array_equal(got, np.round(exact))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.85, 1.0])
+def test_resampling_is_that_of_pillow(scale):
+    """Pillow's, with its 8-bit weights: within a few of 255 levels."""
+    size = 48
+    image = np.asarray(Image.effect_noise((size, size), 60).resize((size, size)), np.uint8)
+    start, weight = resampling_table(size, scale, int(2 / scale) + 1)
+    matrix = np.zeros((size, size + 200))
+    for k, column in enumerate(weight.reshape(size, -1).T):
+        matrix[np.arange(size), start + k + 100] += column / 256
+    matrix = matrix[:, 100 : 100 + size]
+    margin = int(size * (1 / scale - 1) / 2) + 1
+    padded = Image.fromarray(np.pad(image, margin))
+    first, side = margin + (size - size / scale) / 2, size / scale
+    box = (first, first, first + side, first + side)
+    expected = np.asarray(padded.resize((size, size), Image.Resampling.BILINEAR, box)).astype(float)
+    np.testing.assert_allclose(matrix @ image @ matrix.T, expected, atol=3)

@@ -315,7 +315,7 @@ def test_an_unreachable_disk_is_not_skipped(folder, monkeypatch):
     def fail(path):
         raise UserError(f"{path}: cannot be read: Input/output error")
 
-    monkeypatch.setattr("m2m_jax.data.folder.read_bytes", fail)
+    monkeypatch.setattr("m2m_jax.data.sources.folder.read_bytes", fail)
     with pytest.raises(UserError, match="Input/output error") as error:
         _examples(_config("folder", folder, on_error="skip"))[0]
     assert not isinstance(error.value, BadRecord)

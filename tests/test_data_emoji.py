@@ -10,10 +10,10 @@ from data_fixtures import IMAGE_SIZE, build_emoji
 from PIL import Image
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.data import pipeline
 from m2m_jax.data.emoji import artwork, builder
 from m2m_jax.data.emoji.preparing import prepare_emoji
 from m2m_jax.data.emoji.subjects import MIN_SUBJECTS_TO_HOLD_OUT, SPLITS, load_subjects, neutral_codepoints
+from m2m_jax.data.sources.emoji import open_emoji
 
 GRINNING = (0x1F600,)
 TEST_BIRDS = ["1f414", "1f426-1f525", "1f427", "1f99a", "1f99c"]
@@ -30,7 +30,7 @@ def splits(emoji_directory):
     """Split -> all of its records."""
     found = {}
     for split in SPLITS:
-        source = pipeline.open_emoji(emoji_directory, IMAGE_SIZE, split, strict=True)
+        source = open_emoji(emoji_directory, IMAGE_SIZE, split, strict=True)
         found[split] = [source[index] for index in range(len(source.num_images))]
     return found
 
@@ -200,12 +200,12 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 def test_missing_data_set_says_how_to_make_it(tmp_path):
     with pytest.raises(UserError, match=r"python -m m2m_jax\.data\.prepare --size=48 --directory="):
-        pipeline.open_emoji(str(tmp_path / "none"), 48, "train", strict=True)
+        open_emoji(str(tmp_path / "none"), 48, "train", strict=True)
 
 
 def test_unknown_split_is_named(emoji_directory):
     with pytest.raises(UserError, match=r"'valid'.*validation"):
-        pipeline.open_emoji(emoji_directory, IMAGE_SIZE, "valid", strict=True)
+        open_emoji(emoji_directory, IMAGE_SIZE, "valid", strict=True)
 
 
 @pytest.mark.parametrize("size", [0, -1, 100_000])

@@ -1,13 +1,19 @@
 """Batches: their order is a function of (seed, example index), on any number of hosts, from any step."""
 
+import itertools
+
 import numpy as np
 import pytest
-from data_fixtures import build_emoji, data_config, write_image_folder
+from data_fixtures import build_emoji, data_config, write_image_folder, write_latents
+from mis_fixtures import write_mis
 from PIL import Image
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square
-from m2m_jax.data import pipeline
+from m2m_jax.data import fetch, pipeline
+from m2m_jax.data.choose import Stream
+
+SPLITS = ("train", "validation")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def test_batch_format(config, images_per_set):
 
 
 def test_a_batch_says_which_sets_it_holds(config):
-    examples, source = _examples(config), pipeline.SOURCES["emoji"](config, "train")
+    examples, source = _examples(config), pipeline.open_source(config, "train")
     batch = pipeline.make_dataset(examples, batch_size=8)[5]
     assert batch["record_index_b"].tolist() == [examples.choose(index)[0] for index in range(40, 48)]
     assert examples.set_ids(batch["record_index_b"]) == [source[int(i)].set_id for i in batch["record_index_b"]]
@@ -97,6 +103,32 @@ def test_seed_changes_everything(config):
     assert [examples.choose(index)[0] for index in range(20)] != [others.choose(index)[0] for index in range(20)]
 
 
+@pytest.mark.parametrize("name", ["emoji", "folder", "mis", "precomputed"])
+def test_splits_share_no_random_stream(name, config, tmp_path):
+    """Else the images of example i of every split would be recoloured alike, and in the same order of the sets."""
+    if name == "folder":
+        config.update(name=name, path=str(write_image_folder(tmp_path / "images", num_sets=12, images_per_set=4)))
+    elif name == "mis":
+        sets = dict.fromkeys(("train", "validation", "test"), 6)
+        config.update(name=name, path=str(write_mis(tmp_path / "mis", captions=sets)))
+    elif name == "precomputed":
+        config.update(name=name, path=str(write_latents(tmp_path, splits=("train", "validation", "test"))))
+        config.augment.enabled = False
+    draws = []
+    for split in ("train", "validation", "test"):
+        examples = _examples(config, split=split)
+        draws += [examples._chooser.rng(*place).random(4).tobytes() for place in itertools.product(Stream, range(20))]
+    assert len(set(draws)) == len(draws)
+
+
+def test_held_out_images_are_recoloured_by_draws_of_their_own(tmp_path):
+    """One picture in every split: the same example of two splits is another picture."""
+    root = write_image_folder(tmp_path / "images", num_sets=1, images_per_set=4)
+    config = data_config(name="folder", path=str(root))
+    splits = [[_examples(config, split=split)[i]["images_nhwc"].mean((0, 1, 2)) for i in range(8)] for split in SPLITS]
+    assert not np.isclose(splits[0], splits[1]).all(-1).any()
+
+
 def test_an_epoch_sees_every_set_once(config):
     examples = _examples(config, split="validation")
     length = examples.epoch_length
@@ -107,7 +139,7 @@ def test_an_epoch_sees_every_set_once(config):
 
 def test_an_epoch_of_single_images_sees_every_image_once(config):
     config.images_per_set = 1
-    source = pipeline.SOURCES["emoji"](config, "validation")
+    source = pipeline.open_source(config, "validation")
     examples = _examples(config, split="validation")
     length = examples.epoch_length
     assert length == sum(source.num_images)
@@ -123,7 +155,7 @@ def test_images_of_a_set_are_distinct_and_reordered(config):
 
 
 def test_kinds_and_counts_filter_sets(config):
-    source = pipeline.SOURCES["emoji"](config, "train")
+    source = pipeline.open_source(config, "train")
     config.images_per_set = 10
     for kind in ("style", "content"):
         config.kinds = (kind,)
@@ -137,7 +169,7 @@ def test_kinds_and_counts_filter_sets(config):
 def test_without_augmentation_images_are_on_white(config):
     examples = _examples(config, augment=False)
     record, chosen = examples.choose(17)
-    source = pipeline.SOURCES["emoji"](config, "train")
+    source = pipeline.open_source(config, "train")
     for position, image in enumerate(chosen):
         stored = decode_image(source[record].images[image], "test")
         white = Image.new("RGBA", stored.size, (255, 255, 255, 255))
@@ -174,7 +206,7 @@ def test_fit_square_keeps_aspect_and_does_not_alias():
         ({"images_per_set": 26}, {}, "images_per_set=26.*has 25 images"),
         ({"images_per_set": 0}, {}, "images_per_set=0"),
         ({"kinds": ("nonsense",)}, {}, "nonsense.*content.*style"),
-        ({"name": "nonsense"}, {}, "nonsense.*emoji, folder"),
+        ({"name": "nonsense"}, {}, "nonsense.*emoji"),
         ({"image_size": 40}, {}, r"prepare --size=40"),
     ],
 )
@@ -185,11 +217,11 @@ def test_what_cannot_work_is_refused(config, changes, options, message):
 
 
 def test_latents_are_not_pixels(config):
-    class Latents:
+    class Latents(pipeline.RecordSource):
         name, kinds, num_images, has_images = "some latents", ("style",), (4,), False
 
     with pytest.raises(UserError, match="some latents holds latents alone, and images are wanted"):
-        pipeline.SetExamples(Latents(), config, seed=0, augment=False)
+        pipeline.SetExamples(Latents(), config, split="train", seed=0, augment=False)
 
 
 def test_errors_of_the_background_threads_arrive(config, monkeypatch):
@@ -197,6 +229,6 @@ def test_errors_of_the_background_threads_arrive(config, monkeypatch):
         raise UserError("this image is broken")
 
     dataset = _dataset(config)
-    monkeypatch.setattr(pipeline, "decode_image", fail)
+    monkeypatch.setattr(fetch, "decode_image", fail)
     with pytest.raises(UserError, match="this image is broken"):
         next(pipeline.batches(dataset, 0, prefetch=2))

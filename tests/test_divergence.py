@@ -1,7 +1,6 @@
 """Numbers that go bad: one set of latents that is finite itself, and whose squared error is not."""
 
 import shutil
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,6 @@ from m2m_jax.data import precomputed
 from m2m_jax.data.pipeline import open_examples
 from m2m_jax.data.records import ImageSetRecord
 from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
-from m2m_jax.training import divergence
 from m2m_jax.training.divergence import KNOWN_AFTER, ROLLBACKS, SKIPS, Divergence
 
 NUM_SETS, BATCH, SHAPE = 128, 8, (4, 8, 8, 4)
@@ -175,22 +173,3 @@ def test_a_jump_of_the_gradient_is_told_and_counted():
         "step 24: the norm of the gradient is 11, 11 times the median of the last 23 steps",
         "step 26: the norm of the gradient is 30, 30 times the median of the last 25 steps",
     ]
-
-
-def test_all_messages_share_the_threads_that_read_what_they_name(monkeypatch):
-    made = []
-
-    def make(*arguments, **options):
-        made.append(options)
-        return [{"record_index_b": [0]}] * 9
-
-    monkeypatch.setattr(divergence, "make_dataset", make)
-    config, messages = default_config(), []
-    config.train.on_nonfinite = "skip"
-    examples = types.SimpleNamespace(set_ids=lambda records: ["a set"])
-    judge = Divergence(config, examples, None, messages.append)
-    for step in (1, 2, 3):
-        numbers = {"loss": jnp.nan, "gradient_norm": jnp.nan, "skipped_batches": 0}
-        judge.add(step, {"finite": jnp.bool_(False)} | {name: jnp.float32(x) for name, x in numbers.items()})
-    judge.look(until=3)
-    assert len(messages) == 3 and len(made) == 1

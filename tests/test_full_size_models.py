@@ -12,6 +12,7 @@ from parity_fixtures import random_model, relative_error, to_numpy, to_torch
 from m2m_jax.core.parameters import abstract, count, merge
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.clip_text import CLIPTextConfig, CLIPTextEncoder
+from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.diffusers_folder import save_autoencoder, save_unet
 from m2m_jax.models.dinov2 import SIZES, DINOv2
 from m2m_jax.models.transformers_folder import save_clip_text, save_dinov2
@@ -19,7 +20,7 @@ from m2m_jax.models.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.slow
 
-SD21 = UNetConfig(attn2="text", cross_attention_dim=1024)
+SD21 = UNetConfig(attentions=("self", "text"), cross_attention_dim=1024)
 
 
 def report(name: str, params, error: float) -> None:
@@ -51,7 +52,12 @@ def test_unet_of_stable_diffusion_21_parity(diffusers, tmp_path):
     rng = np.random.default_rng(1)
     x, text = rng.standard_normal((1, 64, 64, 4), np.float32), rng.standard_normal((1, 77, 1024), np.float32)
     timestep = np.asarray([501], np.int32)
-    ours = np.asarray(jax.jit(lambda p, *inputs: merge(graphdef, p)(*inputs))(params, x, timestep, text))
+
+    @jax.jit
+    def run(params, x, timestep, text):
+        return merge(graphdef, params)(x, timestep, Conditioning(text_bsc=text))[0]
+
+    ours = np.asarray(run(params, x, timestep, text))
 
     save_unet(tmp_path, SD21, params)
     model, loading = diffusers.UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)

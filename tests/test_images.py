@@ -12,7 +12,7 @@ from PIL import Image
 
 from m2m_jax.core import images
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.images import decode_image, read_image, write_png
+from m2m_jax.core.images import check_header, decode_image, read_image, write_png
 
 RED = (255, 0, 0)
 
@@ -125,6 +125,62 @@ def test_shrinking_averages():
     np.testing.assert_allclose(got, 127.5, atol=3)
 
 
+# The samples of a pixel of each PNG colour type: (name, channels, bit depths).
+PNG_TYPES = {0: ("grey", 1, (1, 2, 4, 8, 16)), 2: ("RGB", 3, (8, 16)), 3: ("palette", 1, (1, 2, 4, 8)),
+             4: ("grey and alpha", 2, (8, 16)), 6: ("RGBA", 4, (8, 16))}  # fmt: skip
+PNG_CASES = [
+    pytest.param(colour_type, depth, transparent, id=f"{name} {depth}{' tRNS' if transparent else ''}")
+    for colour_type, (name, _, depths) in PNG_TYPES.items()
+    for depth in depths
+    for transparent in ((False, True) if colour_type in (0, 2, 3) else (False,))
+]
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_and_its_pixels(colour_type: int, depth: int, transparent: bool) -> tuple[bytes, np.ndarray]:
+    """A PNG of 8 x 8 random pixels, written by hand, and what it shows: float RGBA [8, 8, 4] of 0 to 255."""
+    rng, channels, most = np.random.default_rng(depth), PNG_TYPES[colour_type][1], 2**depth - 1
+    samples = rng.integers(0, most + 1, (8, 8, channels))
+    samples[2:4] = samples[0, 0]  # the colour of tRNS, and one that is near to it
+    if colour_type != 3:
+        samples[4] = samples[0, 0] ^ (1 if depth < 16 else 2**8)
+    if depth == 16:
+        rows = [b"\0" + row.astype(">u2").tobytes() for row in samples]
+    else:
+        bits = ((samples[..., None] >> np.arange(depth)[::-1]) & 1).reshape(8, -1)
+        rows = [b"\0" + np.packbits(row.astype(np.uint8)).tobytes() for row in bits]
+    chunks, shown = [], samples * 255 / most
+    alpha = shown[..., -1:] if colour_type in (4, 6) else np.full((8, 8, 1), 255.0)
+    colours = np.repeat(shown[..., :1], 3, -1) if colour_type in (0, 4) else shown[..., :3]
+    if colour_type == 3:
+        palette = rng.integers(0, 256, (most + 1, 3), np.uint8)
+        chunks.append(png_chunk(b"PLTE", palette.tobytes()))
+        colours = palette[samples[..., 0]].astype(float)
+        if transparent:
+            alphas = rng.integers(0, 256, most + 1, np.uint8)
+            chunks.append(png_chunk(b"tRNS", alphas.tobytes()))
+            alpha = alphas[samples].astype(float)
+    elif transparent:
+        chunks.append(png_chunk(b"tRNS", samples[0, 0].astype(">u2").tobytes()))
+        alpha = 255.0 * (samples != samples[0, 0]).any(-1, keepdims=True)
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, colour_type, 0, 0, 0))
+    end = png_chunk(b"IDAT", zlib.compress(b"".join(rows))) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + end, np.concatenate([colours, alpha], -1)
+
+
+@pytest.mark.parametrize(("colour_type", "depth", "transparent"), PNG_CASES)
+def test_every_colour_type_depth_and_transparency_of_png(colour_type, depth, transparent):
+    data, expected = png_and_its_pixels(colour_type, depth, transparent)
+    got = np.asarray(decode_image(data, "test")).astype(float)
+    np.testing.assert_array_equal(got[..., 3] == 0, expected[..., 3] == 0)
+    np.testing.assert_allclose(got, expected, atol=1)
+    opened = read_image(Image.open(io.BytesIO(data)), 8)  # as people's own code opens it
+    np.testing.assert_array_equal(opened, read_image(decode_image(data, "test"), 8))
+
+
 # ---- bad input
 
 
@@ -136,6 +192,15 @@ def png_header(width: int, height: int) -> bytes:
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_animations_are_told_by_their_header(kind, tmp_path):
+    (tmp_path / "a").write_bytes(animation(kind))
+    with pytest.raises(UserError, match=r"a: is (an animation|a document) of 3"):
+        check_header(tmp_path / "a")
+    (tmp_path / "b").write_bytes(encoded(Image.new("RGB", (8, 8)), kind))
+    check_header(tmp_path / "b")
 
 
 def animation(kind: str, frames: int = 3) -> bytes:

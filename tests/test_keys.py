@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from m2m_jax.core.keys import Domain, Stream, domain_key, stream_key
 
@@ -30,6 +31,9 @@ def test_no_two_programs_streams_or_steps_share_a_key():
                 keys[domain, seed, i, j] = words(fold(fold(root, i), j))
             for stream in Stream:
                 assert words(stream_key(domain, seed, i, stream)) == keys[domain, seed, i, int(stream)]
+            # Those of a model's parameters, which Flax makes of the key that it is given.
+            rngs = nnx.Rngs(stream_key(domain, seed, i, Stream.PARAMS))
+            keys |= {(domain, seed, i, "parameter", n): words(rngs.params()) for n in range(3)}
     assert len(set(keys.values())) == len(keys)
 
 

@@ -15,9 +15,9 @@ from text_fixtures import make_stable_diffusion
 from m2m_jax.building import build_folder
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, precomputed, records, shards
-from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.pipeline import make_dataset, open_examples
 from m2m_jax.data.records import BadRecord
+from m2m_jax.data.sources.mis import MisRecords
 from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params
 
 CAPTIONS = {"train": 12, "validation": 5, "test": 3}

@@ -23,8 +23,9 @@ from safetensors.numpy import load_file, save_file
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import merge
-from m2m_jax.models import autoencoder, layers, transformer
+from m2m_jax.models import attentions, autoencoder, layers, transformer
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.diffusers_folder import (
     DIFFUSERS,
     load_autoencoder_config,
@@ -46,7 +47,7 @@ TINY = UNetConfig(
     layers_per_block=1,
     num_attention_heads=(2, 4),
     norm_num_groups=8,
-    attn2="none",
+    attentions=("self",),
 )
 # (config, height, width) of the latents.
 UNETS = {
@@ -85,11 +86,11 @@ UNETS = {
         ),
         *(13, 11),
     ),
-    "text, linear projection": (dataclasses.replace(TINY, attn2="text", cross_attention_dim=12), 6, 5),
+    "text, linear projection": (dataclasses.replace(TINY, attentions=("self", "text"), cross_attention_dim=12), 6, 5),
     "text, conv projection, head counts, two transformer layers": (
         dataclasses.replace(
             TINY,
-            attn2="text",
+            attentions=("self", "text"),
             cross_attention_dim=10,
             block_out_channels=(16, 24, 24),
             down_block_types=(ATTENDS, ATTENDS, PLAIN),
@@ -100,7 +101,7 @@ UNETS = {
         *(9, 7),
     ),
     # The output of attn2 is then its bias, which diffusers' attn2 can be made to give, too.
-    "image sets without context": (dataclasses.replace(TINY, attn2="image_set"), 4, 4),
+    "image sets without context": (dataclasses.replace(TINY, attentions=("self", "set")), 4, 4),
 }
 
 TINY_VAE = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.7)
@@ -131,8 +132,8 @@ RECORDED = (
     layers.ResnetBlock,
     layers.Downsample,
     layers.Upsample,
-    transformer.SelfAttention,
-    transformer.CrossAttention,
+    attentions.SelfAttention,
+    attentions.CrossAttention,
     transformer.TransformerBlock,
     transformer.SpatialTransformer,
     autoencoder.SpatialSelfAttention,
@@ -148,11 +149,12 @@ def diffusers_unet(diffusers, folder):
     import torch
 
     config = json.loads((folder / "config.json").read_text())
-    if config["attn2"] == "text":
+    if "text" in config["attentions"]:
         model, report = diffusers.UNet2DConditionModel.from_pretrained(folder, output_loading_info=True)
         assert not any(report.values()), report
         return model.eval()
-    for ours in ("attn2", "order_embedding", "clean_sees"):  # diffusers would save them with what is no longer true
+    # diffusers would save these with what is no longer true.
+    for ours in ("attentions", "context_dim", "global_embeddings", "order_embedding", "clean_sees"):
         del config[ours]
     model = diffusers.UNet2DConditionModel.from_config({**config, "cross_attention_dim": 8}).eval()
     state = {name: torch.from_numpy(x) for name, x in load_file(folder / WEIGHTS).items()}
@@ -175,10 +177,10 @@ def test_unet_is_that_of_diffusers(diffusers, case, tmp_path):
     x_bhwc = rng.standard_normal((2, height, width, config.in_channels)).astype(np.float32)
     timestep_b = np.asarray([3, 977], np.int32)
     text_bsc = rng.standard_normal((2, 5, config.cross_attention_dim or 8)).astype(np.float32)
-    condition = text_bsc if config.attn2 == "text" else transformer.ImageSets(SetLayout.sampling(0))
+    conditioning = Conditioning(text_bsc=text_bsc) if "text" in config.attentions else Conditioning()
 
     def call(unet, x, t):
-        return {"output": unet(x, t, condition)}
+        return {"output": unet(x, t, conditioning)[0]}
 
     def torch_call(unet):
         return {"output": unet(to_torch(x_bhwc), torch.from_numpy(timestep_b), torch.from_numpy(text_bsc)).sample}
@@ -229,8 +231,8 @@ def test_folders_of_diffusers_are_read(diffusers, tmp_path):
     _, params = random_model(UNet, config)
     save_unet(tmp_path / "unet", config, params)
     diffusers_unet(diffusers, tmp_path / "unet").save_pretrained(tmp_path / "theirs")
-    assert load_unet_config(tmp_path / "theirs", attn2="none", cross_attention_dim=None) == config
-    text = dataclasses.replace(config, attn2="text", cross_attention_dim=8)
+    assert load_unet_config(tmp_path / "theirs", attentions=("self",), cross_attention_dim=None) == config
+    text = dataclasses.replace(config, attentions=("self", "text"), cross_attention_dim=8)
     assert load_unet_config(tmp_path / "theirs") == text
     found = load_params(tmp_path / "theirs")
     assert_same_params({name: x for name, x in found.items() if not is_set_attention(name)}, params)
@@ -399,7 +401,7 @@ def test_require_same_names_what_does_not_fit():
 
 # --- Starting from a single-image model -----------------------------------------------------------------------------
 
-SETS = dataclasses.replace(TINY, attn2="image_set")
+SETS = dataclasses.replace(TINY, attentions=("self", "set"))
 
 
 def test_at_step_0_the_set_model_is_the_single_image_model_whatever_the_context(tmp_path):
@@ -475,7 +477,11 @@ def test_at_step_0_m2m_is_stable_diffusion_without_text(diffusers, encoded, orde
 
     tokens = 10 if encoded else None
     config = dataclasses.replace(
-        text_config, attn2="image_set", cross_attention_dim=tokens, order_embedding=order_embedding
+        text_config,
+        attentions=("self", "set"),
+        cross_attention_dim=None,
+        context_dim=tokens,
+        order_embedding=order_embedding,
     )
     graphdef, params = random_model(UNet, config)
     params = {name: x * 0 if ".order." in name else x for name, x in params.items()}  # it starts at zero

@@ -54,8 +54,9 @@ def probe(backend: str, clean_sees: str):
             stacks = []
 
             def spy(*args):
-                stacks.append(merge(graphdef, params | attention_params)(*args))
-                return stacks[0]
+                out, keys_values = merge(graphdef, params | attention_params)(*args)
+                stacks.append(out)
+                return out, keys_values
 
             out = denoise_sets(
                 spy,

@@ -15,7 +15,7 @@ from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.tasks.evaluation import another, context_errors, stratified_timesteps
-from m2m_jax.tasks.objective import draw, set_errors, squared_error, weighted_loss
+from m2m_jax.tasks.objective import Told, draw, squared_error, weighted_loss
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 
 CONFIG = UNetConfig(
@@ -38,6 +38,13 @@ def random_unet():
     return graphdef, random_params(shapes)
 
 
+def errors_of_sets(unet, latents, context, draws, config):
+    """The error of every image of whole sets, as in training."""
+    told = Told(SetLayout.training(NUM_IMAGES), context, keep_context_b=draws.keep_context_b)
+    noised = latents, draws.noise_bnhwc, draws.timestep_bn
+    return squared_error(unet, SCHEDULE, told, *noised, clean_timestep=config.clean_timestep)
+
+
 @functools.cache
 def loss_and_gradients(context_dropout: float):
     """`(latents, seed, step) -> (loss, parts), gradients`."""
@@ -50,7 +57,7 @@ def loss_and_gradients(context_dropout: float):
         def loss(params):
             unet, context = merge(graphdef, params), latents[:, :-1]
             draws = draw(SCHEDULE, latents.shape, seed=seed, step=step, config=config)
-            error_bn = set_errors(unet, SCHEDULE, latents, context, draws, clean_timestep=config.clean_timestep)
+            error_bn = errors_of_sets(unet, latents, context, draws, config)
             loss = weighted_loss(SCHEDULE, error_bn, draws.timestep_bn, config)
             return loss, SetDiffusion.parts(error_bn)
 
@@ -171,9 +178,9 @@ class Spy:
 
     config = CONFIG
 
-    def __call__(self, x_bhwc, timestep_b, sets):
-        self.x_bhwc, self.timestep_b, self.sets = x_bhwc, timestep_b, sets
-        return jnp.zeros_like(x_bhwc)
+    def __call__(self, x_bhwc, timestep_b, conditioning):
+        self.x_bhwc, self.timestep_b, self.sets = x_bhwc, timestep_b, conditioning.sets
+        return jnp.zeros_like(x_bhwc), {}
 
 
 def test_the_error_is_that_of_each_image_against_the_target_of_the_schedule():
@@ -182,7 +189,7 @@ def test_the_error_is_that_of_each_image_against_the_target_of_the_schedule():
     timestep = jnp.asarray(rng.integers(0, 1000, LATENTS.shape[:2]), jnp.int32)
     layout = SetLayout.training(NUM_IMAGES)
     error_bn = squared_error(
-        Spy(), SCHEDULE, LATENTS[:, :-1], jnp.asarray(LATENTS), noise, timestep, layout, clean_timestep=0
+        Spy(), SCHEDULE, Told(layout, LATENTS[:, :-1]), jnp.asarray(LATENTS), noise, timestep, clean_timestep=0
     )
     target = np.asarray(SCHEDULE.target(jnp.asarray(LATENTS), noise, timestep))
     np.testing.assert_allclose(error_bn, (target**2).mean((2, 3, 4)), rtol=1e-5)
@@ -194,7 +201,7 @@ def test_what_the_network_is_given_in_training():
     config.context_dropout, config.clean_timestep = 0.25, 3
     latents = jnp.asarray(np.random.default_rng(4).standard_normal((b, NUM_IMAGES, 1, 1, 4)), jnp.float32)
     draws = draw(SCHEDULE, latents.shape, seed=0, step=0, config=config)
-    set_errors(spy, SCHEDULE, latents, latents[:, :-1], draws, clean_timestep=config.clean_timestep)
+    errors_of_sets(spy, latents, latents[:, :-1], draws, config)
     assert spy.sets.layout == SetLayout.training(NUM_IMAGES)
 
     stack_bqhwc = spy.x_bhwc.reshape(b, -1, 1, 1, 4)
@@ -212,7 +219,7 @@ def test_a_rectified_flow_tells_the_network_the_level_and_wants_the_direction_of
     spy, latents, noise = Spy(), jnp.asarray(LATENTS), jnp.ones(LATENTS.shape)
     timestep = jnp.asarray([[0, 499, 999]] * len(LATENTS), jnp.int32)
     layout = SetLayout.training(NUM_IMAGES)
-    error_bn = squared_error(spy, schedule, latents[:, :-1], latents, noise, timestep, layout, clean_timestep=0)
+    error_bn = squared_error(spy, schedule, Told(layout, latents[:, :-1]), latents, noise, timestep, clean_timestep=0)
     np.testing.assert_allclose(error_bn, ((1 - LATENTS) ** 2).mean((2, 3, 4)), rtol=1e-5)
     timestep_bq = np.asarray(spy.timestep_b).reshape(len(LATENTS), -1)
     np.testing.assert_allclose(timestep_bq, [[0, 0, 3 / 1.002, 750, 1000]] * len(LATENTS), rtol=1e-6)

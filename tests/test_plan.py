@@ -265,7 +265,7 @@ def test_the_kernel_computes_little_that_is_forbidden(images, tokens, most):
 
     The 257 tokens of DINOv2 end within a block of 128, which costs most where sets are small.
     """
-    config = UNetConfig(attention_backend="splash", cross_attention_dim=tokens and 1024)
+    config = UNetConfig(attention_backend="splash", context_dim=tokens and 1024)
     found = attention_flops(config, images, 64, tokens, _abstract_mesh(1))
     assert 1 <= found.executed / found.allowed < most
 
@@ -466,6 +466,7 @@ def test_a_tiny_plan(tmp_path):
     assert plan["devices"] == 4
     assert plan["memory"]["needed"] > plan["memory"]["parameters"] > 0
     assert "none: Stable Diffusion's autoencoder" in plan["notes"][0]
+    assert "peak in bfloat16" in plan["notes"][1]
     assert {c["kind"] for c in plan["work"]["collectives"]} >= {"all-reduce"}
     assert 0 < plan["work"]["mfu"] < 1
     # Seven transformer blocks, two attentions each, a kernel forward and two backward.

@@ -147,7 +147,7 @@ def test_the_emoji_kinds_can_be_chosen(copy):
     manifest.write_text(json.dumps(values | {"kinds": ["style", "content"] * 4}))
     source = precomputed.PrecomputedRecords(str(copy), "train", 32)
     for kinds, expected in [(("style",), {0, 2, 4, 6}), (("style", "content"), set(range(8)))]:
-        examples = SetExamples(source, _config("precomputed", copy, kinds=kinds), seed=0, augment=False)
+        examples = SetExamples(source, _config("precomputed", copy, kinds=kinds), split="train", seed=0, augment=False)
         assert {examples.choose(index)[0] for index in range(examples.epoch_length)} == expected
     with pytest.raises(UserError, match="nonsense"):
         _batch("precomputed", copy, kinds=("nonsense",))

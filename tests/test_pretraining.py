@@ -103,7 +103,7 @@ def test_single_image_model_trains_and_saves(base):
     losses = [x["train/loss"] for x in _metrics(workdir) if "train/loss" in x]
     assert len(losses) == 2 and np.all(np.isfinite(losses))
     config = load_unet_config(folder)
-    assert (config.attn2, config.block_out_channels, config.num_attention_heads) == ("none", (16, 32), (2, 4))
+    assert (config.attentions, config.block_out_channels, config.num_attention_heads) == (("self",), (16, 32), (2, 4))
     trained = load_for_sampling(workdir).ema_params
     saved = load_params(folder)
     assert saved.keys() == trained.keys()
@@ -143,7 +143,7 @@ def test_m2m_starts_as_the_single_image_model(vae, base):
     base_config = load_config("emoji_base:tiny")
     base_config.autoencoder.path = str(vae[1])
     base_task = SetDiffusion(base_config)
-    alone = jax.jit(lambda params, x, t: merge(base_task.unet, params)(x, t))(
+    alone = jax.jit(lambda params, x, t: merge(base_task.unet, params)(x, t)[0])(
         pretrained, noised.reshape(6, 8, 8, 4), timestep.reshape(6)
     )
     assert np.std(alone) > 1e-4  # after four steps it predicts something

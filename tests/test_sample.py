@@ -17,8 +17,10 @@ from PIL import Image
 from run_fixtures import ROOT, run, train_tiny
 
 import m2m_jax
-from m2m_jax.attention.backends import prefix
+from m2m_jax.attention.backends import Backend
+from m2m_jax.attention.plain import prefix
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.registry import Registry
 from m2m_jax.models.initialization import is_set_attention
 from m2m_jax.sampling.programs import COMPILED
 from m2m_jax.sampling.run_job import step_line
@@ -308,7 +310,7 @@ def test_a_single_image_model_is_given_no_context(sampler):
     """Which it would not read; nor does it keep images, so no cache is too small."""
     alone = dataclasses.replace(
         sampler,
-        unet_config=dataclasses.replace(sampler.unet_config, attn2="none"),
+        unet_config=dataclasses.replace(sampler.unet_config, attentions=("self",)),
         unet_params={name: x for name, x in sampler.unet_params.items() if not is_set_attention(name)},
         settings=dataclasses.replace(sampler.settings, cache_size=1),
     )
@@ -368,7 +370,9 @@ def test_the_example_runs(checkpoint, sets, tmp_path):
 
 def test_sampling_runs_no_kernel_of_training(sampler, monkeypatch):
     """So a checkpoint of a run on a TPU samples on a CPU, whatever kernel its config names."""
-    monkeypatch.setattr("m2m_jax.models.transformer.BACKENDS", {"prefix": prefix})
+    only = Registry("attention backend")
+    only.register("prefix")(Backend(prefix))
+    monkeypatch.setattr("m2m_jax.models.attentions.BACKENDS", only)
     unet_config = dataclasses.replace(sampler.unet_config, attention_backend="splash")
     static, params = dataclasses.replace(sampler, unet_config=unet_config).static, sampler.params
     images, seed_b = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.uint8), np.zeros(1, np.uint32)

@@ -27,8 +27,8 @@ from run_fixtures import ROOT, make_autoencoder, run, train_tiny
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import MAX_SCANS, check_header, decode_image, read_image
-from m2m_jax.data import folder as folders
 from m2m_jax.data import pipeline, precomputed
+from m2m_jax.data.sources import folder as folders
 from m2m_jax.models import diffusers_folder
 from m2m_jax.sampling.bundle import MANIFEST, PARAMS, Bundle, program_file, write_manifest
 from m2m_jax.sampling.program_check import require_arithmetic

@@ -32,7 +32,7 @@ SD_UNET = UNetConfig(
     layers_per_block=1,
     num_attention_heads=(2, 4),
     norm_num_groups=8,
-    attn2="text",
+    attentions=("self", "text"),
     cross_attention_dim=WIDTH,
 )
 SD_AUTOENCODER = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8)

@@ -67,18 +67,36 @@ class SetLayout:
 
 
 def allowed(query_is_noised, query_position, key_position, clean_sees: str = "preceding"):
-    """THE mask predicate of image-set attention, from which every form of the mask is made.
+    """Say whether a query image sees a key image: THE mask predicate, from which every form of the mask is made.
 
-    Keys are always clean: nothing sees a noised image except that image itself, through self-attention (attn1).
+    Keys are always clean: nothing sees a noised image except that image itself, through self-attention.
 
       noised i -> clean j   for j < i     (the factor p(x_i | x_<i) of the model)
       clean  i -> clean j   for j <= i, or j = i alone
+
+    In training, `SetLayout.training(4)`, the stack of a set of four images is [clean 0 1 2; noised 0 1 2 3], and its
+    mask has a row for each of them and a column for each clean image (right: where clean images see "itself"):
+
+                 clean  0 1 2                    0 1 2
+        clean  0        1 0 0                    1 0 0
+        clean  1        1 1 0                    0 1 0
+        clean  2        1 1 1                    0 0 1
+        noised 0        0 0 0    the first       0 0 0
+        noised 1        1 0 0                    1 0 0
+        noised 2        1 1 0                    1 1 0
+        noised 3        1 1 1    the last        1 1 1
+
+    The last image is context to none, so it has no clean copy. In sampling, `SetLayout.sampling(3)`, there are the rows
+    of clean 0 1 2 and of noised 3; with a cache, the last row alone.
 
     As the clean branch sees nothing noised, its keys and values do not depend on the image being made and can be
     computed once per finished image, exactly. Block-diffusion language models (BD3-LM, arXiv 2503.09573) and
     ACDiT (arXiv 2412.07720) use the same logic.
 
-    Args are broadcast against each other: booleans and integers, or arrays of them (NumPy or JAX).
+    Args:
+      query_is_noised, query_position, key_position: booleans and integers, or arrays of them (NumPy or JAX), which are
+        broadcast against each other.
+      clean_sees: "preceding" or "itself".
     """
     query_is_clean = query_is_noised ^ True  # `~` makes an integer of a Python bool
     clean_to_clean = key_position <= query_position if clean_sees == "preceding" else key_position == query_position

@@ -14,9 +14,14 @@ WITHIN_IMAGES = ("tensor", "context")  # axes of the mesh that do not split sets
 
 
 def split_over_mesh(
-    backend: Callable, name: str, q_bqthd: jax.Array, k_bkshd: jax.Array, v_bkshd: jax.Array
+    backend: Callable,
+    name: str,
+    q_bqthd: jax.Array,
+    k_bkshd: jax.Array,
+    v_bkshd: jax.Array,
+    keep_bk: jax.Array | None = None,
 ) -> jax.Array:
-    """`backend` of these, run by each device for the sets, heads and tokens of queries that it has.
+    """Return `backend` of these, run by each device for the sets, heads and tokens of queries that it has.
 
     The mesh is that under which the caller is traced (`training/sharding.py: traced_on`); without one there is nothing
     to split. Where tokens are split a device has as many of every image, so the mask is the same for all, and so is
@@ -26,8 +31,9 @@ def split_over_mesh(
       UserError: sets that the devices of the mesh can't share evenly; names the backend.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    kept = () if keep_bk is None else (keep_bk,)
     if mesh.empty or mesh.are_all_axes_manual:  # each device has its share already
-        return backend(q_bqthd, k_bkshd, v_bkshd)
+        return backend(q_bqthd, k_bkshd, v_bkshd, *kept)
     # An axis that is in no spec costs a sum of gradients, even one of a single device.
     sets = tuple(axis for axis in mesh.axis_names if axis not in WITHIN_IMAGES or mesh.shape[axis] == 1)
     num_sets, shares = q_bqthd.shape[0], math.prod(mesh.shape[axis] for axis in sets)
@@ -39,8 +45,9 @@ def split_over_mesh(
     heads, tokens = axes_of_heads_and_tokens(mesh, q_bqthd.shape[3], q_bqthd.shape[2])
     of_queries, of_keys = PartitionSpec(sets, None, tokens, heads), PartitionSpec(sets, None, None, heads)
     # What varies over the mesh is not tracked through a kernel.
-    run = jax.shard_map(backend, in_specs=(of_queries, of_keys, of_keys), out_specs=of_queries, check_vma=False)
-    return run(q_bqthd, k_bkshd, v_bkshd)
+    in_specs = (of_queries, of_keys, of_keys, *(PartitionSpec(sets) for _ in kept))
+    run = jax.shard_map(backend, in_specs=in_specs, out_specs=of_queries, check_vma=False)
+    return run(q_bqthd, k_bkshd, v_bkshd, *kept)
 
 
 def axes_of_heads_and_tokens(

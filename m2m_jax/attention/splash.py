@@ -28,11 +28,18 @@ CHECKPOINT_NAME = "attention"  # of what attention gives and its gradient needs,
 
 
 def splash(
-    q_bqthd: jax.Array, k_bkshd: jax.Array, v_bkshd: jax.Array, layout: SetLayout, *, interpret: bool = False
+    q_bqthd: jax.Array,
+    k_bkshd: jax.Array,
+    v_bkshd: jax.Array,
+    layout: SetLayout,
+    keep_bk: jax.Array | None = None,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
-    """See `backends`. Lowers for TPU alone, forward and backward, on any machine.
+    """Attend as `backends.Backend` says. Lowers for TPU alone, forward and backward, on any machine.
 
     Args:
+      keep_bk: images that nobody sees are another segment than the queries. A query that sees none gets their mean.
       interpret: run the kernel as plain XLA, on any platform and slowly, to test it.
 
     Raises:
@@ -43,13 +50,18 @@ def splash(
             f"attention backend 'splash' computes in float32 or bfloat16, not {q_bqthd.dtype}; "
             "set model.dtype to one of them, or model.attention_backend='prefix'"
         )
-    return split_over_mesh(
-        functools.partial(_of_one_device, layout=layout, interpret=interpret), "splash", q_bqthd, k_bkshd, v_bkshd
-    )
+    run = functools.partial(_of_one_device, layout=layout, interpret=interpret)
+    return split_over_mesh(run, "splash", q_bqthd, k_bkshd, v_bkshd, keep_bk)
 
 
 def _of_one_device(
-    q_bqthd: jax.Array, k_bkshd: jax.Array, v_bkshd: jax.Array, *, layout: SetLayout, interpret: bool
+    q_bqthd: jax.Array,
+    k_bkshd: jax.Array,
+    v_bkshd: jax.Array,
+    keep_bk: jax.Array | None = None,
+    *,
+    layout: SetLayout,
+    interpret: bool,
 ) -> jax.Array:
     b, _, t, h, d = q_bqthd.shape
     runs = _runs(layout)
@@ -60,8 +72,10 @@ def _of_one_device(
     # Rows of the mask without a key are undefined in the kernel: it is not given them.
     q_bqthd = jnp.concatenate([q_bqthd[:, start:stop] for start, stop in seeing], axis=1) * d**-0.5
     num_queries = q_bqthd.shape[1]
-    kernel = jax.vmap(_kernel(layout, t, k_bkshd.shape[2], interpret))
-    out_bhtd = kernel(_sequence(q_bqthd), _sequence(k_bkshd), _sequence(v_bkshd))
+    sequences = [_sequence(q_bqthd), _sequence(k_bkshd), _sequence(v_bkshd)]
+    if keep_bk is not None:
+        sequences.append(_segments(keep_bk, k_bkshd.shape[2], sequences[0].shape[2], sequences[1].shape[2]))
+    out_bhtd = jax.vmap(_kernel(layout, t, k_bkshd.shape[2], interpret))(*sequences)
     out_bqthd = out_bhtd[:, :, : num_queries * t].reshape(b, h, num_queries, t, d).transpose(0, 2, 3, 1, 4)
 
     pieces, used = [], 0
@@ -171,6 +185,16 @@ def _runs(layout: SetLayout) -> list[tuple[int, int, bool]]:
 
 def _padded(tokens: int, block: int) -> int:
     return -(-tokens // block) * block
+
+
+def _segments(keep_bk: jax.Array, s: int, num_rows: int, num_columns: int) -> kernels.SegmentIds:
+    """Ids by token, of sequences with padding: queries are 0, keys are 0 where they are seen. s: tokens of a key image.
+
+    What sees what of padding does not matter: nothing reads it.
+    """
+    hidden_bt = jnp.repeat(~keep_bk, s, axis=1).astype(jnp.int32)
+    hidden_bt = jnp.pad(hidden_bt, ((0, 0), (0, num_columns - hidden_bt.shape[1])))
+    return kernels.SegmentIds(jnp.zeros((keep_bk.shape[0], num_rows), jnp.int32), hidden_bt)
 
 
 def _sequence(x_bnthd: jax.Array) -> jax.Array:

@@ -106,7 +106,7 @@ def _read_txt(path: Path) -> Iterator[str]:
 def _read_tsv(path: Path) -> Iterator[str]:
     layout = "url TAB caption, or fields under a header that names 'caption'"
     count, column = 2, 1
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in _rows(path):
         fields = line.split("\t")
         if number == 1 and "://" not in fields[0]:
             name = _caption_column(fields)
@@ -121,7 +121,7 @@ def _read_tsv(path: Path) -> Iterator[str]:
 
 def _read_jsonl(path: Path) -> Iterator[str]:
     name = None
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in _rows(path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -170,6 +170,18 @@ _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
 def _caption_column(names: Iterable[str]) -> str | None:
     by_name = {name.strip().lower(): name for name in names}
     return next((by_name[wanted] for wanted in _COLUMNS if wanted in by_name), None)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, from 1, without blank ones at the end, which editors and `echo` leave there."""
+    blank = 0
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip(" "):
+            blank += 1
+            continue
+        yield from ((number - i, "") for i in range(blank, 0, -1))
+        blank = 0
+        yield number, line
 
 
 def _lines(path: Path) -> Iterator[str]:

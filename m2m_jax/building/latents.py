@@ -27,7 +27,7 @@ from m2m_jax.core.images import decode_image, fit_square, on_white
 from m2m_jax.core.interruption import Interruption
 from m2m_jax.core.printing import say
 from m2m_jax.data import precomputed, records
-from m2m_jax.data.pipeline import SOURCES, RecordSource
+from m2m_jax.data.pipeline import RecordSource, open_source
 from m2m_jax.data.shards import count_records
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 
@@ -65,7 +65,7 @@ def precompute(
     config.image_encoder.path = config.text_encoder.path = ""  # they have no part in this
     runtime.start()
     index, count = options.process()
-    source = SOURCES[config.data.name](config.data, options.split)
+    source = open_source(config.data, options.split)
     _check_source(source)
     models, params = FrozenModels.load(config)
     models.require_image_size(config.data.image_size)
@@ -81,6 +81,7 @@ def precompute(
         records_per_shard=options.records_per_shard,
         kinds=list(source.kinds),
         num_images=list(source.num_images),
+        attributes=dict(source.attributes),
         made_from=source.name,
         command=command,
     )
@@ -162,6 +163,7 @@ def _encoded_records(
             images=record.images if options.keep_images else (),
             image_captions=record.image_captions,
             latents=latents_nhwc,
+            attributes=record.attributes,
         )
 
 

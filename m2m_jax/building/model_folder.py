@@ -20,7 +20,7 @@ from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float
 from m2m_jax.models.diffusers_folder import SCHEDULER, save_autoencoder, save_unet
 from m2m_jax.models.folder import config_from
-from m2m_jax.models.unet import UNetConfig
+from m2m_jax.models.unet_config import UNetConfig, with_todays_names
 
 SCALING_BATCHES = 50
 
@@ -45,7 +45,7 @@ def save_model_folder(options: ModelExport) -> str:
             output, dataclasses.replace(autoencoder_config, scaling_factor=factor), saved.ema_params, dtype
         )
         return f"scaling factor {factor:.5f}\n{line}"
-    save_unet(output, config_from(UNetConfig, saved.metadata["unet"], {}), saved.ema_params, dtype)
+    save_unet(output, config_from(UNetConfig, with_todays_names(saved.metadata["unet"]), {}), saved.ema_params, dtype)
     schedule = NoiseSchedule.from_config(vars(config.schedule)).to_config()
     (output / SCHEDULER).write_text(json.dumps(schedule, indent=2) + "\n")
     return line

@@ -37,7 +37,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from m2m_jax.checkpoints import checksums, save_errors, stored_arrays, workdir_lock
-from m2m_jax.checkpoints.config_changes import code_version, config_changes
+from m2m_jax.checkpoints.config_changes import code_version, config_changes, listing_changes
 from m2m_jax.checkpoints.saved_model import (
     ABOUT,
     ARRAYS,
@@ -188,7 +188,7 @@ class Checkpointer:
             target: a TrainState of ShapeDtypeStructs with shardings; they need not be those it was saved with.
             step: which checkpoint; the latest if None.
             metadata: what the next `save` will be given. What of its config (`to_json`) differs from the checkpoint's
-                is printed; the frozen models ("sha256") must be the same.
+                is printed, and of the listings of its data ("listings"); the frozen models ("sha256") must be the same.
 
         Raises:
             UserError: no such checkpoint, it is damaged, or it is of other frozen models, or its leaves are not those
@@ -204,6 +204,8 @@ class Checkpointer:
         _require_same_frozen(folder, was.get("sha256", {}), metadata)
         if changes:
             _say("\n  ".join([f"the config is not that of {folder}:", *changes]))
+        if moved := listing_changes(was.get("listings", {}), metadata.get("listings", {})):
+            _say("\n  ".join([f"the data are not those of {folder}:", *moved]))
         if config and (code := about.get("code", "of an older version")) != code_version():
             _say(f"{folder} was saved by m2m_jax {code}; this is {code_version()}")
         restored = restore(folder, STATE, wanted)

@@ -20,6 +20,8 @@ _DO_NOT_MATTER = (
     "profile.",
     "data.prefetch",
     "data.threads",
+    "data.workers",
+    "data.augment.on_device",  # the same images, to the bit
     "data.log_examples",
     "train.log_every",
 )
@@ -47,6 +49,15 @@ def config_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             "the run will not be the one it would have been"
         )
     return lines
+
+
+def listing_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for every split whose listing, as `SetExamples.fingerprint` tells, is another; empty if none is.
+
+    was, now: {split: fingerprint}; what is in only one of them cannot be compared.
+    """
+    changed = [split for split in sorted({*was} & {*now}) if was[split] != now[split]]
+    return [f"the data of split {split!r}: sets or files came or went, and examples are others" for split in changed]
 
 
 @functools.cache

@@ -23,8 +23,11 @@ from m2m_jax.core.errors import UserError
 # What is read. Pillow knows more formats, but some of those start other programs (EPS) or are no pictures.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
-# File names that are taken for images where a folder is read.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# File names that are taken for images where a folder is read: those of FORMATS.
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 
 # Larger ones are refused before they are decoded (a photograph has 10 to 50 million pixels).
 MAX_PIXELS = 80_000_000
@@ -32,6 +35,9 @@ MAX_BYTES = 2**30  # of a file: more than that many pixels take uncompressed
 _CHUNK = 2**20  # bytes read at once
 # A progressive JPEG has some ten scans. Each goes over all pixels, however few its bytes: thousands take hours.
 MAX_SCANS = 100
+
+# Grey PNGs by what Pillow calls their samples: bits of a sample, and what a sample is multiplied by to fill 8 bits.
+_STRETCHED = {"1": (1, 255), "L;2": (2, 85), "L;4": (4, 17), "L": (8, 1)}
 
 # What Pillow warns of is either refused below or harmless, and a warning would be a second line beside the error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -42,6 +48,7 @@ def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, size: 
     if isinstance(source, np.ndarray):
         image = as_pillow(source)
     elif isinstance(source, Image.Image):
+        _scale_transparent_colour(source)
         image = _upright_rgba(source, "the image")
     else:
         image = decode_image(read_bytes(source), str(source))
@@ -49,14 +56,14 @@ def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, size: 
 
 
 def on_white(rgba: np.ndarray) -> np.ndarray:
-    """uint8 RGBA [..., 4] with straight alpha as uint8 RGB [..., 3] on a white ground."""
-    return composite(rgba[..., :3].astype(np.float32), rgba[..., 3:], np.full(3, 255, np.float32))
-
-
-def composite(rgb: np.ndarray, alpha: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """rgb float [..., 3] of 0 to 255, alpha uint8 [..., 1], ground float [3] as uint8 [..., 3]."""
-    opacity = alpha.astype(np.float32) / 255
-    return np.round(ground + (rgb - ground) * opacity).astype(np.uint8)
+    """Return uint8 RGBA [..., 4] with straight alpha as uint8 RGB [..., 3] on a white ground."""
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    if alpha.min(initial=255) == 255:
+        return np.ascontiguousarray(rgb)
+    alpha = alpha.astype(np.uint16)
+    # Rounded to the nearest, in integers: x + 128 stays below 2**16.
+    x = rgb * alpha + np.uint16(255) * (np.uint16(255) - alpha) + np.uint16(128)
+    return ((x + (x >> 8)) >> 8).astype(np.uint8)
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -80,13 +87,13 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
-    """Raises UserError where the file is missing, is no image, or is too large a one. No pixel is decoded."""
+    """Raise UserError if the file is missing, no image, too large or an animation. No pixel is decoded."""
     try:
         with open(path, "rb") as file:
             if not file.read(1):
                 raise UserError(f"{path}: the file is empty (0 bytes)")
             file.seek(0)
-            _open(file, str(path))
+            _refuse_several_frames(_open(file, str(path)), str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -106,6 +113,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     if not data:
         raise UserError(f"{name}: the file is empty (0 bytes)")
     image = _open(io.BytesIO(data), name)
+    _scale_transparent_colour(image)
     if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
         raise UserError(f"{name}: the image has more than {MAX_SCANS} scans: save it again")
     try:
@@ -176,13 +184,31 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
 
 def _refuse_several_frames(image: Image.Image, name: str) -> None:
     # A JPEG with several pictures (MPO) is a photograph with previews: its first picture is the photograph.
-    if image.format == "MPO" or not getattr(image, "is_animated", False):
+    try:
+        if image.format == "MPO" or not getattr(image, "is_animated", False):
+            return
+        frames = image.n_frames
+    except Exception as error:  # a header that is cut off: each decoder has its own
+        raise UserError(_damaged(name, error)) from error
+    what = f"a document of {frames} pages" if image.format == "TIFF" else f"an animation of {frames} frames"
+    raise UserError(f"{name}: is {what}, and one picture is needed: save the one you want as a PNG and name that")
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Give the transparent colour (tRNS) of a PNG that is not loaded yet the range that its pixels will have.
+
+    Pillow stretches samples of 1, 2 and 4 bits to 8, cuts those of RGB from 16 to 8, and leaves that colour as it was.
+    """
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or not image.tile or colour is None or isinstance(colour, bytes):
         return
-    what = "a document of {} pages" if image.format == "TIFF" else "an animation of {} frames"
-    raise UserError(
-        f"{name}: is {what.format(image.n_frames)}, and one picture is needed: "
-        "save the one you want as a PNG and name that"
-    )
+    rawmode = image.tile[0][3]
+    rawmode = rawmode if isinstance(rawmode, str) else rawmode[0]
+    if isinstance(colour, tuple):
+        image.info["transparency"] = tuple(part >> 8 if rawmode == "RGB;16B" else part & 255 for part in colour)
+    elif rawmode in _STRETCHED:
+        bits, factor = _STRETCHED[rawmode]
+        image.info["transparency"] = (colour & (2**bits - 1)) * factor
 
 
 def _to_rgba(image: Image.Image, name: str) -> Image.Image:
@@ -192,7 +218,9 @@ def _to_rgba(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f"{name}: has 32-bit pixels of unknown range: save it with 8 or 16 bits")
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        grey, transparent = (values // 257).astype(np.uint8), image.info.get("transparency")
+        alpha = np.full_like(grey, 255) if transparent is None else np.uint8(255) * (values != transparent)
+        image = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
     elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         image = image.convert("RGB")
     return image.convert("RGBA")

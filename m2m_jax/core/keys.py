@@ -30,10 +30,12 @@ class Domain(enum.IntEnum):
 class Stream(enum.IntEnum):
     """Name what is drawn at a step. The numbers are part of a run's randomness: never change or reuse one."""
 
+    PARAMS = 0
     NOISE = 1
     TIMESTEP = 2
     CONTEXT_DROPOUT = 3
     POSTERIOR = 6
+    ADAPTER = 7
 
 
 def domain_key(domain: Domain, seed: int | jax.Array) -> jax.Array:

@@ -152,6 +152,12 @@ def _parse_flags(argv: Sequence[str], take: Callable[[Sequence[str]], list[str]]
     return rest
 
 
+def mark_flags_parsed() -> None:
+    """Let libraries ask for flags of their own where no program has parsed any, as in a notebook: they get defaults."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
 def read_flags(
     argv: Sequence[str],
     take: Callable[[Sequence[str]], list[str]] | None,

@@ -3,20 +3,32 @@
 What is shared (colours, ground, size, direction) becomes part of what the images of a set have in common,
 and so part of what a model has to carry over from the context. A few emoji families thus give very many
 styles.
+
+Drawing is here; `transform.py` applies what was drawn, on the host or in the step.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import functools
 
 import numpy as np
-from PIL import Image
-
-from m2m_jax.core.images import composite
 
 # Grounds are at least this bright (Rec. 601 luminance, 0 to 1): black outlines must stay visible on them.
 MIN_GROUND_LUMINANCE = 0.45
 # HSV value, at most, of the colour that black line art is drawn in: well below any ground's brightness.
 MAX_INK_VALUE = 0.35
-_GREY_TOLERANCE = 8  # channels of line art differ by less than this, of 255
+
+# Parameters are integers, for which every device computes the same: numbers of colours times 2**COLOUR_BITS, weights of
+# pixels times WEIGHT_ONE.
+COLOUR_BITS = 12
+WEIGHT_ONE = 2**8
+
+# Places in the parameters of a set, int32 [p]; what resizes images follows, see `resampling_tables`.
+USE_INK, INK, MATRIX, OFFSET, GROUND, MIRROR, TABLES = 0, 1, 4, 13, 14, 17, 18
+
+ENLARGING_TAPS = 2  # pixels that one of an enlarged image is made of
+_SCALES = 1024  # steps of the size: fine enough, and their tables are made once
 
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 _RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -25,7 +37,7 @@ _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
 
 @dataclasses.dataclass(frozen=True)
 class SetAugmentation:
-    """Augments the images of a set alike; the fields are `data.augment` of the configuration.
+    """Augmentation of the images of a set, all alike; the fields are `data.augment` of the configuration.
 
     hue_degrees: hues are rotated by up to this, either way.
     ground_probability: chance of a coloured ground instead of white.
@@ -34,6 +46,10 @@ class SetAugmentation:
     scale: size is multiplied by 1 - scale to 1; images without transparency are enlarged by as much instead,
         for want of a ground to show beside them.
     mirror_probability: chance of a left-right flip.
+
+    Example:
+        augmentation = SetAugmentation(hue_degrees=180, mirror_probability=0.5)
+        images_nhwc = transform.augment(rgba_nhwc, augmentation.draw(rng, image_size=32))
     """
 
     hue_degrees: float = 0.0
@@ -43,8 +59,8 @@ class SetAugmentation:
     scale: float = 0.0
     mirror_probability: float = 0.0
 
-    def __call__(self, images_nhwc: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 RGBA [n, h, w, 4], h == w, straight alpha -> uint8 RGB [n, h, w, 3]."""
+    def draw(self, rng: np.random.Generator, image_size: int) -> np.ndarray:
+        """Return the parameters of a set: int32 [p], p as `num_parameters` says."""
         # Every draw is taken, used or not: changing one config value changes nothing but what it names.
         hue = np.deg2rad(rng.uniform(-1, 1) * self.hue_degrees)
         ground = _ground(rng)
@@ -53,32 +69,68 @@ class SetAugmentation:
         ink = _hsv_to_rgb(rng.random(), rng.uniform(0.3, 1), rng.uniform(0.1, MAX_INK_VALUE))
         use_ink = rng.random() < self.ink_probability
         contrast = 1 + rng.uniform(-1, 1) * self.contrast
-        scale = 1 - rng.random() * self.scale
+        smaller = 1 - np.round(rng.random() * self.scale * _SCALES) / _SCALES
         mirror = rng.random() < self.mirror_probability
 
-        if scale != 1:
-            images_nhwc = _rescale(images_nhwc, scale)
-        if mirror:
-            images_nhwc = images_nhwc[:, :, ::-1]
-        rgb, alpha = images_nhwc[..., :3].astype(np.float32), images_nhwc[..., 3:]
-        if use_ink:
-            grey = _is_grey(images_nhwc)
-            ink = (255 * ink).astype(np.float32)
-            rgb[grey] = ink + rgb[grey] * (1 - ink / 255)  # black becomes ink, white stays white
-        rgb = rgb @ _hue_rotation(hue).T
-        rgb = (rgb - 127.5) * np.float32(contrast) + 127.5
-        return composite(np.clip(rgb, 0, 255), alpha, (255 * ground).astype(np.float32))
+        parameters = np.zeros(self.num_parameters(image_size), np.int32)
+        parameters[USE_INK], parameters[MIRROR] = use_ink, mirror
+        parameters[INK : INK + 3] = np.round(255 * ink)
+        parameters[GROUND : GROUND + 3] = np.round(255 * ground)
+        parameters[MATRIX : MATRIX + 9] = np.round(2**COLOUR_BITS * contrast * _hue_rotation(hue)).ravel()
+        parameters[OFFSET] = np.round(2**COLOUR_BITS * 127.5 * (1 - contrast))
+        if self.scale:
+            parameters[TABLES:] = _tables(image_size, float(smaller), self._shrinking_taps)
+        return parameters
+
+    def num_parameters(self, image_size: int) -> int:
+        """Return how many numbers describe the augmentation of a set."""
+        taps = self._shrinking_taps + ENLARGING_TAPS
+        return TABLES + (image_size * (2 + taps) if self.scale else 0)
+
+    @property
+    def _shrinking_taps(self) -> int:
+        return int(np.floor(2 / (1 - self.scale))) + 1
+
+
+@functools.lru_cache(maxsize=_SCALES)
+def _tables(size: int, smaller: float, taps: int) -> np.ndarray:
+    shrinking = resampling_table(size, smaller, taps)
+    return np.concatenate([*shrinking, *resampling_table(size, 1 / smaller, ENLARGING_TAPS)]).astype(np.int32)
+
+
+def resampling_table(size: int, scale: float, taps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how a row of pixels is scaled about its centre, with a triangle filter that averages where it shrinks.
+
+    Pixel x of the result is the sum over k of weight[x, k] / WEIGHT_ONE * pixel[start[x] + k].
+
+    Args:
+      scale: size of what is shown after, over that before.
+      taps: pixels that a pixel of the result is made of, at most.
+
+    Returns:
+      (start [size], weight [size * taps]), integers. Weights of pixels outside of the row are 0: nothing is there.
+    """
+    support = max(1 / scale, 1.0)
+    centre = (np.arange(size) + 0.5 - size / 2) / scale + size / 2  # pixel i reaches from i to i + 1
+    start = np.floor(centre - support + 0.5).astype(np.int64)
+    place = start[:, None] + np.arange(taps)
+    weight = np.maximum(1 - np.abs(place + 0.5 - centre[:, None]) / support, 0)
+    rounded = np.round(WEIGHT_ONE * weight / weight.sum(1, keepdims=True)).astype(np.int64)
+    # Together they are WEIGHT_ONE, or a flat ground would change its brightness.
+    rounded[np.arange(size), weight.argmax(1)] += WEIGHT_ONE - rounded.sum(1)
+    rounded[(place < 0) | (place >= size)] = 0
+    return start, rounded.ravel()
 
 
 def _hue_rotation(angle: float) -> np.ndarray:
-    """Rotation of hue by an angle in radians, brightness kept: a [3, 3] matrix for RGB columns."""
+    """Return the rotation of hue by an angle in radians, brightness kept: a [3, 3] matrix for RGB columns."""
     cosine, sine = np.cos(angle), np.sin(angle)
     rotation = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
-    return (_YIQ_TO_RGB @ rotation @ _RGB_TO_YIQ).astype(np.float32)
+    return _YIQ_TO_RGB @ rotation @ _RGB_TO_YIQ
 
 
 def _ground(rng: np.random.Generator) -> np.ndarray:
-    """A pastel to saturated colour [3] in 0..1, at least MIN_GROUND_LUMINANCE bright."""
+    """Draw a pastel to saturated colour [3] in 0..1, at least MIN_GROUND_LUMINANCE bright."""
     colour = _hsv_to_rgb(rng.random(), rng.uniform(0.1, 0.9), rng.uniform(0.6, 1))
     luminance = float(_LUMINANCE @ colour)
     if luminance < MIN_GROUND_LUMINANCE:
@@ -88,29 +140,6 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
 
 
 def _hsv_to_rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    """All in 0..1 -> [3] in 0..1."""
+    """Return a colour, all in 0..1, as [3] in 0..1."""
     ramps = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     return value * (1 - saturation * (1 - ramps))
-
-
-def _is_grey(images_nhwc: np.ndarray) -> np.ndarray:
-    """bool [n]: which images are line art without any colour."""
-    rgb = images_nhwc[..., :3].astype(np.int16)
-    spread = np.where(images_nhwc[..., 3] > 0, rgb.max(-1) - rgb.min(-1), 0)
-    return spread.max((1, 2)) < _GREY_TOLERANCE
-
-
-def _rescale(images_nhwc: np.ndarray, scale: float) -> np.ndarray:
-    """Shrinks about the centre by `scale` <= 1; images without transparency are enlarged by 1 / scale."""
-    size = images_nhwc.shape[1]
-    margin = int(np.ceil(size * (1 / scale - 1) / 2))
-    padded = np.pad(images_nhwc, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
-    opaque = images_nhwc[..., 3].min((1, 2)) == 255
-    rescaled = np.empty_like(images_nhwc)
-    for index, image in enumerate(padded):
-        side = size * scale if opaque[index] else size / scale
-        first = margin + (size - side) / 2
-        box = (first, first, first + side, first + side)
-        resized = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box)
-        rescaled[index] = np.asarray(resized)
-    return rescaled

@@ -22,7 +22,8 @@ OPTIONS = define_flags(DataCheck)
 
 
 def main(argv: Sequence[str]) -> int:
-    from m2m_jax.data.checking import check_data, configured_sources, find_sources
+    from m2m_jax.data.checking import check_data, configured_sources
+    from m2m_jax.data.source import find_sources
 
     options, config = OPTIONS(), CONFIG.value
     if (config is None) == (len(argv) < 2):

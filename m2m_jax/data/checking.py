@@ -14,15 +14,11 @@ from PIL import Image
 
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import Config
-from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import write_png
-from m2m_jax.core.paths import expand_home
 from m2m_jax.core.printing import say_progress
-from m2m_jax.data import folder, mis, precomputed
 from m2m_jax.data.inspection import SetReport, Summary, inspect_set
-from m2m_jax.data.mis_source import MisRecords
 from m2m_jax.data.options import DataCheck
-from m2m_jax.data.pipeline import RecordSource, open_emoji
+from m2m_jax.data.source import SOURCES, RecordSource
 from m2m_jax.view.contact_sheet import Group, Row, contact_sheet
 
 
@@ -39,6 +35,7 @@ def check_data(sources: Sequence[RecordSource], options: DataCheck, images_per_s
     total, sheet = sum(len(source.kinds) for source in sources), _Sheet(options.sheet_sets)
     with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
         for source in sources:
+            summary.notes += source.notes
             for report in _in_order(pool, 4 * options.threads, source, images_per_set):
                 summary.add(source.name, report)
                 sheet.add(summary.sets, total, report)
@@ -48,35 +45,10 @@ def check_data(sources: Sequence[RecordSource], options: DataCheck, images_per_s
     return summary
 
 
-def find_sources(path: str) -> list[RecordSource]:
-    """Return every split of what lies at `path`. Raises UserError where that is no data set."""
-    root = expand_home(path)
-    if not root.is_dir():
-        raise UserError(f"{path}: no such folder")
-    path = str(root)
-    splits = sorted(file.stem.removeprefix("precomputed-") for file in root.glob("precomputed-*.json"))
-    if splits:
-        return [precomputed.PrecomputedRecords(path, split, None, strict=False) for split in splits]
-    if mis.folder(root).is_dir():
-        splits = mis.read_manifest(root).splits
-        return [MisRecords(path, split, latents=None, image_size=None, strict=False) for split in splits]
-    sizes = sorted(int(one.name[:-2]) for one in root.glob("emoji/*px") if one.name[:-2].isdecimal())
-    if sizes:
-        return [source for size in sizes for source in _emoji(path, size)]
-    return [folder.load(path, None, strict=False)]
-
-
 def configured_sources(config: Config) -> list[RecordSource]:
     """Return every split of the data set that a config names. Raises UserError for a bad config, too."""
     validate(config.data)
-    data = config.data
-    return _emoji(data.directory, data.image_size) if data.name == "emoji" else find_sources(data.path)
-
-
-def _emoji(directory: str, image_size: int) -> list[RecordSource]:
-    from m2m_jax.data.emoji.subjects import SPLITS
-
-    return [open_emoji(directory, image_size, split, strict=False) for split in SPLITS]
+    return SOURCES.choose(config.data.name).find_configured(config.data)
 
 
 def _in_order(pool: concurrent.futures.Executor, most: int, source: RecordSource, wanted: int) -> Iterator[SetReport]:

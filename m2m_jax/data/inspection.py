@@ -89,9 +89,10 @@ def _as_colours(latents_hwc: np.ndarray) -> np.ndarray:
 
 
 class Summary:
-    """What a whole data set holds."""
+    """What a whole data set holds. notes: lines about all of it, for the report."""
 
     def __init__(self):
+        self.notes: list[str] = []
         self.sets = self.images = self.num_bytes = 0
         self.problems: dict[str, int] = {}  # what, and how often
         self._kinds: dict[tuple[str, str], list[int]] = {}
@@ -141,6 +142,7 @@ class Summary:
             mean, square = self._moments[1:] / self._moments[0]
             deviation = max(square - mean**2, 0.0) ** 0.5
             lines.append(f"latents: mean {mean:.3f}, standard deviation {deviation:.3f}")
+        lines += self.notes
         total = sum(self.problems.values())
         lines.append(f"{total} problems" if total != 1 else "1 problem")
         for problem, count in list(self.problems.items())[:max_problems]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from m2m_jax.configuration import Data, reads_latents
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
-from m2m_jax.data import mis, precomputed
+from m2m_jax.data import precomputed
+from m2m_jax.data.source import SOURCES
 from m2m_jax.models.autoencoder import AutoencoderConfig
 
 
@@ -15,17 +16,10 @@ def require_autoencoder(data: Data, folder: str, config: AutoencoderConfig, para
         return
     used = precomputed.describe_autoencoder(config, params)
     for split in (data.train_split, data.eval_split):
-        made_with = _made_with(data, split)
+        made_with = SOURCES[data.name].autoencoder(data, split)
         if made_with != used:
             hashes = " and ".join(str(one.get("sha256"))[:12] for one in (made_with, used))
             raise UserError(
                 f"config.autoencoder.path={folder} is not the autoencoder of the latents in {data.path} ({split}): "
                 f"weights {hashes}; name that one, or make the latents again"
             )
-
-
-def _made_with(data: Data, split: str) -> dict:
-    if data.name == "precomputed":
-        return precomputed.read_manifest(data.path, split).autoencoder
-    made_with = mis.read_manifest(data.path).settings.get("autoencoder")
-    return made_with if isinstance(made_with, dict) else {}

@@ -27,7 +27,6 @@ from m2m_jax.models.autoencoder import AutoencoderConfig
 
 VERSION = 1
 _MAX_SIDE = 2**16  # of images and latents, pixels
-_FEATURES = records.features()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Manifest:
     records_per_shard: in every shard but the last.
     kinds, num_images: of each record, in order.
     made_from, command: the data set, and what completes the split; for people.
+    attributes: {name: numbers an image} of every record.
     """
 
     version: int
@@ -55,6 +55,7 @@ class Manifest:
     num_images: list[int]
     made_from: str
     command: str
+    attributes: dict = dataclasses.field(default_factory=dict)
 
     @property
     def num_shards(self) -> int:
@@ -74,6 +75,8 @@ class Manifest:
             raise ValueError("has_images")
         if self.latent_dtype not in records.LATENT_DTYPES or not isinstance(self.autoencoder, dict):
             raise ValueError("latent_dtype, autoencoder")
+        if not isinstance(self.attributes, dict) or not all(_whole(x, 1, 2**16) for x in self.attributes.values()):
+            raise ValueError("attributes")
 
     def shard_records(self, shard: int) -> range:
         """The records of one shard."""
@@ -82,7 +85,7 @@ class Manifest:
 
 
 class PrecomputedRecords(ShardRecords):
-    """A split of latents: a `pipeline.RecordSource`.
+    """A split of latents.
 
     strict: as for `ShardRecords`. Raises UserError where the split is missing, incomplete (if strict), or of another
     image size (pixels a side); None takes any.
@@ -104,6 +107,8 @@ class PrecomputedRecords(ShardRecords):
             manifest.num_images,
             remedy=f"remove what is damaged and make it again with: {manifest.command}",
             strict=strict,
+            version=json.dumps([manifest.autoencoder, manifest.latent_dtype, manifest.has_images]),
+            attributes=manifest.attributes,
         )
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:
@@ -184,7 +189,8 @@ def describe_autoencoder(config: AutoencoderConfig, params: Params) -> dict:
 
 
 def serialize(record: records.ImageSetRecord) -> bytes:
-    serialized = _FEATURES.serialize_example(records.encode_record(record))
+    features = records.features(attributes=bool(record.attributes))
+    serialized = features.serialize_example(records.encode_record(record))
     # The fields of a TFDS example are in an order of each process's own; this one is the same everywhere.
     return tf_example_pb2.Example.FromString(serialized).SerializeToString(deterministic=True)
 

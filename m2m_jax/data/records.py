@@ -14,6 +14,11 @@ A record is one image set, the unit that Image-Set Attention works on. On disk i
 | latents_dtype  | text              | "", "float16" or "float32"                                       |
 | latents_shape  | int64 [4]         | n, h, w, c; zeros without latents                                |
 
+and, in data sets whose images have attributes (cameras, steps, poses), two more:
+
+| attribute_names | sequence of text  | what they are called, sorted: letters, digits and underscores   |
+| attributes      | sequence of bytes | of each the C-order little-endian float32 values of [n, c]      |
+
 A record holds `images` or `latents` or both (then for the same n images in the same order). Latents are
 already multiplied by the first stage's scaling factor. In Python a record is an `ImageSetRecord`.
 """
@@ -22,6 +27,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +40,8 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 MAX_IMAGES_PER_RECORD = MAX_IMAGES_PER_SET
-LATENT_DTYPES = ("float16", "float32")
 STORES = ("images", "latents", "both")  # what the records of a data set may hold
+LATENT_DTYPES = ("float16", "float32")
 
 
 class BadRecord(UserError):
@@ -50,6 +57,7 @@ class ImageSetRecord:
 
     images: encoded bytes, one object an image (empty when the record holds only latents).
     latents: float16 or float32 [n, h, w, c], or None.
+    attributes: {name: float32 [n, c]}, what is known of each image besides.
     origin: where it was read, for messages; files: its images' paths, where each is a file of its own. Not stored.
     """
 
@@ -59,6 +67,7 @@ class ImageSetRecord:
     images: tuple[bytes, ...]
     image_captions: tuple[str, ...] = ()
     latents: np.ndarray | None = None
+    attributes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     origin: str = ""
     files: tuple[str, ...] = ()
 
@@ -72,12 +81,17 @@ class ImageSetRecord:
         return self.files[index] if self.files else f"{self.origin}, set {self.set_id!r}, image {index}"
 
 
-def features() -> tfds.features.FeaturesDict:
-    """The TFDS features of a record. Images are opaque bytes: TFDS's own Image feature needs TensorFlow."""
+def features(*, attributes: bool = False) -> tfds.features.FeaturesDict:
+    """Return the TFDS features of records, with or without attributes.
+
+    Images are opaque bytes: TFDS's own Image feature needs TensorFlow.
+    """
     import tensorflow_datasets as tfds  # not above: who reads this module's names need not wait for it
 
+    of_attributes = {name: tfds.features.Sequence(tfds.features.Text()) for name in ("attribute_names", "attributes")}
     return tfds.features.FeaturesDict(
         {
+            **(of_attributes if attributes else {}),
             "set_id": tfds.features.Text(),
             "kind": tfds.features.Text(),
             "caption": tfds.features.Text(),
@@ -91,14 +105,21 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def encode_record(record: ImageSetRecord) -> dict:
-    """ImageSetRecord -> the TFDS example of `features()`. UserError if the record breaks the format."""
+    """Return a record as the TFDS example of `features()`, with attributes where it has any.
+
+    Raises:
+      UserError: the record breaks the format.
+    """
     _check(record, f"set {record.set_id!r}")
     latents, shape, dtype = b"", np.zeros(4, np.int64), ""
     if record.latents is not None:
         dtype = record.latents.dtype.name
         latents = np.ascontiguousarray(record.latents, record.latents.dtype.newbyteorder("<")).tobytes()
         shape = np.asarray(record.latents.shape, np.int64)
+    names = sorted(record.attributes)
+    values = [np.ascontiguousarray(record.attributes[name], "<f4").tobytes() for name in names]
     return {
+        **({"attribute_names": names, "attributes": values} if names else {}),
         "set_id": record.set_id,
         "kind": record.kind,
         "caption": record.caption,
@@ -125,6 +146,7 @@ def decode_record(example: dict, *, origin: str) -> ImageSetRecord:
             images=tuple(map(_bytes, example["images"])),
             image_captions=tuple(_bytes(text).decode() for text in example["image_captions"]),
             latents=_decode_latents(example, where),
+            attributes=_decode_attributes(example, where),
             origin=origin,
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -158,6 +180,34 @@ def _decode_latents(example: dict, where: str) -> np.ndarray | None:
     return np.frombuffer(data, values).reshape(shape).astype(dtype)
 
 
+def _decode_attributes(example: dict, where: str) -> dict[str, np.ndarray]:
+    names = [_bytes(name).decode() for name in example.get("attribute_names", ())]
+    values = [_bytes(value) for value in example.get("attributes", ())]
+    shape = [int(extent) for extent in example["latents_shape"]]
+    images = len(example["images"]) or shape[0]
+    if len(names) != len(values) or any(images < 1 or len(value) % (4 * images) for value in values):
+        raise BadRecord(f"{where}: the attributes {', '.join(names)} do not have float32 values for {images} images")
+    return {
+        name: np.frombuffer(value, "<f4").reshape(images, -1).astype(np.float32)
+        for name, value in zip(names, values, strict=True)
+    }
+
+
+def check_attributes(record: ImageSetRecord, where: str) -> None:
+    """Raise BadRecord unless every attribute is finite float32 [n, c] under a name. where: opens the message."""
+    for name, values in record.attributes.items():
+        if not re.fullmatch("[A-Za-z0-9_]{1,64}", name):
+            raise BadRecord(f"{where}: an attribute is called {name!r:.80}; letters, digits and _ make a name")
+        wanted = values.dtype == np.float32 and values.ndim == 2 and values.shape[1] > 0
+        if not wanted or len(values) != record.num_images:
+            raise BadRecord(
+                f"{where}: attribute {name!r} must be float32 [{record.num_images}, c], "
+                f"not {values.dtype.name} {list(values.shape)}"
+            )
+        if not np.isfinite(values).all():
+            raise BadRecord(f"{where}: attribute {name!r} is not finite")
+
+
 def _check(record: ImageSetRecord, where: str) -> None:
     """Refuses records that no reader could use. `where` opens the message."""
     if record.num_images == 0:
@@ -172,6 +222,7 @@ def _check(record: ImageSetRecord, where: str) -> None:
             )
         if len(record.latents) != record.num_images:
             raise BadRecord(f"{where}: {len(record.latents)} latents for {record.num_images} images")
+    check_attributes(record, where)
     if record.image_captions and len(record.image_captions) != record.num_images:
         captions = len(record.image_captions)
         raise BadRecord(f"{where}: {captions} image captions for {record.num_images} images")

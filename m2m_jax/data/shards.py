@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import hashlib
 import itertools
+import json
 import resource
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import records
 from m2m_jax.data.records import BadRecord
+from m2m_jax.data.source import RecordSource
 
-_FEATURES = records.features()
 _NAMED = 3  # files in a message
 _OPENED_AT_ONCE = 16
 _OTHER_FILES = 1024  # that a process may have open
@@ -28,17 +31,12 @@ _OTHER_FILES = 1024  # that a process may have open
 _READER = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:0"
 
 
-class ShardRecords:
-    """The records of one split: a `pipeline.RecordSource`.
+class ShardRecords(RecordSource):
+    """The records of one split, in array_record files.
 
     Attributes:
-      name: for messages.
-      kinds, num_images: of each record.
-      has_images: whether records hold images; else they hold latents alone.
       faults: {shard: what is wrong with the whole file}; records in it raise BadRecord.
     """
-
-    has_images = True
 
     def __init__(
         self,
@@ -50,9 +48,18 @@ class ShardRecords:
         *,
         remedy: str,
         strict: bool,
+        version: str = "",
+        attributes: Mapping[str, int] | None = None,
     ):
-        """counts: records in each file. remedy: ends messages. strict: UserError where a file is missing, is cut off or
-        holds another number of records; otherwise that is found out record by record."""
+        """
+        Args:
+          counts: records in each file.
+          remedy: ends messages.
+          strict: UserError where a file is missing, is cut off or holds another number of records; otherwise that is
+            found out record by record.
+          version: of the content, for the fingerprint.
+          attributes: see `RecordSource`.
+        """
         if not sum(counts) == len(kinds) == len(num_images):
             raise UserError(
                 f"{name}: its files should hold {sum(counts)} records, and {len(kinds)} kinds and "
@@ -60,6 +67,12 @@ class ShardRecords:
             )
         self.name, self.kinds, self.num_images = name, kinds, num_images
         self._paths, self._remedy = list(paths), remedy
+        self.attributes = dict(attributes or {})
+        self._features = records.features(attributes=bool(self.attributes))
+        listing = hashlib.sha256(json.dumps([version, list(counts), self.attributes]).encode())
+        listing.update("\n".join(kinds).encode())
+        listing.update(np.asarray(num_images, "<i4").tobytes())
+        self.fingerprint = listing.hexdigest()
         self._ends = list(itertools.accumulate(counts))
         self._readers: dict[int, ArrayRecordReader] = {}
         self._most_open = _allow_open_files(len(self._paths))
@@ -71,6 +84,13 @@ class ShardRecords:
             shown = "; ".join(list(self.faults.values())[:_NAMED])
             more = f" and {len(self.faults) - _NAMED} more" if len(self.faults) > _NAMED else ""
             raise UserError(f"{name}: {shown}{more} ({len(self.faults)} of {len(self._paths)} files); {remedy}")
+
+    def __getstate__(self) -> dict:
+        """For worker processes, which open files of their own."""
+        return {**self.__dict__, "_readers": {}, "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:
         """Raises BadRecord, which names the file, the record in it and, where it can be read, the set."""
@@ -86,7 +106,7 @@ class ShardRecords:
                 self._readers.pop(shard, None)
             raise BadRecord(f"{origin}: damaged ({_one_line(error)}); {self._remedy}") from error
         try:
-            example = _FEATURES.deserialize_example_np(serialized)
+            example = self._features.deserialize_example_np(serialized)
         except Exception as error:  # of protobuf, TFDS or NumPy, whichever comes first
             raise BadRecord(f"{origin}: not an image-set record ({_one_line(error)}); {self._remedy}") from error
         record = records.decode_record(example, origin=origin)

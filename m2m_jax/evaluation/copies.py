@@ -20,7 +20,7 @@ from m2m_jax.config_rules import validate
 from m2m_jax.configuration import Config, Data
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square, on_white, read_image, write_png
-from m2m_jax.data.pipeline import SOURCES
+from m2m_jax.data.pipeline import open_source
 from m2m_jax.evaluation.options import CopySearch
 from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated, nearest
 
@@ -108,7 +108,7 @@ def training_images(data: Data) -> np.ndarray:
     Raises:
       UserError: it holds latents alone.
     """
-    source = SOURCES[data.name](data, data.train_split)
+    source = open_source(data, data.train_split)
     if not source.has_images:
         raise UserError(f"{source.name} holds latents alone; name the data set of images that they were made from")
     pixels = []

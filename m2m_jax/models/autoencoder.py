@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from m2m_jax.attention.backends import attend
+from m2m_jax.attention.plain import attend
 from m2m_jax.models.layers import Conv3x3, Downsample, GroupNorm, ResnetBlock, Upsample
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_levels
 
@@ -67,6 +67,7 @@ class Level(nnx.Module):
     def __init__(self, in_channels: int, out_channels: int, num_layers: int, resnet):
         inputs = [in_channels] + [out_channels] * (num_layers - 1)
         self.resnets = nnx.List([resnet(channels, out_channels) for channels in inputs])
+        self.downsamplers, self.upsamplers = nnx.List([]), nnx.List([])
 
 
 class MidBlock(nnx.Module):
@@ -108,8 +109,8 @@ class Encoder(nnx.Module):
         for block in self.down_blocks:
             for resnet in block.resnets:
                 h = resnet(h)
-            if hasattr(block, "downsamplers"):
-                h = block.downsamplers[0](h)
+            for downsample in block.downsamplers:
+                h = downsample(h)
         h = self.mid_block(h)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(h)))
 
@@ -137,8 +138,8 @@ class Decoder(nnx.Module):
         for block in self.up_blocks:
             for resnet in block.resnets:
                 h = resnet(h)
-            if hasattr(block, "upsamplers"):
-                h = block.upsamplers[0](h)
+            for upsample in block.upsamplers:
+                h = upsample(h)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(h)))
 
 

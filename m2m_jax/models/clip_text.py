@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m2m_jax.attention.backends import attend
+from m2m_jax.attention.plain import attend
 from m2m_jax.core.errors import UserError
 from m2m_jax.models.layers import LayerNorm, gelu
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between

@@ -12,7 +12,7 @@ from m2m_jax.core.parameters import Params
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models import folder as folders
 from m2m_jax.models.autoencoder import AutoencoderConfig
-from m2m_jax.models.unet import BLOCK_TYPES, UNetConfig
+from m2m_jax.models.unet_config import BLOCK_TYPES, UNetConfig, with_todays_names
 
 SCHEDULER = "scheduler_config.json"
 DIFFUSERS = folders.Format(
@@ -96,8 +96,9 @@ def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
     heads = values.get("attention_head_dim", 8)  # diffusers' default; the number of heads, despite the name
     values["attention_head_dim"] = heads if isinstance(heads, list) else [heads] * levels
     values.setdefault("use_linear_projection", False)
-    if "attn2" not in values:  # a field of ours: what diffusers itself saves attends to text
-        values["attn2"] = "text"
+    values = with_todays_names(values)
+    if "attentions" not in values:  # a field of ours: what diffusers itself saves attends to text
+        values["attentions"] = ["self", "text"]
         values.setdefault("cross_attention_dim", 1280)
     values = folders.one_for_all(folder, values, UNET_BY_LEVEL, levels)
     folders.require_fixed(folder, values, UNET_FIXED)

@@ -1,6 +1,7 @@
 """How M2M starts from a pretrained U-Net, and what its parameters are called."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,29 @@ from typing import Any
 import jax
 
 from m2m_jax.core.errors import UserError, warn
-from m2m_jax.core.keys import Domain, domain_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params, split
 from m2m_jax.diffusion.schedule import NoiseSchedule, UnsupportedSchedule
+from m2m_jax.models.attentions import parameter_names
 from m2m_jax.models.diffusers_folder import SCHEDULER, load_params, load_schedule, load_unet_config
 from m2m_jax.models.folder import differences, first_of
 from m2m_jax.models.unet import UNet, UNetConfig
 
 
 def is_set_attention(name: str) -> bool:
-    """Parameters that Image-Set Attention adds to a transformer block: attn2 and the norm before it."""
-    return ".attn2." in name or (".norm2." in name and ".transformer_blocks." in name)
+    """Whether a parameter is of what Image-Set Attention adds to a transformer block: attn2 and the norm before it."""
+    return _part_of_block(name) in ("attn2", "norm2")
 
 
 def is_attention(name: str) -> bool:
-    """Parameters of a transformer block's attentions, with the norms before them."""
-    return is_set_attention(name) or ".attn1." in name or (".norm1." in name and ".transformer_blocks." in name)
+    """Whether a parameter is of a transformer block's attentions, with the norms before them."""
+    return _part_of_block(name) not in ("", "norm3", "ff")
+
+
+def _part_of_block(name: str) -> str:
+    """The module of a transformer block that a parameter is in, as `attentions.parameter_names` has it."""
+    found = re.search(r"\.transformer_blocks\.\d+\.(\w+)\.", name)
+    return found[1] if found else ""
 
 
 def initial_params(
@@ -34,7 +42,8 @@ def initial_params(
     build: the network of `config`, of a key. schedule: that it will be trained under; a warning says where that of the
     folder is another. Raises UserError as `from_pretrained`.
     """
-    params = jax.jit(lambda key: split(build(key))[1])(domain_key(Domain.INITIALIZE, seed))
+    key = stream_key(Domain.INITIALIZE, seed, 0, Stream.PARAMS)
+    params = jax.jit(lambda key: split(build(key))[1])(key)
     if not folder:
         return params
     params = from_pretrained(params, config, load_params(folder), load_unet_config(folder), folder)
@@ -62,56 +71,75 @@ def _warn_of_another_schedule(folder: str, schedule: NoiseSchedule) -> None:
 def from_pretrained(
     params: Params, config: UNetConfig, pretrained: Params, pretrained_config: UNetConfig, folder: str
 ) -> Params:
-    """The parameters at step 0 of a U-Net that starts from another one.
+    """Return the parameters at step 0 of a U-Net that starts from another one.
 
-    What of a single-image U-Net is taken over: everything but the attention to text, where it has one. What is new:
-    attn2 and the norm before it, in every transformer block. Queries and norm start as copies of attn1's in the same
-    block, and so do keys and values of M2M-Self: they already match like with like. Keys and values of an encoder's
-    tokens (M2M-DINO, text) start at random, as they are in `params`. The output projection starts at zero, and
-    its bias as the text attention's: at step 0 the network is, whatever the context, the pretrained one with all text
-    tokens zero, and the context fades in. Not the paper's choice, which is not known.
+    What both have is taken over: everything outside of the attentions, and each kind of attention that both have.
+    Attention to text is left out where there is none here. What is new is each other kind of attention, and the norm
+    before it, in every transformer block. Queries and norm of a new one start as copies of those of the self-attention
+    in the same block, and so do keys and values of M2M-Self: they already match like with like. Keys and values of
+    tokens of another model (M2M-DINO, text) start at random, as they are in `params`. The output projection starts at
+    zero, and its bias, where sets stand in the place of text, as the text attention's: at step 0 the network is,
+    whatever the context, the pretrained one with all text tokens zero, and the context fades in. Not the paper's
+    choice, which is not known.
 
     Args:
       params: freshly drawn ones of the network of `config`.
-      pretrained: of the network of `pretrained_config`. An M2M network is taken over as it is, and one that attends to
-        text where this one does.
+      pretrained: of the network of `pretrained_config`.
       folder: where that was read, for messages.
 
     Raises:
-      UserError: the architectures differ in more than attn2, or a parameter is missing, left over or of another shape.
+      UserError: the architectures differ in more than their attentions, or a parameter is missing, left over or of
+        another shape.
     """
     problems = [
         f"{name} is {theirs} there and {ours} here"
         for name, ours, theirs in _compared(config, pretrained_config)
         if ours != theirs
     ]
-    new, text_bias = set(), {}
-    if pretrained_config.attn2 not in ("image_set", config.attn2):
-        new = {name for name in params if is_set_attention(name)}
-        text_bias = {name: x for name, x in pretrained.items() if name.endswith(".attn2.to_out.bias")}
-        pretrained = {name: x for name, x in pretrained.items() if not is_set_attention(name)}
-    taken = {name: x for name, x in params.items() if name not in new}
-    problems += differences(taken, pretrained)
+    ours, theirs = parameter_names(config.attentions), parameter_names(pretrained_config.attentions)
+    common = [kind for kind in ours if kind in theirs]
+    # {part of a block: kind} of attentions that only one of the networks has.
+    new = {part: kind for kind in ours.keys() - theirs.keys() for part in ours[kind]}
+    dropped = set() if "text" in ours else set(theirs.get("text", ()))
+    renamed = {part: mine for kind in common for part, mine in zip(theirs[kind], ours[kind], strict=True)}
+
+    fresh = {name: x for name, x in params.items() if _part_of_block(name) in new}
+    found = {
+        _in_part(name, renamed.get(_part_of_block(name))): x
+        for name, x in pretrained.items()
+        if _part_of_block(name) not in dropped
+    }
+    taken = {name: x for name, x in params.items() if name not in fresh}
+    problems += differences(taken, found)
     if problems:
         raise UserError(
             f"init.path={folder} does not fit config.model: {first_of(problems)}; "
             "set config.model to that folder's config.json, or init.path= to train from scratch"
         )
-    started = {name: pretrained[name] for name in taken}
-    for name in new:
-        twin = name.replace(".attn2.", ".attn1.").replace(".norm2.", ".norm1.")
-        if ".attn2.to_out." in name:
-            started[name] = text_bias.get(name, params[name] * 0)
-        elif ".order." in name or (config.cross_attention_dim and (".to_k." in name or ".to_v." in name)):
-            started[name] = params[name]
+    started = {name: found[name] for name in taken}
+    for name, x in fresh.items():
+        part = _part_of_block(name)
+        kind = new[part]
+        twin = _in_part(name, ours["self"][ours[kind].index(part)]) if "self" in ours else ""
+        of_others = kind not in ("set", "self") or config.attends_to_encoded
+        if ".to_out." in name:
+            of_text = _in_part(name, theirs["text"][0]) if kind == "set" and dropped else ""
+            started[name] = pretrained[of_text] if of_text.endswith(".bias") else x * 0
+        elif (of_others and (".to_k." in name or ".to_v." in name)) or twin not in started:
+            started[name] = x
         else:
             started[name] = started[twin]
     return started
 
 
+def _in_part(name: str, part: str | None) -> str:
+    """The name of the like parameter in another part of the same transformer block; None: the same."""
+    return name if part is None else re.sub(r"(\.transformer_blocks\.\d+\.)\w+", rf"\g<1>{part}", name)
+
+
 def _compared(config: UNetConfig, other: UNetConfig) -> list[tuple[str, Any, Any]]:
     """(field, value, value of the other) of what must be equal for parameters to mean the same in both."""
-    free = {"attn2", "cross_attention_dim", "order_embedding", "clean_sees"}
+    free = {"attentions", "cross_attention_dim", "context_dim", "order_embedding", "clean_sees"}
     free |= {"attention_backend", "remat", "dtype", "precision"}
     names = [field.name for field in dataclasses.fields(config) if field.name not in free]
     return [(name, getattr(config, name), getattr(other, name)) for name in names]

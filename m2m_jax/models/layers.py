@@ -64,15 +64,15 @@ class ResnetBlock(nnx.Module):
             self.time_emb_proj = nnx.Linear(time_embed_dim, out_channels, dtype=dtype, rngs=rngs)
         self.norm2 = norm(out_channels)
         self.conv2 = Conv3x3(out_channels, out_channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
-        if in_channels != out_channels:
-            self.conv_shortcut = nnx.Conv(in_channels, out_channels, (1, 1), dtype=dtype, rngs=rngs)
+        shortcut = functools.partial(nnx.Conv, kernel_size=(1, 1), dtype=dtype, rngs=rngs)
+        self.conv_shortcut = shortcut(in_channels, out_channels) if in_channels != out_channels else None
 
     def __call__(self, x_bhwc: jax.Array, embedding_bc: jax.Array | None = None) -> jax.Array:
         h = self.conv1(jax.nn.silu(self.norm1(x_bhwc)))
         if embedding_bc is not None:
             h = h + self.time_emb_proj(jax.nn.silu(embedding_bc))[:, None, None, :]
         h = self.conv2(jax.nn.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x_bhwc) if hasattr(self, "conv_shortcut") else x_bhwc)
+        return h + (x_bhwc if self.conv_shortcut is None else self.conv_shortcut(x_bhwc))
 
 
 class Downsample(nnx.Module):

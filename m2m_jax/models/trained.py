@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from m2m_jax.core.keys import Domain, domain_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params
 from m2m_jax.core.registry import Registry
 from m2m_jax.models.initialization import is_attention, is_set_attention
@@ -56,7 +56,7 @@ class Trained:
         Raises:
           ValueError: a new parameter has the name of one of the model's.
         """
-        new = self.new(jax.random.fold_in(domain_key(Domain.INITIALIZE, seed), 1), params)
+        new = self.new(stream_key(Domain.INITIALIZE, seed, 0, Stream.ADAPTER), params)
         if taken := sorted(new.keys() & params.keys()):
             raise ValueError(f"the model has parameters of these names already: {', '.join(taken)}")
         return params | new

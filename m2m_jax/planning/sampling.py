@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m2m_jax.attention.cached import attend_to_kept
+from m2m_jax.attention.cached import CACHED_BACKENDS
 from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
 from m2m_jax.planning import hlo
@@ -202,9 +202,11 @@ def _kept_image(static: Programs, machine: Machine, tokens: int | None, num_sets
     config, seconds = static.unet_config, 0.0
     placed = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(machine.devices[0]))
     for count, t, channels, heads in attentions(config, static.models.latent_shape(static.image_size)[0]):
-        q_bthd = placed((num_sets, t, heads, channels // heads), jnp.dtype(config.dtype))
-        kept_bmshd = placed((num_sets, 1, tokens or t, heads, channels // heads), static.settings.cache_dtype)
-        count_b = placed((num_sets,), jnp.int32)
-        compiled = jax.jit(attend_to_kept).lower(q_bthd, kept_bmshd, kept_bmshd, count_b).compile()
+        q_bgthd = placed((num_sets, 1, t, heads, channels // heads), jnp.dtype(config.dtype))
+        dtype = static.settings.cache_dtype or config.dtype
+        kept_bmshd = placed((num_sets, 1, tokens or t, heads, channels // heads), jnp.dtype(dtype))
+        sees_bgm = placed((num_sets, 1, 1), jnp.bool_)
+        attention = jax.jit(CACHED_BACKENDS["plain"])
+        compiled = attention.lower(q_bgthd, kept_bmshd, kept_bmshd, sees_bgm).compile()
         seconds += count * _times(compiled, machine).step_seconds
     return seconds

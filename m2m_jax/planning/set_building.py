@@ -18,6 +18,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.steppers import STEPPERS
+from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.unet import UNetConfig, unet_structure
 from m2m_jax.training.workload import frozen_models
@@ -136,7 +137,7 @@ def _chips(topology: str) -> tuple[int, float]:
 
 def _unet_flops(config: Config, models: FrozenModels, latent_shape: tuple[int, int, int]) -> float:
     channels = latent_shape[-1]
-    fields = {"attn2": "text", "remat": "none", "attention_backend": "prefix", "order_embedding": False}
+    fields = {"attentions": ("self", "text"), "remat": "none", "attention_backend": "prefix", "order_embedding": False}
     unet_config = build(
         UNetConfig,
         config.model,
@@ -148,7 +149,8 @@ def _unet_flops(config: Config, models: FrozenModels, latent_shape: tuple[int, i
     unet, shapes = unet_structure(unet_config)
 
     def evaluate(params: Params, *inputs: jax.Array) -> jax.Array:
-        return merge(unet, params)(*inputs)
+        x_bhwc, timestep_b, text_bsc = inputs
+        return merge(unet, params)(x_bhwc, timestep_b, Conditioning(text_bsc=text_bsc))[0]
 
     return _flops(evaluate, shapes, (1, *latent_shape), (1,), (1, TEXT_TOKENS, TEXT_WIDTH))
 

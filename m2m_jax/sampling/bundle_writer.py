@@ -1,6 +1,5 @@
 """A sampler written as a bundle; what that is stands in `bundle.py`."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,8 @@ def export_programs(sampler: Sampler) -> dict[str, jax.export.Exported]:
 
 def _as_dict(cache: ContextCache) -> dict[str, Any]:
     """What a program without this project's classes can hold: dicts with string keys."""
-    fields = vars(cache)
-    return {k: {str(i): x for i, x in enumerate(v)} if isinstance(v, tuple) else v for k, v in fields.items()}
+    return dict(vars(cache))
 
 
 def _from_dict(fields: dict[str, Any]) -> ContextCache:
-    names = [field.name for field in dataclasses.fields(ContextCache)]
-    values = (fields[name] for name in names)
-    return ContextCache(*(tuple(v[str(i)] for i in range(len(v))) if isinstance(v, dict) else v for v in values))
+    return ContextCache(**fields)

@@ -13,7 +13,7 @@ import glob
 from pathlib import Path
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.images import SUFFIXES
+from m2m_jax.core.image_folder import list_images, list_sets
 from m2m_jax.core.options import MAX_SEED, Options, option
 from m2m_jax.core.paths import expand_home, natural_order
 
@@ -66,13 +66,10 @@ class Job(Options):
         if not self.sets.is_dir():
             raise UserError(f"--sets={self.sets} is not a folder")
         sets = {}
-        for folder in sorted(self.sets.iterdir(), key=natural_order):
-            if not folder.is_dir() or folder.name.startswith("."):
-                continue
-            files = _images_in(folder)
-            if not files:
-                raise UserError(f"{folder} holds no image")
-            sets[folder.name] = files[: self.num_context]
+        for one in list_sets(self.sets, follow_links=True)[0]:
+            if one.fault:
+                raise UserError(one.fault)
+            sets[one.name] = list(one.files)[: self.num_context]
         if not sets:
             raise UserError(f"--sets={self.sets} holds no folder of images")
         return sets
@@ -83,7 +80,7 @@ class Job(Options):
         for number, item in enumerate(self.context):
             path = expand_home(item)
             if path.is_dir():
-                found = _images_in(path)
+                found = list_images(path)
             elif path.exists():
                 found = [path]
             else:
@@ -109,12 +106,6 @@ class Job(Options):
 def numbered_images(folder: Path) -> list[Path]:
     """Return 000.png, 001.png, ... of a folder."""
     return [path for path in folder.glob("*.png") if path.stem.isdigit() and len(path.stem) >= 3]
-
-
-def _images_in(folder: Path) -> list[Path]:
-    """The image files of a folder, by name."""
-    files = (file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
-    return sorted((file for file in files if file.is_file()), key=natural_order)
 
 
 def _matches(pattern: Path) -> list[Path]:

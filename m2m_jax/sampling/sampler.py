@@ -17,7 +17,7 @@ from m2m_jax.core.parameters import Params
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.folder import config_from
 from m2m_jax.models.frozen import FrozenModels, FrozenParams
-from m2m_jax.models.unet import UNetConfig
+from m2m_jax.models.unet_config import UNetConfig, with_todays_names
 from m2m_jax.sampling.programs import COMPILED, UNET, AllParams, Programs
 from m2m_jax.sampling.set_sampler import SetSampler
 from m2m_jax.sampling.settings import SamplingSettings
@@ -82,7 +82,7 @@ class Sampler(SetSampler):
             if config["task"] != "set_diffusion":
                 raise UserError(f"{path} holds a run of task {config['task']!r}, which samples no sets")
             return cls(
-                unet_config=config_from(UNetConfig, saved.metadata["unet"], {}),
+                unet_config=config_from(UNetConfig, with_todays_names(saved.metadata["unet"]), {}),
                 unet_params=saved.ema_params,
                 models=FrozenModels.from_metadata(saved.metadata["frozen"]),
                 frozen=saved.frozen,
@@ -154,7 +154,7 @@ class Sampler(SetSampler):
 
     @property
     def reads_context(self) -> bool:
-        return self.unet_config.attn2 != "none"
+        return "set" in self.unet_config.attentions
 
     @property
     def num_devices(self) -> int:

@@ -23,7 +23,8 @@ class SamplingSettings:
       stepper: a name in `STEPPERS`.
       guidance_scale, guidance_interval, guidance_rescale, guidance_schedule: over the context; see `Guidance`.
       cache_size: context images of a set that can be kept, given and generated together.
-      cache_dtype: what their keys and values are kept in: "float32" is exact, "bfloat16" half the memory.
+      cache_dtype: what their keys and values are kept in; None: the network's dtype, in which they are computed, so
+        that nothing is lost. For a float32 network "bfloat16" is half the memory, not exact.
       slide: in a set that outgrows the cache, the oldest image makes room: an approximation. Without it such a set is
         refused.
     """
@@ -35,7 +36,7 @@ class SamplingSettings:
     guidance_rescale: float = 0.0
     guidance_schedule: str = "constant"
     cache_size: int = 25
-    cache_dtype: str = "float32"
+    cache_dtype: str | None = None
     slide: bool = False
 
     def __post_init__(self):
@@ -45,7 +46,7 @@ class SamplingSettings:
             raise UserError(f"stepper must be one of {', '.join(STEPPERS)}, not {self.stepper!r}")
         if self.cache_size < 1:
             raise UserError(f"cache_size must be at least 1, not {self.cache_size}")
-        if self.cache_dtype not in CACHE_DTYPES:
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
             raise UserError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {self.cache_dtype!r}")
         self.guidance  # noqa: B018 (refuses bad ones)
 

@@ -23,10 +23,12 @@ from m2m_jax.core.parameters import Params, fingerprint, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.steppers import STEPPERS, advance, begin
 from m2m_jax.models import diffusers_folder, text_encoders
+from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.folder import config_from, read_json, require_same
 from m2m_jax.models.frozen import AUTOENCODER, TEXT_ENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
-from m2m_jax.models.unet import UNetConfig, unet_structure
+from m2m_jax.models.unet import unet_structure
+from m2m_jax.models.unet_config import UNetConfig, with_todays_names
 from m2m_jax.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -90,7 +92,8 @@ class TextPrograms:
 
         def network(noised_khwc, timestep):
             both_khwc = jnp.concatenate([noised_khwc] * 2) if guidance.guides else noised_khwc
-            output_khwc = unet(both_khwc, jnp.broadcast_to(timestep, both_khwc.shape[:1]), tokens_ksc)
+            timestep_k = jnp.broadcast_to(timestep, both_khwc.shape[:1])
+            output_khwc, _ = unet(both_khwc, timestep_k, Conditioning(text_bsc=tokens_ksc))
             if not guidance.guides:
                 return output_khwc
             return guidance(*jnp.split(output_khwc, 2), timestep / self.schedule.num_train_timesteps)
@@ -228,7 +231,7 @@ class TextToImage:
             unet = {**saved.metadata["unet"], "attention_backend": "prefix", **({"dtype": dtype} if dtype else {})}
             models = FrozenModels.from_metadata(saved.metadata["frozen"])
             programs = TextPrograms(
-                config_from(UNetConfig, unet, {}),
+                config_from(UNetConfig, with_todays_names(unet), {}),
                 models,
                 NoiseSchedule.from_config(config["schedule"]),
                 SamplingSettings.chosen(config["sample"], settings),
@@ -253,7 +256,7 @@ def _open_folder(
     unet_config = diffusers_folder.load_unet_config(unet_folder, dtype=dtype or "float32")
     autoencoder = diffusers_folder.load_autoencoder_config(folder / "vae")
     text_encoder, text_params = text_encoders.load_text_encoder(text_folder)
-    if unet_config.attn2 != "text" or unet_config.cross_attention_dim != text_encoder.hidden_size:
+    if "text" not in unet_config.attentions or unet_config.cross_attention_dim != text_encoder.hidden_size:
         raise UserError(
             f"{unet_folder} attends to tokens of width {unet_config.cross_attention_dim}, and {text_folder} makes some "
             f"of {text_encoder.hidden_size}: these are of two models"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from m2m_jax.configuration import Config, build, reads_latents, to_json
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.keys import Domain, Stream, domain_key, stream_key
+from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge, split
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.frozen import FrozenParams
@@ -56,7 +56,7 @@ class Autoencoding:
 
     def init(self) -> Params:
         """Return the parameters at step 0."""
-        key = domain_key(Domain.INITIALIZE, self.config.seed)
+        key = stream_key(Domain.INITIALIZE, self.config.seed, 0, Stream.PARAMS)
         return jax.jit(lambda key: split(self._build(key))[1])(key)
 
     def draw(self, batch: dict, step: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from m2m_jax.core.errors import warn
 from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet
-from m2m_jax.tasks.objective import squared_error
+from m2m_jax.tasks.objective import Told, squared_error
 
 
 def stratified_timesteps(schedule: NoiseSchedule, key: jax.Array, count: int) -> jax.Array:
@@ -77,7 +77,7 @@ def context_errors(
         # The same noised image at positions 0 .. n - 1 of one stack: position k sees k context images.
         repeated = (jnp.repeat(x[:, None], n, axis=1) for x in (latents_bnhwc[:, -1], noise_bhwc, timestep_b))
         layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
-        return squared_error(unet, schedule, context, *repeated, layout, clean_timestep=clean_timestep)
+        return squared_error(unet, schedule, Told(layout, context), *repeated, clean_timestep=clean_timestep)
 
     own_bn, other_bn = errors(context), errors(context[another(record_b)])
     by_size = {f"loss_by_context_size/{k}": own_bn[:, k] for k in range(n)}

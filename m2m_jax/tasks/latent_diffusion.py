@@ -12,21 +12,21 @@ from flax import nnx
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.configuration import Config, build, to_json
-from m2m_jax.core.parameters import Params, abstract
+from m2m_jax.core.parameters import Params, abstract, merge
 from m2m_jax.data.latents import require_autoencoder
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import initial_params
 from m2m_jax.models.unet import UNet, UNetConfig
-from m2m_jax.tasks.objective import SetDraws, draw, weighted_loss
+from m2m_jax.tasks.objective import SetDraws, Told, draw, squared_error, weighted_loss
 
 
 class LatentDiffusion:
     """Denoise images in the latent space of a frozen autoencoder, told whatever a subclass tells the network.
 
-    A subclass has `errors`: the squared error of each image of a batch. It may say by `parts` what of them is logged
-    beside the loss, by `needs_images` and `tokenizer` what it reads, and has evaluation and preview of its own (see
-    `tasks/protocol.py`).
+    A subclass has `told`: which channels of the network it fills, from what of a batch. It may say by `parts` what of
+    the errors is logged beside the loss, by `needs_images` and `tokenizer` what it reads, and has an evaluation and a
+    preview of its own (see `tasks/protocol.py`).
 
     Attributes:
       config: of the run.
@@ -55,14 +55,16 @@ class LatentDiffusion:
         else:
             self.models, self.frozen = models, models.shapes
         self.schedule = NoiseSchedule.from_config(vars(config.schedule))
-        channels, encoder = self.models.autoencoder.latent_channels, self._encoder
+        channels = self.models.autoencoder.latent_channels
+        text_encoder, image_encoder = self.models.text_encoder, self.models.image_encoder
         backend = resolve(config.model.attention_backend, platform or jax.default_backend(), config.model.dtype)
         self.unet_config = build(
             UNetConfig,
             config.model,
             in_channels=channels,
             out_channels=channels,
-            cross_attention_dim=encoder.hidden_size if encoder else None,
+            cross_attention_dim=text_encoder.hidden_size if text_encoder else None,
+            context_dim=image_encoder.hidden_size if image_encoder else None,
             attention_backend=backend,
         )
         self.models.require_image_size(config.data.image_size, len(self.unet_config.block_out_channels))
@@ -71,14 +73,9 @@ class LatentDiffusion:
     @classmethod
     def check_config(cls, config: Config) -> None:
         """Raise UserError where the config makes no network or schedule, without reading a folder."""
-        tokens = {"cross_attention_dim": 1} if config.text_encoder.path or config.image_encoder.path else {}
-        build(UNetConfig, config.model, attention_backend="prefix", **tokens)
+        text = 1 if config.text_encoder.path else None
+        build(UNetConfig, config.model, attention_backend="prefix", cross_attention_dim=text)
         NoiseSchedule.from_config(vars(config.schedule))
-
-    @property
-    def _encoder(self) -> Any:
-        """The config of the frozen model whose tokens the U-Net attends to; None: there is none."""
-        return self.models.text_encoder or self.models.image_encoder
 
     def _build(self, key: jax.Array | int = 0) -> UNet:
         return UNet(self.unet_config, rngs=nnx.Rngs(key))
@@ -112,7 +109,21 @@ class LatentDiffusion:
 
     def errors(self, params: Params, frozen: FrozenParams, batch: dict, draws: SetDraws) -> jax.Array:
         """Return the squared error of the prediction for each image, [b, n]."""
+        latents_bnhwc = self.latents(frozen, batch)
+        told = self.told(frozen, batch, latents_bnhwc)._replace(keep_context_b=draws.keep_context_b)
+        return self.squared_error(params, told, latents_bnhwc, draws.noise_bnhwc, draws.timestep_bn)
+
+    def told(self, frozen: FrozenParams, batch: dict, latents_bnhwc: jax.Array) -> Told:
+        """Return what the network is told of the images of whole sets, with these latents."""
         raise NotImplementedError
+
+    def squared_error(
+        self, params: Params, told: Told, latents_bnhwc: jax.Array, noise_bnhwc: jax.Array, timestep_bn: jax.Array
+    ) -> jax.Array:
+        """Return the error of each image, [b, n], as `tasks.objective.squared_error`."""
+        unet, clean_timestep = merge(self.unet, params), self.config.diffusion.clean_timestep
+        noised = latents_bnhwc, noise_bnhwc, timestep_bn
+        return squared_error(unet, self.schedule, told, *noised, clean_timestep=clean_timestep)
 
     @staticmethod
     def parts(error_bn: jax.Array) -> dict[str, jax.Array]:

@@ -1,5 +1,6 @@
 """The training objective of M2M: every image of a set denoised in the context of the clean images before it."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,48 +12,57 @@ from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet, denoise_sets
 
 
+class Told(NamedTuple):
+    """What a network is told of the noised images of b sets, beside their latents; a task fills what its network has.
+
+    Attributes:
+      layout: which images are noised, and which clean ones they see.
+      context: the clean images of `layout.clean`: latents or tokens, as `denoise_sets` takes them.
+      text_bsc: tokens of each set's text.
+      globals_bq: {name: values of all images of the stack}; see `denoise_sets`.
+      keep_context_b: bool; the images of a set marked False see no clean image.
+
+    Example:
+        Told(SetLayout.training(4), context=latents_bnhwc[:, :-1])
+    """
+
+    layout: SetLayout
+    context: jax.Array | None = None
+    text_bsc: jax.Array | None = None
+    globals_bq: Mapping[str, jax.Array] | None = None
+    keep_context_b: jax.Array | None = None
+
+
 def squared_error(
     unet: UNet,
     schedule: NoiseSchedule,
-    context: jax.Array | None,
+    told: Told,
     target_bnhwc: jax.Array,
     noise_bnhwc: jax.Array,
     timestep_bn: jax.Array,
-    layout: SetLayout,
     *,
     clean_timestep: int,
-    keep_context_b: jax.Array | None = None,
 ) -> jax.Array:
     """Return the mean squared error of the prediction for each noised image, [b, n]. Nothing is random here.
 
     Args:
-      context: the clean images of `layout.clean`; see `denoise_sets`.
-      target_bnhwc: the latents to be denoised, one for each position of `layout.noised`.
+      target_bnhwc: the latents to be denoised, one for each position of `told.layout.noised`.
       noise_bnhwc, timestep_bn: what they are noised with.
-      clean_timestep, keep_context_b: see `denoise_sets`.
+      clean_timestep: see `denoise_sets`.
     """
     noised_bnhwc = schedule.add_noise(target_bnhwc, noise_bnhwc, timestep_bn)
     output_bnhwc = denoise_sets(
         unet,
-        context,
+        told.context,
         noised_bnhwc,
         schedule.network_timestep(timestep_bn),
-        layout,
+        told.layout,
         clean_timestep=clean_timestep,
-        keep_context_b=keep_context_b,
+        keep_context_b=told.keep_context_b,
+        text_bsc=told.text_bsc,
+        globals_bq=told.globals_bq,
     )
-    return prediction_error(schedule, output_bnhwc, target_bnhwc, noise_bnhwc, timestep_bn)
-
-
-def prediction_error(
-    schedule: NoiseSchedule,
-    output_bnhwc: jax.Array,
-    latents_bnhwc: jax.Array,
-    noise_bnhwc: jax.Array,
-    timestep_bn: jax.Array,
-) -> jax.Array:
-    """Return the mean squared error of a network's outputs for noised latents, [b, n]."""
-    error_bnhwc = output_bnhwc - schedule.target(latents_bnhwc, noise_bnhwc, timestep_bn)
+    error_bnhwc = output_bnhwc - schedule.target(target_bnhwc, noise_bnhwc, timestep_bn)
     return jnp.mean(error_bnhwc**2, axis=(2, 3, 4))
 
 
@@ -93,34 +103,3 @@ def weighted_loss(schedule: NoiseSchedule, error_bn: jax.Array, timestep_bn: jax
       config: `config.diffusion`.
     """
     return jnp.mean(schedule.loss_weight(timestep_bn, config.loss_weight, config.min_snr_gamma) * error_bn)
-
-
-def set_errors(
-    unet: UNet,
-    schedule: NoiseSchedule,
-    latents_bnhwc: jax.Array,
-    context: jax.Array | None,
-    draws: SetDraws,
-    *,
-    clean_timestep: int,
-) -> jax.Array:
-    """Return the error of every image of whole sets in the context of those before it, [b, n].
-
-    Args:
-      latents_bnhwc: scaled latents of whole sets.
-      context: the first n - 1 images of each set, as `denoise_sets` takes them.
-      draws: as from `draw`.
-      clean_timestep: see `denoise_sets`.
-    """
-    layout = SetLayout.training(latents_bnhwc.shape[1], unet.config.clean_sees, unet.config.attends_to_encoded)
-    return squared_error(
-        unet,
-        schedule,
-        context,
-        latents_bnhwc,
-        draws.noise_bnhwc,
-        draws.timestep_bn,
-        layout,
-        clean_timestep=clean_timestep,
-        keep_context_b=draws.keep_context_b,
-    )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import Config, build
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, merge
@@ -16,7 +17,7 @@ from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.evaluation import context_errors
 from m2m_jax.tasks.latent_diffusion import LatentDiffusion
-from m2m_jax.tasks.objective import SetDraws, set_errors
+from m2m_jax.tasks.objective import Told
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces, side_by_side
 from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated
@@ -41,16 +42,18 @@ class SetDiffusion(LatentDiffusion):
     def check_config(cls, config: Config) -> None:
         """Raise UserError where the config does not go with this task."""
         model = config.model
-        if model.attn2 == "text":
-            raise UserError("config.model.attn2 is text; that is for task=text_to_image")
+        if "text" in model.attentions:
+            raise UserError(f"config.model.attentions is {model.attentions}; text is for task=text_to_image")
         if config.text_encoder.path:
             raise UserError("config.text_encoder.path is set; only task=text_to_image has a text encoder")
-        if model.attn2 == "none" and config.data.images_per_set > 1:
-            raise UserError("config.model.attn2=none sees one image at a time: set --config.data.images_per_set=1")
-        if model.attn2 == "none" and config.image_encoder.path:
-            raise UserError("config.image_encoder.path is set; model.attn2=none attends to no image")
-        if model.attn2 == "none" and config.train.parameters != "all":
-            raise UserError(f"config.train.parameters is {config.train.parameters}; with model.attn2=none all train")
+        if "set" not in model.attentions:
+            without = "without set among config.model.attentions"
+            if config.data.images_per_set > 1:
+                raise UserError(f"{without} one image is seen at a time: set --config.data.images_per_set=1")
+            if config.image_encoder.path:
+                raise UserError(f"config.image_encoder.path is set; {without} nothing attends to its tokens")
+            if config.train.parameters in ("attention", "set_attention"):
+                raise UserError(f"config.train.parameters is {config.train.parameters}; {without} all train")
         super().check_config(config)
 
     @property
@@ -58,10 +61,12 @@ class SetDiffusion(LatentDiffusion):
         """Whether images are wanted also where the data set holds latents: those that the image encoder sees."""
         return self.models.image_encoder is not None
 
-    def errors(self, params: Params, frozen: FrozenParams, batch: dict, draws: SetDraws) -> jax.Array:
-        """Return the squared error of the prediction for each image, [b, n]."""
-        unet, inputs = merge(self.unet, params), self._latents_and_context(frozen, batch)
-        return set_errors(unet, self.schedule, *inputs, draws, clean_timestep=self.config.diffusion.clean_timestep)
+    def told(self, frozen: FrozenParams, batch: dict, latents_bnhwc: jax.Array) -> Told:
+        """Return what the network is told: all images but the last are context of those after them."""
+        config, context = self.unet_config, latents_bnhwc[:, :-1]
+        if config.attends_to_encoded:
+            context = self.models.context(frozen, batch["images_bnhwc"][:, :-1])
+        return Told(SetLayout.training(latents_bnhwc.shape[1], config.clean_sees, config.attends_to_encoded), context)
 
     @staticmethod
     def parts(error_bn: jax.Array) -> dict[str, jax.Array]:
@@ -72,12 +77,12 @@ class SetDiffusion(LatentDiffusion):
         self, params: Params, frozen: FrozenParams, batch: dict, batch_index: jax.Array
     ) -> dict[str, jax.Array]:
         """Return losses of the last image of held-out sets under their own and other contexts: `context_errors`."""
-        config = self.config
-        unet, inputs = merge(self.unet, params), self._latents_and_context(frozen, batch)
+        config, latents_bnhwc = self.config, self.latents(frozen, batch)
         error = context_errors(
-            unet,
+            merge(self.unet, params),
             self.schedule,
-            *inputs,
+            latents_bnhwc,
+            self.told(frozen, batch, latents_bnhwc).context,
             record_b=batch["record_index_b"],
             seed=config.seed,
             batch_index=batch_index,
@@ -148,10 +153,3 @@ class SetDiffusion(LatentDiffusion):
             image_size=self.config.data.image_size,
             step=step,
         )
-
-    def _latents_and_context(self, frozen: FrozenParams, batch: dict) -> tuple[jax.Array, jax.Array]:
-        """Return latents of all images of each set, and what the U-Net is given of all but the last."""
-        latents_bnhwc = self.latents(frozen, batch)
-        if self.unet_config.attends_to_encoded:
-            return latents_bnhwc, self.models.context(frozen, batch["images_bnhwc"][:, :-1])
-        return latents_bnhwc, latents_bnhwc[:, :-1]

@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from m2m_jax.attention.layout import SetLayout
 from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.configuration import Config, build
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.keys import Domain, Stream, stream_key
-from m2m_jax.core.parameters import Params, merge
+from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.tokenizer import load_tokenizer
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
 from m2m_jax.tasks.evaluation import another, stratified_timesteps
 from m2m_jax.tasks.latent_diffusion import LatentDiffusion
-from m2m_jax.tasks.objective import SetDraws, prediction_error
+from m2m_jax.tasks.objective import SetDraws, Told
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces, side_by_side
 from m2m_jax.view.contact_sheet import Group
@@ -48,8 +49,11 @@ class TextToImageTask(LatentDiffusion):
     @classmethod
     def check_config(cls, config: Config) -> None:
         """Raise UserError where the config does not go with this task."""
-        if config.model.attn2 != "text":
-            raise UserError(f"config.model.attn2 is {config.model.attn2}; task=text_to_image needs model.attn2=text")
+        if "text" not in config.model.attentions:
+            raise UserError(
+                f"config.model.attentions is {config.model.attentions}; task=text_to_image needs text among them: "
+                "self,text"
+            )
         if not config.text_encoder.path:
             raise UserError("config.text_encoder.path is empty; task=text_to_image needs a text encoder")
         if config.image_encoder.path:
@@ -62,7 +66,7 @@ class TextToImageTask(LatentDiffusion):
         Where the draws say so, the caption is the empty one, for guidance.
         """
         ids_bns = jnp.where(draws.keep_context_b[:, None, None], batch["token_ids_bns"], self.empty_ids_1s[None])
-        return self._squared_error(params, frozen, batch, ids_bns, draws.noise_bnhwc, draws.timestep_bn)
+        return self._errors_under(params, frozen, batch, ids_bns, draws.noise_bnhwc, draws.timestep_bn)
 
     def evaluate(
         self, params: Params, frozen: FrozenParams, batch: dict, batch_index: jax.Array
@@ -85,7 +89,7 @@ class TextToImageTask(LatentDiffusion):
             "loss_no_caption": jnp.broadcast_to(self.empty_ids_1s[None], ids_bns.shape),
         }
         error_bn = {
-            name: self._squared_error(params, frozen, batch, ids_bns, noise_bnhwc, timestep_bn)
+            name: self._errors_under(params, frozen, batch, ids_bns, noise_bnhwc, timestep_bn)
             for name, ids_bns in captions.items()
         }
         return {name: jnp.mean(x_bn) for name, x_bn in error_bn.items()}
@@ -127,7 +131,7 @@ class TextToImageTask(LatentDiffusion):
         """What a checkpoint must say so that it can be sampled from alone."""
         return super().metadata | {"tokenizer": self.tokenizer.text}
 
-    def _squared_error(
+    def _errors_under(
         self,
         params: Params,
         frozen: FrozenParams,
@@ -137,11 +141,8 @@ class TextToImageTask(LatentDiffusion):
         timestep_bn: jax.Array,
     ) -> jax.Array:
         """Return the squared error of the prediction for each image under captions of these ids, [b, n]."""
-        latents_bnhwc = self.latents(frozen, batch)
-        noised_bnhwc = self.schedule.add_noise(latents_bnhwc, noise_bnhwc, timestep_bn)
-        noised_khwc, ids_ks = jax.lax.collapse(noised_bnhwc, 0, 2), jax.lax.collapse(ids_bns, 0, 2)
-        timestep_k = self.schedule.network_timestep(timestep_bn).reshape(-1)
-        tokens_ksc = self.models.encode_text(frozen, ids_ks)
-        output_khwc = merge(self.unet, params)(noised_khwc, timestep_k, tokens_ksc)
-        output_bnhwc = output_khwc.reshape(latents_bnhwc.shape)
-        return prediction_error(self.schedule, output_bnhwc, latents_bnhwc, noise_bnhwc, timestep_bn)
+        # Each image has a caption of its own: to the network it is a set of one.
+        images = (x.reshape(-1, 1, *x.shape[2:]) for x in (self.latents(frozen, batch), noise_bnhwc, timestep_bn))
+        text_bsc = self.models.encode_text(frozen, jax.lax.collapse(ids_bns, 0, 2))
+        told = Told(SetLayout.training(1), text_bsc=text_bsc)
+        return self.squared_error(params, told, *images).reshape(timestep_bn.shape)

@@ -15,7 +15,7 @@ from m2m_jax.attention.backends import BACKENDS
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.attention.mesh import WITHIN_IMAGES, axes_of_heads_and_tokens
 from m2m_jax.attention.splash import visited_pairs
-from m2m_jax.models.transformer import ONE_IMAGE
+from m2m_jax.models.attentions import ONE_IMAGE
 from m2m_jax.models.unet import UNetConfig
 
 
@@ -26,7 +26,7 @@ class AttentionFlops:
     Attributes:
       allowed: of Image-Set Attention, of the pairs of images that the mask allows.
       executed: of those that the backend computes.
-      within_images: of attn1, of those that the backend computes.
+      within_images: of self-attention, of those that the backend computes.
       calls: attentions in the network, each of both.
     """
 
@@ -46,7 +46,7 @@ def attention_flops(
       mesh: whose axes may split a set; see `attention/mesh.py`.
     """
     layout = SetLayout.training(num_images, config.clean_sees, config.attends_to_encoded)
-    has_sets = config.attn2 == "image_set"
+    has_sets = "set" in config.attentions
     total = AttentionFlops()
     for count, t, channels, num_heads in attentions(config, side):
         s = tokens or t

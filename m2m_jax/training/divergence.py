@@ -45,7 +45,6 @@ class Divergence:
         self._unseen: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self._norms: collections.deque[float] = collections.deque(maxlen=WINDOW)
         self._spikes = self._skips = self._rollbacks = 0
-        self._named = None  # the sets of a batch that messages name: made once, as every one has threads of its own
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """The metrics of a step, which may not be computed yet."""
@@ -102,8 +101,8 @@ class Divergence:
         modules = ", ".join(f"{k.removeprefix(prefix)} {v:.3g}" for k, v in values.items() if k.startswith(prefix))
         # Not all of a large batch: it would be read on every host.
         named = range(min(self._batch_size, _NAMED_SETS))
-        self._named = self._named or make_dataset(self._examples, batch_size=self._batch_size, rows=named)
-        ids = self._examples.set_ids(self._named[step - 1 + int(values["skipped_batches"])]["record_index_b"])
+        dataset = make_dataset(self._examples, batch_size=self._batch_size, rows=named)
+        ids = self._examples.set_ids(dataset[step - 1 + int(values["skipped_batches"])]["record_index_b"])
         more = f" and {self._batch_size - len(ids)} more" if self._batch_size > len(ids) else ""
         return (
             f"step {step}: the loss is {values['loss']:.4g} and the norm of the gradient {values['gradient_norm']:.3g} "

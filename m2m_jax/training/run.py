@@ -224,13 +224,13 @@ class Run:
     def _open_data(self) -> tuple:
         config = self.config
         options = {"seed": config.seed, "tokenizer": self.task.tokenizer, "with_images": self.task.needs_images}
-        train_examples = open_examples(config.data, split=config.data.train_split, **options)
+        train_examples = open_examples(config.data, split=config.data.train_split, in_step=True, **options)
         options |= {"whole_captions": True, "augment": config.eval.augment}
         eval_examples = open_examples(config.data, split=config.data.eval_split, **options)
-        size = config.data.batch_size
+        size, threads, workers = config.data.batch_size, config.data.threads, config.data.workers
         rows = sharding.local_rows(self.mesh, size)
         self._rows = len(rows)
-        self._data = make_dataset(train_examples, batch_size=size, rows=rows, threads=config.data.threads)
+        self._data = make_dataset(train_examples, batch_size=size, rows=rows, threads=threads, workers=workers)
         return train_examples, eval_examples
 
     def _make_workdir(self) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from m2m_jax.core.parameters import Params
+from m2m_jax.data import transform
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.trained import PARAMETERS, Trained
 from m2m_jax.tasks.protocol import Objective
@@ -55,6 +56,8 @@ def make_train_step(
     separate = reduce_dtype == "float32" and task.compute_dtype != "float32"
 
     def train_step(state: TrainState, frozen: FrozenParams, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = transform.finish(batch)
+
         def gradients_of(params: Params, frozen: FrozenParams, inputs: tuple) -> tuple[Params, dict]:
             def loss(values: Params, inputs: tuple) -> tuple[jax.Array, dict]:
                 own = trained.effective(params, values)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from m2m_jax.attention.backends import resolve
-from m2m_jax.configuration import Config, reads_latents
+from m2m_jax.configuration import Config, build, reads_latents
+from m2m_jax.data import transform
+from m2m_jax.data.augmentation import SetAugmentation
 from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
@@ -55,11 +57,15 @@ def make_task(config: Config) -> tuple[Task, list[str]]:
 
     Raises UserError for text-to-image where its folders are not there, as a run does.
     """
-    task = TASKS.choose(config.task)
-    if not issubclass(task, LatentDiffusion) or config.text_encoder.path:
-        return task(config), []
-    models, notes = frozen_models(config)
-    return task(config, platform=PLATFORM, models=models), notes
+    kind, notes = TASKS.choose(config.task), []
+    if not issubclass(kind, LatentDiffusion) or config.text_encoder.path:
+        task = kind(config)
+    else:
+        models, notes = frozen_models(config)
+        task = kind(config, platform=PLATFORM, models=models)
+    if task.compute_dtype == "float32":
+        notes.append("the step computes in float32; times and MFU are by the chip's peak in bfloat16")
+    return task, notes
 
 
 def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
@@ -91,7 +97,13 @@ def batch_shapes(config: Config, task: Task, batch_size: int) -> dict:
     if reads_latents(config.data):
         shapes["latents_bnhwc"] = jax.ShapeDtypeStruct((*sets, *task.models.latent_shape(size)), jnp.float32)
     if task.needs_images or not shapes:
-        shapes["images_bnhwc"] = jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)
+        augment = config.data.augment
+        if augment.enabled and augment.on_device:
+            length = build(SetAugmentation, augment).num_parameters(size)
+            shapes[transform.RGBA] = jax.ShapeDtypeStruct((*sets, size, size, 4), jnp.uint8)
+            shapes[transform.PARAMETERS] = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+        else:
+            shapes[transform.IMAGES] = jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)
     if task.tokenizer:
         shapes["token_ids_bns"] = jax.ShapeDtypeStruct((*sets, task.empty_ids_1s.shape[-1]), jnp.int32)
     return shapes

@@ -1,15 +1,41 @@
-"""Image sets made from captions, as training reads them: `data.name=mis`. Layout of the folder: `mis.py`."""
+"""Image sets made from captions, as training reads them: `data.name=mis`. Layout of the folder: `data/mis.py`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from m2m_jax.configuration import Data
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, records
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
+from m2m_jax.data.source import SOURCES, DataSource, RecordSource
+
+
+@SOURCES.register("mis")
+class MisSource(DataSource):
+    """Image sets made from captions, from m2m_jax.data.build_mis."""
+
+    has_choice_of_latents = True
+
+    @classmethod
+    def open(cls, config: Data, split: str) -> RecordSource:
+        size, strict = config.image_size, config.on_error == "stop"
+        return MisRecords(config.path, split, latents=config.latents, image_size=size, strict=strict)
+
+    @classmethod
+    def find(cls, path: Path, *, follow_links: bool = False) -> list[RecordSource]:
+        splits = mis.read_manifest(path).splits if mis.folder(path).is_dir() else ()
+        return [MisRecords(str(path), split, latents=None, image_size=None, strict=False) for split in splits]
+
+    @classmethod
+    def autoencoder(cls, config: Data, split: str) -> dict:
+        made_with = mis.read_manifest(config.path).settings.get("autoencoder")
+        return made_with if isinstance(made_with, dict) else {}
 
 
 class MisRecords(ShardRecords):
-    """A split of what `m2m_jax.data.build_mis` made: a `pipeline.RecordSource`.
+    """A split of what `m2m_jax.data.build_mis` made.
 
     latents: what is wanted of the records: their latents, their images, or (None) whatever they hold.
     image_size: pixels a side that latents must be of; images are resized. None: any.
@@ -48,6 +74,7 @@ class MisRecords(ShardRecords):
             num_images,
             remedy="remove what is damaged, and build_mis, called as before, makes it again",
             strict=strict,
+            version=" ".join([store, *(shard.sha256 for shard in shards)]),
         )
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:

@@ -1,0 +1,119 @@
+"""Attention in plain XLA, which runs everywhere; a call without a mask for each run of key images that is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2m_jax.attention.layout import SetLayout
+from m2m_jax.core.errors import UserError
+
+# (q [b, t, h, d], k [b, s, h, d], v [b, s, h, d]) -> [b, t, h, d]; by keyword keep_bk: bool [b, s].
+Attend = Callable[..., jax.Array]
+
+
+def attend(
+    q_bthd: jax.Array,
+    k_bthd: jax.Array,
+    v_bthd: jax.Array,
+    mask_qk: np.ndarray | None = None,
+    keep_bk: jax.Array | None = None,
+) -> jax.Array:
+    """Return scaled dot-product attention with a float32 softmax.
+
+    Args:
+      mask_qk: bool over tokens, shared by the batch: where a query sees a key.
+      keep_bk: bool over tokens: keys that a row sees. A query that sees none gets their mean.
+    """
+    scale = q_bthd.shape[-1] ** -0.5
+    logits_bhqk = jnp.einsum("bqhd,bkhd->bhqk", q_bthd * scale, k_bthd, preferred_element_type=jnp.float32)
+    if mask_qk is not None:
+        logits_bhqk = jnp.where(mask_qk[None, None], logits_bhqk, jnp.finfo(jnp.float32).min)
+    if keep_bk is not None:
+        logits_bhqk = jnp.where(keep_bk[:, None, None, :], logits_bhqk, jnp.finfo(jnp.float32).min)
+    weights_bhqk = jax.nn.softmax(logits_bhqk, axis=-1).astype(v_bthd.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights_bhqk, v_bthd)
+
+
+def dense(
+    q_bqthd: jax.Array,
+    k_bkshd: jax.Array,
+    v_bkshd: jax.Array,
+    layout: SetLayout,
+    keep_bk: jax.Array | None = None,
+) -> jax.Array:
+    """Attend by the reference: one attention over all tokens under the dense mask. Works on forbidden blocks too."""
+    b, q, t, h, d = q_bqthd.shape
+    s = k_bkshd.shape[2]
+    flat = (jax.lax.collapse(x, 1, 3) for x in (q_bqthd, k_bkshd, v_bkshd))
+    keep_tokens_bk = None if keep_bk is None else jnp.repeat(keep_bk, s, axis=1)
+    out_bqthd = attend(*flat, layout.token_mask_qk(t, s), keep_tokens_bk).reshape(b, q, t, h, d)
+    sees_something_q = layout.mask_qk().any(1)
+    return jnp.where(sees_something_q[None, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
+
+
+def prefix(
+    q_bqthd: jax.Array,
+    k_bkshd: jax.Array,
+    v_bkshd: jax.Array,
+    layout: SetLayout,
+    keep_bk: jax.Array | None = None,
+) -> jax.Array:
+    """Attend by calls over slices of the keys: no work on forbidden blocks, and no mask but `keep_bk` in memory.
+
+    Raises:
+      UserError: a row of the mask is not one contiguous run of key images.
+    """
+    return over_slices(attend, q_bqthd, k_bkshd, v_bkshd, layout, keep_bk)
+
+
+def over_slices(
+    attend: Attend,
+    q_bqthd: jax.Array,
+    k_bkshd: jax.Array,
+    v_bkshd: jax.Array,
+    layout: SetLayout,
+    keep_bk: jax.Array | None = None,
+) -> jax.Array:
+    """Return what `attend` gives for each run of key images that is seen.
+
+    Query images that see the same run of key images share one call: with `clean_sees="preceding"` clean i and
+    noised i + 1 do, so a training set of n images takes n - 1 calls.
+
+    Raises:
+      UserError: as `prefix`.
+    """
+    b, _, t, h, d = q_bqthd.shape
+    groups = _contiguous_runs(layout)
+    out_q: list[jax.Array | None] = [None] * layout.num_images
+    for (start, stop), queries in groups.items():
+        if start == stop:
+            shares = [jnp.zeros((b, t, h, d), v_bkshd.dtype)] * len(queries)
+        else:
+            q_bthd = jnp.concatenate([q_bqthd[:, i] for i in queries], axis=1)
+            keys, values = (jax.lax.collapse(x[:, start:stop], 1, 3) for x in (k_bkshd, v_bkshd))
+            kept = {}
+            if keep_bk is not None:
+                kept["keep_bk"] = jnp.repeat(keep_bk[:, start:stop], k_bkshd.shape[2], axis=1)
+            shares = jnp.split(attend(q_bthd, keys, values, **kept), len(queries), axis=1)
+        for i, share in zip(queries, shares, strict=True):
+            out_q[i] = share
+    return jnp.stack(out_q, axis=1)
+
+
+def _contiguous_runs(layout: SetLayout) -> dict[tuple[int, int], list[int]]:
+    """{(first key image, one past the last): query images that see exactly these}."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for query, row_k in enumerate(layout.mask_qk()):
+        seen = np.flatnonzero(row_k)
+        run = (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
+        if run[1] - run[0] != seen.size:
+            raise UserError(
+                "attention backends 'prefix' and 'prefix_cudnn' need each image to see one contiguous run of clean "
+                f"images, but image {query} of {layout} sees {seen.tolist()}; use model.attention_backend='dense'"
+            )
+        groups.setdefault(run, []).append(query)
+    return groups

@@ -1,0 +1,1 @@
+"""Data sources, one a module: every module here is imported when `config.data.name` is looked up."""
