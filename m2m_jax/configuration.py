@@ -298,9 +298,17 @@ class Sample(Group, prefix="sample."):
 
     steps: int = field(25, "Denoising steps of an image.", low=1)
     stepper: str = field(
-        "dpmpp_2m", "Solver that goes from one noise level to the next.", choices="m2m_jax.diffusion.steppers:STEPPERS"
+        "dpmpp_2m",
+        "Solver that goes from one noise level to the next.",
+        choices="m2m_jax.diffusion.step_tables:STEPPERS",
+    )
+    guidance: str = field(
+        "cfg",
+        "Which conditions are weighed against one another to exaggerate their effect.",
+        choices="m2m_jax.diffusion.guidance:GUIDANCES",
     )
     guidance_scale: float = field(1.5, "How far the effect of the context is exaggerated; 1: not at all.", low=0)
+    guidance_options: tuple[str, ...] = field((), "Further numbers of the guidance, each as NAME=NUMBER.")
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from m2m_jax.core.program import read_flags
 from m2m_jax.core.registry import Registry
 from m2m_jax.data.pipeline import SOURCES, open_examples
 from m2m_jax.diffusion.schedule import BETA_SCHEDULES
-from m2m_jax.diffusion.steppers import STEPPERS
+from m2m_jax.diffusion.step_tables import STEPPERS
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.sharding import AXES
 
