@@ -240,7 +240,7 @@ def test_what_is_saved_is_loaded(case, tmp_path):
         ({"hidden_act": "relu"}, "hidden_act='relu'; only 'gelu' is implemented"),
         ({"qkv_bias": False}, "qkv_bias=False; only True is implemented"),
         ({"num_channels": 1}, "num_channels=1; only 3 is implemented"),
-        ({"patch_size": [4, 2]}, r"patch_size is \[4, 2\]; it takes a whole number"),
+        ({"patch_size": [4, 2]}, r"patch_size=\[4, 2\]; 2 equal values are implemented"),
         ({"model_type": "dinov2_with_registers", "num_register_tokens": 0}, "without a register: not implemented"),
     ],
 )

@@ -19,9 +19,11 @@ from parity_fixtures import (
 from safetensors.numpy import load_file, save_file
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.models import diffusers_folder
+from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models import folder as folders
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from m2m_jax.models.bert import BertConfig
+from m2m_jax.models.clip_text import CLIPTextConfig
 from m2m_jax.models.diffusers_folder import (
     DIFFUSERS,
     load_autoencoder_config,
@@ -31,6 +33,7 @@ from m2m_jax.models.diffusers_folder import (
     save_autoencoder,
     save_unet,
 )
+from m2m_jax.models.dinov2 import DINOv2Config
 from m2m_jax.models.unet import UNetConfig
 
 WEIGHTS = DIFFUSERS.weights
@@ -86,6 +89,28 @@ def test_every_field_of_diffusers_is_read_or_fixed_or_harmless(diffusers, tmp_pa
             value = getattr(loaded, field.name)
             if renamed.get(field.name, field.name) in fields:
                 assert value == default or set(value) == {default}, field.name
+
+
+def test_every_field_of_transformers_is_read_or_fixed_or_harmless(transformers):
+    for kind, config, fixed in (
+        ("CLIPTextConfig", CLIPTextConfig, {}),
+        ("BertConfig", BertConfig, transformers_folder.BERT_FIXED),
+        ("Dinov2Config", DINOv2Config, transformers_folder.DINOV2_FIXED),
+        ("Dinov2WithRegistersConfig", DINOv2Config, transformers_folder.DINOV2_FIXED),
+    ):
+        fields = getattr(transformers, kind)().to_dict().keys() - transformers.PretrainedConfig().to_dict().keys()
+        read = {field.name for field in dataclasses.fields(config)}
+        assert fields <= read | {*fixed, *transformers_folder.HARMLESS}, kind
+
+
+def test_equal_sides_are_one_size(tmp_path):
+    config = DINOv2Config(hidden_size=12, num_hidden_layers=1, num_attention_heads=3, image_size=20, patch_size=4)
+    transformers_folder.save_dinov2(tmp_path, config, {})
+    change_config(tmp_path, image_size=[20, 20], patch_size=[4, 4])
+    assert transformers_folder.load_dinov2_config(tmp_path) == config
+    change_config(tmp_path, image_size=[20, 24])
+    with pytest.raises(UserError, match=r"image_size=\[20, 24\]; 2 equal values are implemented"):
+        transformers_folder.load_dinov2_config(tmp_path)
 
 
 @pytest.mark.parametrize("off", ["use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"])

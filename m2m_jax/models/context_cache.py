@@ -61,7 +61,7 @@ class ContextCache:
 
     @property
     def size(self) -> int:
-        """How many images of a set fit in; 0 where the network has no Image-Set Attention to read them."""
+        """Return how many images of a set fit in; 0 where the network has no Image-Set Attention to read them."""
         return next((x.shape[1] // self.levels for x in self.k_bmshd.values()), 0)
 
     def sees_bm(self, branch: Branch, level: int) -> jax.Array:

@@ -107,8 +107,8 @@ def require_fixed(folder: str | Path, values: Mapping[str, Any], fixed: Mapping[
             raise UserError(f"{folder}/config.json has {name}={values[name]!r:.60}; only {known[0]!r} is implemented")
 
 
-def one_for_all(folder: str | Path, values: Mapping[str, Any], names: Iterable[str], levels: int) -> dict[str, Any]:
-    """Return the fields of a `config.json` with one value in the place of a list of equal ones, an item a level.
+def one_for_all(folder: str | Path, values: Mapping[str, Any], names: Iterable[str], length: int) -> dict[str, Any]:
+    """Return the fields of a `config.json` with one value in the place of a list of equal ones (by level, by axis).
 
     Raises UserError for a list with different values, or of another length.
     """
@@ -117,10 +117,8 @@ def one_for_all(folder: str | Path, values: Mapping[str, Any], names: Iterable[s
         value = values.get(name)
         if not isinstance(value, list):
             continue
-        if len(value) != levels or any(item != value[0] for item in value):
-            raise UserError(
-                f"{folder}/config.json has {name}={value!r:.60}; one value for all {levels} levels is implemented"
-            )
+        if len(value) != length or any(item != value[0] for item in value):
+            raise UserError(f"{folder}/config.json has {name}={value!r:.60}; {length} equal values are implemented")
         values[name] = value[0]
     return values
 

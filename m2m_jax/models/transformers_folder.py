@@ -74,7 +74,19 @@ BERT_DEFAULTS = {
 REGISTERS_DEFAULTS = {"patch_size": 16, "num_register_tokens": 4}
 # Fields of DINOv2 that have one value here; another would be another network.
 DINOV2_FIXED = {"hidden_act": ("gelu",), "num_channels": (3,), "qkv_bias": (True,)}
-BERT_FIXED = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "is_decoder": (False,)}
+BERT_FIXED = {
+    "add_cross_attention": (False,),
+    "hidden_act": ("gelu",),
+    "is_decoder": (False,),
+    "position_embedding_type": ("absolute",),
+}
+# Fields that change nothing of what is computed here: for training, for heads that are not there, for other outputs.
+HARMLESS = (
+    *("attention_dropout", "attention_probs_dropout_prob", "classifier_dropout", "drop_path_rate"),
+    *("hidden_dropout_prob", "initializer_factor", "initializer_range", "layerscale_value", "projection_dim"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache", "use_mask_token"),
+    *("apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names"),
+)
 # Values of model_type.
 CLIP_TEXT, BERT, DINOV2, DINOV2_WITH_REGISTERS = "clip_text_model", "bert", "dinov2", "dinov2_with_registers"
 
@@ -96,6 +108,7 @@ def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
     """The architecture that a DINOv2 folder describes, with or without registers; `overrides` replace fields."""
     values = _read_config(folder, DINOV2, DINOV2_WITH_REGISTERS)
     folders.require_fixed(folder, values, DINOV2_FIXED)
+    values = folders.one_for_all(folder, values, ("image_size", "patch_size"), length=2)
     if values["model_type"] == DINOV2:
         values["num_register_tokens"] = 0
     else:

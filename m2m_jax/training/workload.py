@@ -20,8 +20,8 @@ from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
+from m2m_jax.models.remat import REMAT
 from m2m_jax.models.trained import PARAMETERS
-from m2m_jax.models.unet import REMAT
 from m2m_jax.tasks.latent_diffusion import LatentDiffusion
 from m2m_jax.tasks.protocol import Task
 from m2m_jax.tasks.registry import TASKS
