@@ -29,6 +29,7 @@ from flax import nnx
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core import runtime
 from m2m_jax.core.parameters import abstract, count, merge, split
+from m2m_jax.diffusion.guidance import EVERYTHING
 from m2m_jax.models.context_cache import append_image, denoise_next, empty_cache
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
@@ -83,7 +84,7 @@ class Variant:
         return append_image(unet, cache, image, clean_timestep=CLEAN_TIMESTEP, append_b=everyone)
 
     def _denoise(self, params, cache):
-        return denoise_next(merge(self.graphdef, params), cache, self.noised_bhwc, TIMESTEP, guided=False)[0]
+        return denoise_next(merge(self.graphdef, params), self.noised_bhwc, TIMESTEP, (EVERYTHING,), cache=cache)[:, 0]
 
     def _together(self, n, params, context):
         layout = SetLayout.sampling(n, self.config.clean_sees, self.config.attends_to_encoded)

@@ -63,7 +63,7 @@ class Training:
         dataset = make_dataset(examples, batch_size=config.data.batch_size, threads=config.data.threads)
         self.stream = batches(dataset, 0, config.data.prefetch)
         self.divergence = Divergence(config, examples, self.checkpoints, print)
-        self.throughput = Throughput(config)
+        self.throughput = Throughput(config, self.task.compute_dtype)
         params = jax.tree.map(np.asarray, self.task.init())
         # Each side has a state of its own: a step takes the buffers of the one before.
         self.guarded_state, self.bare_state = self.setup.create(params), self.setup.create(params)

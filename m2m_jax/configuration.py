@@ -26,54 +26,61 @@ class Augment(Group, prefix="data.augment."):
 
     enabled: bool = field(True, "Whether sets are augmented.")
     on_device: bool = field(False, "Whether a training step augments, and not the host: the same images, to the bit.")
-    hue_degrees: float = field(180.0, "The largest rotation of the hue, either way.", low=0, high=180)
-    ground_probability: float = field(0.5, "Of a coloured ground in the place of a white one.", low=0, high=1)
-    ink_probability: float = field(0.5, "Of black line art drawn in a dark colour instead.", low=0, high=1)
-    contrast: float = field(0.2, "The largest relative change of contrast, either way.", low=0, high=0.99)
+    hue_degrees: float = field(180.0, "Hues are rotated by up to so many degrees, either way.", low=0, high=180)
+    ground_probability: float = field(0.5, "Probability of a coloured ground instead of a white one.", low=0, high=1)
+    ink_probability: float = field(0.5, "Probability that black line art is drawn in a dark colour.", low=0, high=1)
+    contrast: float = field(0.2, "Contrast changes by up to this fraction, either way.", low=0, high=0.99)
     scale: float = field(
-        0.15, "The largest relative change of size: smaller on a ground, larger where there is none.", low=0, high=0.99
+        0.15, "Size changes by up to this fraction: smaller on a ground, larger where there is none.", low=0, high=0.99
     )
-    mirror_probability: float = field(0.5, "Of left and right exchanged.", low=0, high=1)
+    mirror_probability: float = field(0.5, "Probability of a mirrored set.", low=0, high=1)
 
 
 @dataclasses.dataclass
 class Data(Group, prefix="data."):
     """The image sets."""
 
-    name: str = field("emoji", "Where the sets come from.", choices="m2m_jax.data.source:SOURCES")
+    name: str = field("emoji", "Kind of data set.", choices="m2m_jax.data.source:SOURCES")
     path: str = field(
         "",
-        "Of folder: the folder of folders of images. Of precomputed and mis: the --output of the program behind it.",
+        "Where the data set lies. folder: the folder of folders of images; precomputed and mis: the --output of the "
+        "program that made it.",
         path=True,
     )
-    options: dict[str, Any] = options_of("name", "What this source alone reads.")
+    options: dict[str, Any] = options_of("name", "Fields that only this kind of data set has.")
     follow_links: bool = field(
         False,
-        "Read by folder: whether links out of data.path are followed, as those of hub caches, DVC and git-annex. "
-        "Nothing but images and captions is read through them; but who made them says which ones of this machine.",
+        "Whether links that lead out of data.path are followed, as in hub caches, DVC and git-annex; read by folder. "
+        "Only images and captions are read through links, but whoever made a link chose the file on this machine.",
     )
-    latents: bool = field(False, "Read by mis: train on the latents that it holds, and not on its images.")
-    directory: str = field("data", "Where prepared data sets lie: the data_dir of TFDS.", path=True)
-    image_size: int = field(32, "Pixels a side.", low=8)
-    images_per_set: int = field(4, "How many images of each set are used.", low=1, high=MAX_IMAGES_PER_SET)
-    batch_size: int = field(16, "Sets a step, all hosts together.", low=1)
-    train_split: str = field("train", "The split that is trained on.")
-    eval_split: str = field("validation", "The split that is evaluated on while training.")
+    latents: bool = field(
+        False, "Whether to train on the stored latents and not on the images; read by mis, which may hold both."
+    )
+    directory: str = field("data", "Folder of prepared data sets, the data_dir of TFDS.", path=True)
+    image_size: int = field(32, "Width and height of the images, in pixels.", low=8)
+    images_per_set: int = field(
+        4, "Images used of each set; sets with fewer are left out.", low=1, high=MAX_IMAGES_PER_SET
+    )
+    batch_size: int = field(16, "Sets in each training step, over all processes.", low=1)
+    train_split: str = field("train", "Split to train on.")
+    eval_split: str = field("validation", "Split to evaluate on during training.")
     kinds: tuple[str, ...] = field(
-        ("style", "content"), "Kinds of emoji sets: of one style, of one content.", choices=("style", "content")
+        ("style", "content"), "Kinds of emoji sets to use: of one style, of one content.", choices=("style", "content")
     )
-    prefetch: int = field(2, "Batches made ahead in the background.", low=0)
+    prefetch: int = field(2, "Batches to prepare in the background.", low=0)
     threads: int = field(2, "Threads that read, decode and augment.", low=1)
-    workers: int = field(0, "Processes that do, each in so many threads; 0: the training process does.", low=0)
-    log_examples: bool = field(False, "Whether each process writes which sets it saw when, to WORKDIR/examples.")
+    workers: int = field(
+        0, "Processes that do so, each with data.threads threads; 0: the training process itself.", low=0
+    )
+    log_examples: bool = field(False, "Whether each process logs which sets it saw at which step, in WORKDIR/examples.")
     on_error: str = field(
         "stop",
-        "What a damaged record does: stop the run; or skip: another set takes its place, always the same one, counted.",
+        "What to do about a damaged record: stop the run, or skip it: always the same other set takes its place.",
         choices=("stop", "skip"),
     )
     caption_tag_dropout: float = field(
         0.0,
-        "Read by task=text_to_image: how often each tag of a caption, parted by commas, is dropped.",
+        "Probability that a tag of a caption, between commas, is dropped; read by task=text_to_image.",
         low=0,
         high=1,
     )
@@ -111,47 +118,50 @@ class Model(Group, prefix="model."):
     layers_per_block: int = field(1, "Residual blocks of a level.", low=1)
     down_block_types: tuple[str, ...] = field(
         ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "Of each level, with or without attention; the way up mirrors the way down.",
+        "Block of each level, with or without attention; the way up mirrors the way down.",
         choices="m2m_jax.models.unet_config:BLOCK_TYPES",
     )
-    num_attention_heads: tuple[int, ...] = field((2, 4), "Of each level.", low=1)
+    num_attention_heads: tuple[int, ...] = field((2, 4), "Attention heads of each level.", low=1)
     transformer_layers_per_block: int = field(1, "Transformer layers after a residual block.", low=1)
     norm_num_groups: int = field(16, "Groups of the group norms.", low=1)
-    norm_eps: float = field(1e-5, "Added to the variance in the group norms.", low=1e-12, high=1)
+    norm_eps: float = field(1e-5, "Number added to the variance in the group norms.", low=1e-12, high=1)
     use_linear_projection: bool = field(
-        True, "Around the transformers: linear layers (Stable Diffusion 2.x), or 1x1 convolutions (1.x)."
+        True,
+        "Whether transformers stand between linear layers, as in Stable Diffusion 2.x, or 1x1 convolutions, as in 1.x.",
     )
     attentions: tuple[str, ...] = field(
         ("self", "set"),
-        "The attentions of a transformer block, in order: self,set is M2M; self,text what task=text_to_image has; self "
-        "a model of single images.",
+        "Attentions of a transformer block, in order: self,set for M2M; self,text for task=text_to_image; self for a "
+        "model of single images.",
         choices="m2m_jax.models.attentions:ATTENTIONS",
     )
     order_embedding: bool = field(False, "Whether Image-Set Attention is told the positions of images in their set.")
     clean_sees: str = field(
         "preceding",
-        "What clean images attend to: themselves and those before them, or themselves alone.",
+        "What clean images attend to: preceding: those before them, too; itself: themselves alone.",
         choices="m2m_jax.attention.layout:CLEAN_SEES",
     )
     attention_backend: str = field(
         "auto",
-        "What computes attention within images and within sets; auto: what runs best on the platform.",
+        "Implementation of attention within images and within sets; auto: the fastest on the platform.",
         choices="m2m_jax.attention.backends:BACKENDS",
         also=("auto",),
     )
     remat: str = field(
         "none",
-        "What the backward pass computes again, to save memory.",
+        "What the backward pass computes again to save memory.",
         choices="m2m_jax.models.remat:REMAT",
     )
     precision: str = field(
         "default",
-        "Of products of float32 matrices, in every network: the device's own (TF32 on GPUs, bfloat16 on TPUs), or the "
-        "highest: float32.",
+        "Precision of products of float32 matrices, in every network: the device's default (TF32 on GPUs, bfloat16 on "
+        "TPUs), or the highest, float32.",
         choices="m2m_jax.models.precision:PRECISIONS",
     )
     dtype: str = field(
-        "float32", "What is computed in; parameters are always float32.", choices=("float32", "bfloat16")
+        "float32",
+        "Type that the U-Net computes in; its parameters are always float32.",
+        choices=("float32", "bfloat16"),
     )
 
 
@@ -288,9 +298,17 @@ class Sample(Group, prefix="sample."):
 
     steps: int = field(25, "Denoising steps of an image.", low=1)
     stepper: str = field(
-        "dpmpp_2m", "Solver that goes from one noise level to the next.", choices="m2m_jax.diffusion.steppers:STEPPERS"
+        "dpmpp_2m",
+        "Solver that goes from one noise level to the next.",
+        choices="m2m_jax.diffusion.step_tables:STEPPERS",
+    )
+    guidance: str = field(
+        "cfg",
+        "Which conditions are weighed against one another to exaggerate their effect.",
+        choices="m2m_jax.diffusion.guidance:GUIDANCES",
     )
     guidance_scale: float = field(1.5, "How far the effect of the context is exaggerated; 1: not at all.", low=0)
+    guidance_options: tuple[str, ...] = field((), "Further numbers of the guidance, each as NAME=NUMBER.")
 
 
 @dataclasses.dataclass

@@ -133,7 +133,7 @@ def test_minilm_of_the_package_has_parity(transformers, tmp_path):
     np.testing.assert_array_equal(ids_bs, theirs["input_ids"])
     config, params = load_text_encoder(folder)
     graphdef, _ = abstract(lambda: make_text_encoder(config))
-    ours = jax.jit(lambda params, ids_bs: encode_text(merge(graphdef, params), ids_bs))(params, ids_bs)
+    ours = jax.jit(lambda params, ids_bs: encode_text(config, merge(graphdef, params), ids_bs))(params, ids_bs)
     with torch.no_grad():
         expected = transformers.BertModel.from_pretrained(folder).eval()(
             **{name: torch.tensor(value) for name, value in theirs.items()}

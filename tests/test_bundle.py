@@ -84,7 +84,7 @@ def test_latents_are_those_of_the_sampler(exported, checkpoint):
     for programs in (sampler.programs, bundle.programs):
         seed_b = jnp.asarray([7], jnp.uint32)
         cache = programs["empty_cache"](seed_b)
-        cache = programs["append"](cache, programs["encode"](jnp.asarray(CONTEXT[0][:1])), jnp.ones(1, bool))
+        cache = programs["append"](cache, seed_b, programs["encode"](jnp.asarray(CONTEXT[0][:1])), jnp.ones(1, bool))
         walk = programs["begin"](cache, seed_b)
         walks.append(programs["denoise"](cache, seed_b, walk, np.int32(0), np.int32(bundle.num_steps)))
     assert walks[0].keys() == walks[1].keys()
@@ -107,7 +107,7 @@ def _remove(bundle):
 
 
 def _newer(bundle):
-    _change(bundle, format=2)
+    _change(bundle, format=3)
 
 
 def _elsewhere(bundle):
@@ -133,7 +133,7 @@ def _change(bundle, **fields):
         (_cut_off, r"denoise.exported has \d+ bytes, not \d+: copy the bundle again"),
         (_flip_a_bit, "params.safetensors is not the file that was exported"),
         (_remove, "decode.exported is missing"),
-        (_newer, "is of bundle format 2, and this program reads format 1"),
+        (_newer, "is of bundle format 3, and this program reads format 2"),
         (_elsewhere, "was exported for tpu; this machine has cpu"),
         (_garble, "manifest.json is damaged"),
         (_no_manifest, "is no bundle: manifest.json is missing"),

@@ -1,5 +1,6 @@
 """The context cache is exact: what it gives is what a pass over context and image together gives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from model_fixtures import quick_jit, random_params
 from m2m_jax.attention.cached import plain
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.parameters import abstract, merge
+from m2m_jax.diffusion.guidance import ALL, EVERYTHING, NONE, NOTHING, Branch
 from m2m_jax.models.context_cache import append_image, denoise_next, empty_cache
 from m2m_jax.models.unet import UNet, UNetConfig, denoise_sets
 
@@ -49,7 +51,8 @@ def programs(form: str):
 
     @functools.partial(quick_jit, static_argnames="guided")
     def denoise(cache, guided=False):
-        return denoise_next(merge(graphdef, params), cache, NOISED, jnp.float32(500), guided=guided)
+        branches = (EVERYTHING, NOTHING) if guided else (EVERYTHING,)
+        return denoise_next(merge(graphdef, params), NOISED, jnp.float32(500), branches, cache=cache)
 
     image = jax.ShapeDtypeStruct(context[:, 0].shape, jnp.float32)
     empty = functools.partial(empty_cache, merge(graphdef, params), image)
@@ -82,16 +85,14 @@ def together(form: str, count: int) -> np.ndarray:
 def test_the_cached_pass_is_the_pass_over_all_images_for_sets_of_any_size(form):
     counts = (3, 0, 1)
     cache, denoise = fill(form, counts)
-    conditional, unconditional = denoise(cache, guided=True)
+    conditional, unconditional = jnp.moveaxis(denoise(cache, guided=True), 1, 0)
     np.testing.assert_array_equal(cache.count_b, counts)
     none = together(form, 0)
     for b, count in enumerate(counts):
         np.testing.assert_allclose(conditional[b], together(form, count)[b], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(unconditional[b], none[b], rtol=1e-5, atol=1e-5)
         assert count == 0 or np.abs(conditional[b] - none[b]).max() > 0.05
-    alone, nothing = denoise(cache)
-    assert nothing is None
-    np.testing.assert_allclose(alone, conditional, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(denoise(cache)[:, 0], conditional, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -109,8 +110,8 @@ def test_half_the_memory_costs_little():
     form = "M2M-Self"
     (exact, denoise), (half, _) = fill(form, (3, 3, 3)), fill(form, (3, 3, 3), "bfloat16")
     assert {x.dtype for x in half.k_bmshd.values()} == {jnp.dtype("bfloat16")}
-    difference = np.abs(denoise(half)[0] - denoise(exact)[0]).max()
-    assert 0 < difference < 0.02 * np.abs(denoise(exact)[0]).max()
+    difference = np.abs(denoise(half) - denoise(exact)).max()
+    assert 0 < difference < 0.02 * np.abs(denoise(exact)).max()
 
 
 def test_a_full_cache_slides():
@@ -123,7 +124,7 @@ def test_a_full_cache_slides():
     for name in ("k_bmshd", "v_bmshd"):
         for address, kept in getattr(cache, name).items():
             np.testing.assert_allclose(kept[0], getattr(whole, name)[address][0, 2:4], rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(denoise(cache)[0][1:], denoise_whole(whole)[0][1:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(denoise(cache)[1:], denoise_whole(whole)[1:], rtol=1e-5, atol=1e-5)
 
 
 def test_the_accumulated_softmax_is_the_softmax():
@@ -142,3 +143,24 @@ def test_the_accumulated_softmax_is_the_softmax():
                 weights = np.exp(logits - logits.max(-1, keepdims=True, initial=-1e9))
                 expected = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), values)
                 np.testing.assert_allclose(out[b, g], expected if len(keys) else 0, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "seen"),
+    [
+        (ALL, [[0, 1, 2], [], [0]]),
+        (NONE, [[], [], []]),
+        ((-2, None), [[1, 2], [], [0]]),
+        ((None, -1), [[0, 1], [], []]),
+        ((1, 9), [[1, 2], [], []]),
+        ((0, 1), [[0], [], [0]]),
+    ],
+)
+def test_bounds_are_those_of_a_slice(images, seen):
+    cache, _ = fill("M2M-Self", (3, 0, 1))
+    for levels in (1, 2):
+        of_both = dataclasses.replace(cache, levels=levels, k_bmshd={"": np.zeros((3, 4 * levels, 1, 1, 1))})
+        for level in range(levels):
+            found = [np.flatnonzero(row).tolist() for row in of_both.sees_bm(Branch(images), level)]
+            assert found == [[levels * image + level for image in of_set] for of_set in seen]
+            assert seen == [list(range(count))[slice(*images)] for count in (3, 0, 1)]

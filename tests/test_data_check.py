@@ -52,8 +52,10 @@ def test_every_problem_of_a_folder(folder, tmp_path):
     (folder / "set04" / "2.png").unlink()
     (folder / "empty").mkdir()
     (folder / "set05" / "caption.txt").write_bytes(b"\xff\xff")
+    (folder / "set06" / "a.heic").write_bytes(b"")
     result = _check(folder, tmp_path)
     assert result.code == 1
+    assert f"\n{folder}: not used: files .heic: 1 (set06/a.heic)\n" in result.out
     for words in (
         f"{folder}/set01/0.png: not an image that can be read",
         f"{folder}/set02/0.png: the image is damaged",

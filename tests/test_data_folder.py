@@ -146,8 +146,9 @@ def test_what_is_not_used_is_counted_and_named(root, capsys):
     (root / "__MACOSX").mkdir()
     (root / "set05" / "._000.png").write_bytes(b"hidden, and of macOS")
     expected = (
-        "not used: 2 files .heic (set03/a.heic, ...), 1 files without a suffix (set03/notes), "
-        "1 folders __MACOSX (__MACOSX), 2 folders within sets (set04/more, ...), 1 images beside the sets (above.png)"
+        "not used: files .heic: 2 (set03/a.heic, ...), files without a suffix: 1 (set03/notes), "
+        "folders __MACOSX: 1 (__MACOSX), folders within sets: 2 (set04/more, ...), "
+        "images beside the sets: 1 (above.png)"
     )
     assert _load(root).notes == (f"{root}: {expected}",)
     assert capsys.readouterr().err == f"warning: {root}: {expected}\n"

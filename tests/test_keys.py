@@ -1,6 +1,8 @@
 """Random streams: no key is given twice, to whichever program."""
 
+import ast
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from flax import nnx
 
 from m2m_jax.core.keys import Domain, Stream, domain_key, stream_key
 
+ROOT = pathlib.Path(__file__).parents[1]
 SEEDS, INDICES = (0, 1, 7, 2**32 - 1), range(9)
 
 
@@ -42,3 +45,22 @@ def test_keys_do_not_care_for_tracing():
         jnp.uint32(2**32 - 1), jnp.int32(7)
     )
     assert words(traced) == words(stream_key(Domain.TRAIN, 2**32 - 1, 7, Stream.NOISE))
+
+
+def attributes() -> set[tuple[str, str, str]]:
+    """(module, owner, name) of every `owner.name` in the package."""
+    found = set()
+    for path in (ROOT / "m2m_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                found.add((path.relative_to(ROOT).as_posix(), ast.unparse(node.value), node.attr))
+    return found
+
+
+def test_every_programs_keys_begin_at_its_domain():
+    """One module makes a key of a seed; and whatever has a name is drawn somewhere."""
+    used = attributes()
+    makers = {module for module, owner, name in used if owner == "jax.random" and name in ("key", "PRNGKey")}
+    assert makers == {"m2m_jax/core/keys.py"}
+    for names in (Domain, Stream):
+        assert {one.name for one in names} <= {name for _, owner, name in used if owner == names.__name__}

@@ -13,7 +13,8 @@ from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
 from m2m_jax.core.chips import CHIPS, GIB, chip_of, gpus_of, peak_flops
 from m2m_jax.core.errors import UserError
-from m2m_jax.models.unet import REMAT, UNetConfig
+from m2m_jax.models.remat import REMAT
+from m2m_jax.models.unet_config import UNetConfig
 from m2m_jax.planning import compile, hlo
 from m2m_jax.planning.collectives import Collective, collectives
 from m2m_jax.planning.formula import plan_by_formula

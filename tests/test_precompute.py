@@ -34,8 +34,8 @@ NUM_SHARDS = 3  # of the 8 sets of the train split
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Nine sets of five pictures: eight to train on."""
-    return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", num_sets=9, images_per_set=5)
+    """Ten sets of five pictures: eight to train on."""
+    return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", num_sets=10, images_per_set=5)
 
 
 def _precompute(pictures, output, *more, split="train"):

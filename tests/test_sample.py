@@ -22,7 +22,7 @@ from m2m_jax.attention.plain import prefix
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import Registry
 from m2m_jax.models.initialization import is_set_attention
-from m2m_jax.sampling.programs import COMPILED
+from m2m_jax.sampling.programs import compiled
 from m2m_jax.sampling.run_job import step_line
 from m2m_jax.sampling.settings import SamplingSettings
 
@@ -286,13 +286,12 @@ def test_steps_on_a_terminal(sampler):
 
 def test_nothing_is_compiled_as_a_set_grows(sampler):
     sampler = dataclasses.replace(sampler, settings=dataclasses.replace(sampler.settings, cache_size=7))
-    start = [program._cache_size() for program in COMPILED.values()]
+    programs = compiled(sampler.static, sampler._mesh).values()
+    assert not any(program._cache_size() for program in programs)
     sampler(CONTEXT[0][:1], num_images=2)
-    before = [program._cache_size() for program in COMPILED.values()]
     sampler(CONTEXT[0], num_images=3)
     sampler([], num_images=1)
-    assert [now - then for now, then in zip(before, start, strict=True)] == len(COMPILED) * [1]
-    assert [program._cache_size() for program in COMPILED.values()] == before
+    assert {program._cache_size() for program in programs} == {1}
 
 
 def test_a_set_that_outgrows_the_cache_is_refused_or_slides(sampler):

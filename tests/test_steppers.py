@@ -9,8 +9,8 @@ import pytest
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.diffusion.step_tables import TERMS
-from m2m_jax.diffusion.steppers import STEPPERS, advance, begin
+from m2m_jax.diffusion.step_tables import STEPPERS, TERMS
+from m2m_jax.diffusion.steppers import advance, begin
 
 NOISE = np.random.default_rng(0).standard_normal((2, 3, 4, 4, 2)).astype(np.float32)
 FRESH = np.random.default_rng(1).standard_normal((100, *NOISE.shape)).astype(np.float32)  # of each evaluation
@@ -76,7 +76,7 @@ def sample(stepper: str, schedule: NoiseSchedule, num_steps: int, denoise, noise
 
 
 def ours(stepper: str, schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
-    def denoise(x, timestep):
+    def denoise(x, timestep, number):
         return network(x, timestep, jnp)
 
     fresh = jnp.asarray(FRESH)
@@ -260,7 +260,7 @@ def gaussian_network(schedule: NoiseSchedule, mean: float, deviation: float):
     """The exact network of images that are normal, everywhere alike: E[clean | x] is linear."""
     levels = [jnp.asarray(level, jnp.float32) for level in schedule.levels]
 
-    def denoise(x, timestep):
+    def denoise(x, timestep, number):
         if schedule.is_flow:
             sigma = timestep / schedule.num_train_timesteps
             alpha = 1 - sigma
@@ -337,7 +337,7 @@ def test_order_of_convergence_to_the_deviation_of_gaussian_images(stepper, order
 def test_any_shape_compiled(stepper, shape):
     schedule = some_schedule(stepper)
     noise = jnp.full(shape, 0.5)
-    out = jax.jit(lambda x: sample(stepper, schedule, 5, lambda x, t: jnp.tanh(x), x, lambda number: -x))(noise)
+    out = jax.jit(lambda x: sample(stepper, schedule, 5, lambda x, *_: jnp.tanh(x), x, lambda number: -x))(noise)
     assert out.shape == shape and np.all(np.isfinite(out))
 
 
@@ -348,7 +348,7 @@ def test_a_walk_in_parts_is_the_walk(stepper):
 
     @jax.jit
     def part(carry, first, end):
-        return advance(schedule, table, lambda x, t: network(x, t, jnp), carry, lambda n: fresh[n], first, end)
+        return advance(schedule, table, lambda x, t, _: network(x, t, jnp), carry, lambda n: fresh[n], first, end)
 
     fresh, begun, rows = jnp.asarray(FRESH), begin(table, jnp.asarray(NOISE)), len(table.timestep)
     whole, parts = part(begun, 0, rows), part(begun, 0, 2)
@@ -363,7 +363,7 @@ def test_a_walk_in_parts_is_the_walk(stepper):
 def test_the_network_is_traced_once_and_noise_only_where_it_is_used(stepper):
     networks, noises = [], []
 
-    def denoise(x, timestep):
+    def denoise(x, timestep, number):
         networks.append((timestep.dtype, timestep.shape))
         return x
 
@@ -381,14 +381,16 @@ def test_the_network_sees_the_timesteps_of_the_table(stepper):
     """The last step returns the last prediction, here the timestep of the last evaluation."""
     schedule = make_schedule(prediction_type="sample", timestep_spacing="trailing")
     zeros = jnp.zeros(2)
-    told = sample(stepper, schedule, 10, lambda x, t: t * jnp.ones_like(x), zeros, lambda number: zeros)
+    told = sample(stepper, schedule, 10, lambda x, t, _: t * jnp.ones_like(x), zeros, lambda number: zeros)
     np.testing.assert_array_equal(told, [99.0, 99.0])
 
 
 @pytest.mark.parametrize("stepper", STEPPERS)
 def test_bfloat16_network_keeps_a_float32_image(stepper):
     noise = jnp.asarray(NOISE)
-    out = sample(stepper, some_schedule(stepper), 5, lambda x, t: x.astype(jnp.bfloat16), noise, lambda number: noise)
+    out = sample(
+        stepper, some_schedule(stepper), 5, lambda x, t, _: x.astype(jnp.bfloat16), noise, lambda number: noise
+    )
     assert out.dtype == jnp.float32
 
 

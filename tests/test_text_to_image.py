@@ -5,7 +5,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_fixtures import build_emoji
@@ -14,7 +13,9 @@ from run_fixtures import config_argument, load_config, make_autoencoder, run
 from text_fixtures import CLIP_LENGTH, SAMPLE_SIZE, SD_AUTOENCODER, make_bert, make_stable_diffusion
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.keys import Domain, domain_key
 from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
+from m2m_jax.sampling.programs import INITIAL
 from m2m_jax.sampling.text_to_image import TextToImage
 from m2m_jax.tasks.text_to_image import TextToImageTask
 from m2m_jax.training.workload import count_model_flops
@@ -35,9 +36,9 @@ def generator(folder):
 
 def noise(seed: int, index: int, image: int) -> np.ndarray:
     """What an image starts from."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(jnp.uint32(seed)), index), image)
+    key = jax.random.fold_in(jax.random.fold_in(domain_key(Domain.TEXT_TO_IMAGE, seed), index), image)
     shape = (SAMPLE_SIZE, SAMPLE_SIZE, SD_AUTOENCODER.latent_channels)
-    return np.asarray(jax.random.normal(key, shape))
+    return np.asarray(jax.random.normal(jax.random.split(key, 3)[INITIAL], shape))
 
 
 def test_a_stable_diffusion_folder_has_parity_with_diffusers_pipeline(folder, transformers):

@@ -37,6 +37,9 @@ class Backend:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     takes_keep: bool = True
 
+    def __post_init__(self):
+        object.__setattr__(self, "__doc__", self.function.__doc__)  # what --help says of it
+
     def __call__(
         self,
         q_bqthd: jax.Array,

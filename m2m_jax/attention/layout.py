@@ -23,6 +23,9 @@ class SetLayout:
       clean_sees: "preceding": a clean image sees the clean images up to and including itself; "itself": itself
         alone, which makes the context free of order. The paper does not say.
       encoded: the clean images are keys only, tokens of an image encoder (M2M-DINO): the stack is the noised images.
+
+    Example:
+        SetLayout.training(4).mask_qk()  # bool [7, 3], the table in `allowed`
     """
 
     clean: tuple[int, ...]
@@ -36,12 +39,15 @@ class SetLayout:
 
     @classmethod
     def training(cls, num_images: int, clean_sees: str = "preceding", encoded: bool = False) -> "SetLayout":
-        """Every image is denoised given all before it. The last image is context to none: it has no clean copy."""
+        """Return the layout in which every image is denoised given all before it.
+
+        The last image is context to none: it has no clean copy.
+        """
         return cls(tuple(range(num_images - 1)), tuple(range(num_images)), clean_sees, encoded)
 
     @classmethod
     def sampling(cls, num_context: int, clean_sees: str = "preceding", encoded: bool = False) -> "SetLayout":
-        """One image is denoised given `num_context` finished ones."""
+        """Return the layout in which one image is denoised given `num_context` finished ones."""
         return cls(tuple(range(num_context)), (num_context,), clean_sees, encoded)
 
     @property
@@ -55,14 +61,14 @@ class SetLayout:
         return len(self.stacked_clean) + len(self.noised)
 
     def mask_qk(self) -> np.ndarray:
-        """The mask at image granularity: bool [images of the stack, clean], True where a query sees a key image."""
+        """Return the mask between images: bool [images of the stack, clean], True where a query sees a key image."""
         query_is_noised = np.arange(self.num_images)[:, None] >= len(self.stacked_clean)
         query_position = np.asarray(self.stacked_clean + self.noised, int)[:, None]
         key_position = np.asarray(self.clean, int)[None, :]
         return allowed(query_is_noised, query_position, key_position, self.clean_sees)
 
     def token_mask_qk(self, tokens_per_query: int, tokens_per_key: int) -> np.ndarray:
-        """`mask_qk` at token granularity, for so many tokens an image, for backends that take no coarser one."""
+        """Return `mask_qk` at token granularity, for so many tokens an image, for backends that take no coarser one."""
         return self.mask_qk().repeat(tokens_per_query, 0).repeat(tokens_per_key, 1)
 
 

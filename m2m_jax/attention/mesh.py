@@ -53,7 +53,7 @@ def split_over_mesh(
 def axes_of_heads_and_tokens(
     mesh: AbstractMesh, num_heads: int, tokens: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes of the mesh that split the heads, and those that split the tokens of every image of queries.
+    """Return the axes of the mesh that split the heads, and those that split the tokens of every image of queries.
 
     Heads where an axis divides them, for then each device has its keys and values alone; else tokens, as `context`
     splits rows. An axis that divides neither is in none: all devices along it compute the same.

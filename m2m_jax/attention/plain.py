@@ -105,7 +105,7 @@ def over_slices(
 
 
 def _contiguous_runs(layout: SetLayout) -> dict[tuple[int, int], list[int]]:
-    """{(first key image, one past the last): query images that see exactly these}."""
+    """Return {(first key image, one past the last): query images that see exactly these}."""
     groups: dict[tuple[int, int], list[int]] = {}
     for query, row_k in enumerate(layout.mask_qk()):
         seen = np.flatnonzero(row_k)

@@ -125,19 +125,19 @@ class SetMask(masks.Mask):
 
 
 def block_size(tokens: int) -> int:
-    """The largest block that divides the tokens of an image; the smallest there is where none does."""
+    """Return the largest block that divides the tokens of an image; the smallest there is where none does."""
     return next((n for n in range(MAX_BLOCK, LANES, -LANES) if tokens % n == 0), LANES)
 
 
 def visited_pairs(layout: SetLayout, t: int, s: int) -> int:
-    """Pairs of a query's and a key's token in the blocks that the kernel computes, of one set and head."""
+    """Count the pairs of a query's and a key's token in the blocks that the kernel computes, of one set and head."""
     block_mask = _kernel(layout, t, s, False).fwd_mask_info.block_mask
     return int(np.count_nonzero(block_mask)) * block_size(t) * block_size(s)
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel(layout: SetLayout, t: int, s: int, interpret: bool) -> kernels.SplashAttentionKernel:
-    """The kernel for one set, (q [h, t, d], k [h, s, d], v) -> [h, t, d], and its mask by blocks, as NumPy arrays."""
+    """Return the kernel for one set, (q [h, t, d], k [h, s, d], v) -> [h, t, d], with its mask by blocks in NumPy."""
     block_q, block_kv = block_size(t), block_size(s)
     # The mask changes from one unit of tokens to the next at most. With units in the place of tokens it is small
     # enough to be looked at block by block: where blocks are not seen in part, a block is one unit.
@@ -177,7 +177,7 @@ def _kernel(layout: SetLayout, t: int, s: int, interpret: bool) -> kernels.Splas
 
 
 def _runs(layout: SetLayout) -> list[tuple[int, int, bool]]:
-    """[(first image of the stack, one past the last, whether they see any key)], in order, as long as can be."""
+    """Return [(first image of the stack, one past the last, whether they see any key)], in order, as long as can be."""
     sees_q = layout.mask_qk().any(1)
     bounds = [0, *(np.flatnonzero(np.diff(sees_q)) + 1).tolist(), layout.num_images]
     return [(start, stop, bool(sees_q[start])) for start, stop in itertools.pairwise(bounds)]
@@ -188,9 +188,9 @@ def _padded(tokens: int, block: int) -> int:
 
 
 def _segments(keep_bk: jax.Array, s: int, num_rows: int, num_columns: int) -> kernels.SegmentIds:
-    """Ids by token, of sequences with padding: queries are 0, keys are 0 where they are seen. s: tokens of a key image.
+    """Return ids by token, of sequences with padding: queries are 0, keys are 0 where they are seen.
 
-    What sees what of padding does not matter: nothing reads it.
+    s: tokens of a key image. What sees what of padding does not matter: nothing reads it.
     """
     hidden_bt = jnp.repeat(~keep_bk, s, axis=1).astype(jnp.int32)
     hidden_bt = jnp.pad(hidden_bt, ((0, 0), (0, num_columns - hidden_bt.shape[1])))
@@ -198,7 +198,7 @@ def _segments(keep_bk: jax.Array, s: int, num_rows: int, num_columns: int) -> ke
 
 
 def _sequence(x_bnthd: jax.Array) -> jax.Array:
-    """[b, h, tokens, d]: images end to end, and zeros up to a multiple of a block."""
+    """Return [b, h, tokens, d]: images end to end, and zeros up to a multiple of a block."""
     x_bhtd = jax.lax.collapse(x_bnthd, 1, 3).transpose(0, 2, 1, 3)
     tokens = x_bhtd.shape[2]
     padding = _padded(tokens, block_size(x_bnthd.shape[2])) - tokens

@@ -1,6 +1,7 @@
 """A run saved as a model folder in diffusers' layout.
 
-save_model_folder(ModelExport(checkpoint="runs/emoji_vae", output="models/vae"))
+Example:
+    save_model_folder(ModelExport(checkpoint="runs/emoji_vae", output="models/vae"))
 """
 
 import dataclasses

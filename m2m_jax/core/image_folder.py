@@ -44,7 +44,7 @@ class Unused:
     """What a listing passes over: how much of each kind, and an example of it.
 
     Example:
-        str(unused)    "12 files .heic (set01/a.heic, ...), 1 images beside the sets (b.png)"; empty: nothing
+        str(unused)    "files .heic: 12 (set01/a.heic, ...), images beside the sets: 1 (b.png)"; empty: nothing
     """
 
     def __init__(self, root: Path):
@@ -57,7 +57,7 @@ class Unused:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{count} {kind} ({self._examples[kind]}{', ...' if count > 1 else ''})"
+            f"{kind}: {count} ({self._examples[kind]}{', ...' if count > 1 else ''})"
             for kind, count in sorted(self._counts.items())
         )
 

@@ -1,7 +1,8 @@
 """A whole data set, read image by image: what is wrong with it, and a sheet of thumbnails.
 
-summary = check_data(find_sources("DIR"), DataCheck(output=None), images_per_set=4)
-print(summary.text(max_problems=100))
+Example:
+    summary = check_data(find_sources("DIR"), DataCheck(output=None), images_per_set=4)
+    print(summary.text(max_problems=100))
 """
 
 from __future__ import annotations

@@ -13,11 +13,13 @@ Levels keep the schedule's own scale. diffusers' Euler schedulers and Karras et 
 x / alpha and sigma / alpha for x and sigma; it is the same step.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.registry import Registry
 from m2m_jax.diffusion.schedule import NoiseSchedule
 
 # What the weights of a row belong to, in the order of their columns: the current image; an image that the rows before
@@ -57,6 +59,12 @@ class Levels(NamedTuple):
     sigma: np.ndarray
 
 
+# (schedule, number of steps) -> the steps; UserError where the schedule is none for this stepper. Any file of this
+# package may register one.
+STEPPERS = Registry[Callable[[NoiseSchedule, int], StepTable]]("stepper", "m2m_jax.diffusion")
+
+
+@STEPPERS.register("ddim")
 def ddim(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     """DDIM with eta = 0: Song et al. 2021, arXiv:2010.02502, eq. 12. Values: diffusers' `DDIMScheduler`.
 
@@ -70,6 +78,7 @@ def ddim(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     return _table(levels, x=x, clean=clean)
 
 
+@STEPPERS.register("ddpm")
 def ddpm(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     """Ancestral sampling: Ho et al. 2020, arXiv:2006.11239, eq. 7, which is a draw of the next image given this one
     and the clean one. Values: diffusers' `DDPMScheduler` with variance_type "fixed_small" and without clipping.
@@ -79,6 +88,7 @@ def ddpm(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     return _table(levels, x=x, clean=clean, noise=noise)
 
 
+@STEPPERS.register("euler")
 def euler(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     """Euler steps of the probability flow in sigma / alpha: Karras et al., Algorithm 1 without its second order.
 
@@ -91,6 +101,7 @@ def euler(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     return _table(levels, start=_euler_start(schedule, levels), x=x, clean=clean)
 
 
+@STEPPERS.register("euler_ancestral")
 def euler_ancestral(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     """An Euler step to less noise than the next level has, then noise up to it: `sample_euler_ancestral` of
     k-diffusion (Crowson). Values: diffusers' `EulerAncestralDiscreteScheduler`.
@@ -102,6 +113,7 @@ def euler_ancestral(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     return _table(levels, start=_euler_start(schedule, levels), x=x, clean=clean, noise=noise)
 
 
+@STEPPERS.register("dpmpp_2m")
 def dpmpp_2m(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     """DPM-Solver++(2M): Lu et al. 2022, arXiv:2211.01095, Algorithm 2.
 
@@ -115,6 +127,7 @@ def dpmpp_2m(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     return _table(levels, x=x, **_extrapolated(levels, clean))
 
 
+@STEPPERS.register("dpmpp_2m_sde")
 def dpmpp_2m_sde(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     """SDE-DPM-Solver++(2M): Lu et al. 2022, arXiv:2211.01095.
 
@@ -126,6 +139,7 @@ def dpmpp_2m_sde(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     return _table(levels, x=x, noise=noise, **_extrapolated(levels, clean))
 
 
+@STEPPERS.register("unipc")
 def unipc(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     """UniPC-2 with B_2(h) = e^h - 1: Zhao et al. 2023, arXiv:2302.04867, predicting the clean image.
 
@@ -167,6 +181,7 @@ def unipc(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     return _round(levels.timestep, levels.alpha[:-1], levels.sigma[:-1], next_x, corrector)
 
 
+@STEPPERS.register("heun")
 def heun(schedule: NoiseSchedule, num_steps: int) -> StepTable:
     """Heun's method on a rectified flow: an Euler step, and the step again with the mean of the slopes at its ends.
 

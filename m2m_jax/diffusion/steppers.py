@@ -10,21 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from m2m_jax.diffusion import step_tables
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.step_tables import TERMS, StepTable
-
-# (schedule, number of steps) -> the steps; UserError where the schedule is none for this stepper.
-STEPPERS: dict[str, Callable[[NoiseSchedule, int], StepTable]] = {
-    "ddpm": step_tables.ddpm,
-    "ddim": step_tables.ddim,
-    "euler": step_tables.euler,
-    "euler_ancestral": step_tables.euler_ancestral,
-    "dpmpp_2m": step_tables.dpmpp_2m,
-    "dpmpp_2m_sde": step_tables.dpmpp_2m_sde,
-    "unipc": step_tables.unipc,
-    "heun": step_tables.heun,
-}
 
 # What a walk has so far; all shaped like the image.
 Carry = dict[str, jax.Array]
@@ -47,7 +34,7 @@ def begin(table: StepTable, noise: jax.Array) -> Carry:
 def advance(
     schedule: NoiseSchedule,
     table: StepTable,
-    denoise: Callable[[jax.Array, jax.Array], jax.Array],
+    denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     carry: Carry,
     fresh_noise: Callable[[jax.Array], jax.Array],
     first: int | jax.Array,
@@ -57,7 +44,8 @@ def advance(
 
     Args:
       schedule: what the output of `denoise` means.
-      denoise: (image, float32 scalar that the network is told) -> network output of the same shape, guidance included.
+      denoise: (image, float32 scalar that the network is told, int32 number of the row) -> network output of the same
+        shape, guidance included.
       fresh_noise: (number of the row, int32 scalar) -> standard normal, like the noise and independent of it.
         Deterministic steppers never call it.
     """
@@ -71,7 +59,8 @@ def advance(
     def update(number: jax.Array, carry: Carry) -> Carry:
         step = jax.tree.map(lambda column: column[number], rows)
         x = carry["x"]
-        clean = schedule.clean_at(denoise(x, step.timestep), x, step.alpha.astype(dtype), step.sigma.astype(dtype))
+        output = denoise(x, step.timestep, number)
+        clean = schedule.clean_at(output, x, step.alpha.astype(dtype), step.sigma.astype(dtype))
         terms = carry | {"clean": clean}
         if "noise" in used:
             terms["noise"] = fresh_noise(number)

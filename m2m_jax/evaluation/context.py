@@ -1,8 +1,9 @@
 """Is the context used? Runs side by side, on the same sets, noise and timesteps, whatever they were trained on.
 
-report = evaluate_context(config, ContextEvaluation(checkpoints=("runs/a", "runs/b"), split="validation"))
-print(report.text())
-report.runs["runs/a"]["loss_own_context"]  # [mean, standard error]
+Example:
+    report = evaluate_context(config, ContextEvaluation(checkpoints=("runs/a", "runs/b"), split="validation"))
+    print(report.text())
+    report.runs["runs/a"]["loss_own_context"]  # [mean, standard error]
 """
 
 from __future__ import annotations

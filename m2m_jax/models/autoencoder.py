@@ -148,7 +148,13 @@ def _resnet(c: AutoencoderConfig, rngs: nnx.Rngs):
 
 
 class AutoencoderKL(nnx.Module):
-    """Images in [-1, 1] to scaled latents and back. Leading axes of the images are free: `[..., h, w, c]`."""
+    """Images in [-1, 1] to scaled latents and back. Leading axes of the images are free: `[..., h, w, c]`.
+
+    Example:
+        autoencoder = AutoencoderKL(AutoencoderConfig(), rngs=nnx.Rngs(0))
+        latents_bhwc = autoencoder.encode(pixels_to_float(images_bhwc))
+        images_bhwc = pixels_to_uint8(autoencoder.decode(latents_bhwc))
+    """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -161,7 +167,7 @@ class AutoencoderKL(nnx.Module):
             self.post_quant_conv = nnx.Conv(latents, latents, (1, 1), rngs=rngs)
 
     def posterior(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log variance of the unscaled latents, each `[..., h / f, w / f, latent_channels]`."""
+        """Return mean and log variance of the unscaled latents, each `[..., h / f, w / f, latent_channels]`."""
         flat_bhwc = images.reshape(-1, *images.shape[-3:])
         moments = self.encoder(flat_bhwc)
         if self.config.use_quant_conv:
@@ -170,11 +176,11 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """The posterior's mean, scaled: training and sampling then see the same latents of the same image."""
+        """Return the posterior's mean, scaled: training and sampling then see the same latents of the same image."""
         return self.posterior(images)[0] * self.config.scaling_factor
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Scaled latents to images, not clipped."""
+        """Return scaled latents as images, not clipped."""
         flat_bhwc = latents.reshape(-1, *latents.shape[-3:]) / self.config.scaling_factor
         if self.config.use_post_quant_conv:
             flat_bhwc = self.post_quant_conv(flat_bhwc)
@@ -183,10 +189,10 @@ class AutoencoderKL(nnx.Module):
 
 
 def pixels_to_float(images_uint8: jax.Array) -> jax.Array:
-    """uint8 [0, 255] to float32 [-1, 1]."""
+    """Return uint8 images [0, 255] as float32 [-1, 1]."""
     return images_uint8.astype(jnp.float32) / 127.5 - 1.0
 
 
 def pixels_to_uint8(images: jax.Array) -> jax.Array:
-    """float32 [-1, 1], clipped, to uint8 [0, 255]."""
+    """Return float32 images [-1, 1], clipped, as uint8 [0, 255]."""
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

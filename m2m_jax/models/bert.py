@@ -102,7 +102,7 @@ class BertEncoder(nnx.Module):
         self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, token_ids_bs: jax.Array) -> jax.Array:
-        """States [b, s, c] of ids int [b, s]; those of padding are zeros, and nothing saw it.
+        """Return the states [b, s, c] of ids int [b, s]; those of padding are zeros, and nothing saw it.
 
         Raises UserError for more tokens than there are positions.
         """

@@ -18,7 +18,7 @@ from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """The approximation that OpenAI's CLIP was trained with."""
+    """Return x times sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -141,7 +141,7 @@ class CLIPTextEncoder(nnx.Module):
         self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, token_ids_bs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Ids int [b, s], with s at most `max_position_embeddings`.
+        """Encode ids int [b, s], with s at most `max_position_embeddings`.
 
         Returns:
           The states [b, s, c] after the last norm, and of them the one [b, c] at the first end of text; a row without

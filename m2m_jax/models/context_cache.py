@@ -3,56 +3,77 @@
 The clean branch sees nothing noised and always at one timestep, so what Image-Set Attention reads of a finished image
 never changes while further ones are made (`attention.layout.allowed`). Each image passes through the clean branch once
 (M2M-Self) or through the projections of its tokens (M2M-DINO); every denoising step then is a pass over the image being
-made alone.
+made alone. Guidance may want the same images noised as well (`diffusion.guidance.Branch`): these are kept beside the
+clean ones, each noise level as if it were alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from m2m_jax.diffusion.guidance import EVERYTHING, NONE, Branch
 from m2m_jax.models.conditioning import Address, CachedContext, Conditioning, KeysValues
 from m2m_jax.models.unet import NOTHING, UNet
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Text:
+    """What captions are to the network.
+
+    Attributes:
+      caption_bsc: tokens of each row's caption.
+      empty_1sc: tokens of the empty text.
+    """
+
+    caption_bsc: jax.Array
+    empty_1sc: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k_bmshd", "v_bmshd", "count_b", "position_b"],
+    meta_fields=["levels"],
+)
+@dataclasses.dataclass(frozen=True)
 class ContextCache:
     """Finished images of b sets, as every Image-Set Attention sees them. Shapes do not change as it fills.
 
     Attributes:
-      k_bmshd, v_bmshd: by the attention's address; m images fit in, s tokens each.
+      k_bmshd, v_bmshd: by the attention's address; m slots, s tokens each. Image i stands at noise level l in slot
+        `i * levels + l`.
       count_b: int32, how many images of each set are in it.
       position_b: int32, how many images each set has: more than `count_b` where old ones were dropped.
+      levels: at how many noise levels each image is kept; static.
     """
 
     k_bmshd: dict[Address, jax.Array]
     v_bmshd: dict[Address, jax.Array]
     count_b: jax.Array
     position_b: jax.Array
+    levels: int = 1
 
     @property
     def size(self) -> int:
-        """How many images of a set fit in; 0 where the network has no Image-Set Attention to read them."""
-        return next((x.shape[1] for x in self.k_bmshd.values()), 0)
+        """Return how many images of a set fit in; 0 where the network has no Image-Set Attention to read them."""
+        return next((x.shape[1] // self.levels for x in self.k_bmshd.values()), 0)
 
-    @property
-    def holds_bm(self) -> jax.Array:
-        """Where an image is: bool, the first `count_b` of each set."""
-        return jnp.arange(self.size)[None] < self.count_b[:, None]
+    def sees_bm(self, branch: Branch, level: int) -> jax.Array:
+        """Return which slots a branch sees: bool. level: number of the branch's noise level."""
+        slot_m, count_b1 = jnp.arange(self.size * self.levels), self.count_b[:, None]
 
-    def seen_by(self, sees_bgm: jax.Array | None = None) -> CachedContext:
-        """Return what the U-Net is told of it.
+        def bound(given: int | None, default: jax.Array | int) -> jax.Array | int:
+            return default if given is None else jnp.maximum(count_b1 + given, 0) if given < 0 else given
 
-        Args:
-          sees_bgm: bool, which of the images the rows of each set see, of those that are there; see `CachedContext`.
-            None: one row a set sees all.
-        """
-        holds_b1m = self.holds_bm[:, None]
-        return CachedContext(self.k_bmshd, self.v_bmshd, holds_b1m if sees_bgm is None else holds_b1m & sees_bgm)
+        first, end = bound(branch.images[0], 0), jnp.minimum(bound(branch.images[1], count_b1), count_b1)
+        image_1m = slot_m[None] // self.levels
+        return (first <= image_1m) & (image_1m < end) & (slot_m[None] % self.levels == level)
 
 
 def empty_cache(
@@ -61,6 +82,7 @@ def empty_cache(
     size: int,
     dtype=None,
     conditioning: Conditioning = NOTHING,
+    levels: int = 1,
 ) -> ContextCache:
     """Return a cache without images.
 
@@ -69,16 +91,20 @@ def empty_cache(
       size: images of a set that fit in.
       dtype: what keys and values are kept in; None: the network's, in which they are computed.
       conditioning: shapes of what `append_image` will be given.
+      levels: at how many noise levels each image is kept.
     """
     b, count_b = image.shape[0], jnp.zeros(image.shape[0], jnp.int32)
     # Shapes do not depend on what is kept: any will do to find them.
     nothing = ContextCache({}, {}, count_b, count_b)
-    shapes = jax.eval_shape(lambda *told: _keys_and_values(unet, nothing, told[0], 0, told[1]), image, conditioning)
+    shapes = jax.eval_shape(lambda *told: _keys_and_values(unet, nothing, told[0], 0, 0, told[1]), image, conditioning)
     k_bmshd, v_bmshd = (
-        {address: jnp.zeros((b, size, *pair[i].shape[1:]), dtype or pair[i].dtype) for address, pair in shapes.items()}
+        {
+            address: jnp.zeros((b, size * levels, *pair[i].shape[1:]), dtype or pair[i].dtype)
+            for address, pair in shapes.items()
+        }
         for i in (0, 1)
     )
-    return ContextCache(k_bmshd, v_bmshd, count_b, count_b)
+    return ContextCache(k_bmshd, v_bmshd, count_b, count_b, levels)
 
 
 def append_image(
@@ -90,6 +116,7 @@ def append_image(
     append_b: jax.Array,
     slide: bool = False,
     conditioning: Conditioning = NOTHING,
+    noised: Sequence[tuple[jax.Array, jax.Array | int]] = (),
 ) -> ContextCache:
     """Return the cache with one more image of each set.
 
@@ -101,54 +128,87 @@ def append_image(
         before them, the images that stay were computed in the presence of the dropped one: an approximation.
         Without it a full cache must not be appended to.
       conditioning: text, globals and references of the images, one row a set; its context is this cache.
+      noised: the image at each further level of the cache, and what the U-Net is told about it there.
     """
     if slide:
         full_b = append_b & (cache.count_b == cache.size)
 
         def drop_oldest(x_bmshd):
-            return jnp.where(full_b[:, None, None, None, None], jnp.roll(x_bmshd, -1, axis=1), x_bmshd)
+            return jnp.where(full_b[:, None, None, None, None], jnp.roll(x_bmshd, -cache.levels, axis=1), x_bmshd)
 
         k_bmshd, v_bmshd = (jax.tree.map(drop_oldest, arrays) for arrays in (cache.k_bmshd, cache.v_bmshd))
-        cache = ContextCache(k_bmshd, v_bmshd, cache.count_b - full_b.astype(jnp.int32), cache.position_b)
-    made = _keys_and_values(unet, cache, image, clean_timestep, conditioning)
-    # Out of bounds, where nothing is appended: dropped.
-    index_b = jnp.where(append_b, cache.count_b, cache.size)
-
-    def write(kept_bmshd, new_bshd):
-        rows_b = jnp.arange(index_b.shape[0])
-        return kept_bmshd.at[rows_b, index_b].set(new_bshd.astype(kept_bmshd.dtype), mode="drop")
-
+        count_b = cache.count_b - full_b.astype(jnp.int32)
+        cache = dataclasses.replace(cache, k_bmshd=k_bmshd, v_bmshd=v_bmshd, count_b=count_b)
+    k_bmshd, v_bmshd, rows_b = dict(cache.k_bmshd), dict(cache.v_bmshd), jnp.arange(len(append_b))
+    for level, (at_level, timestep) in enumerate([(image, clean_timestep), *noised]):
+        # Out of bounds, where nothing is appended: dropped.
+        slot_b = jnp.where(append_b, cache.count_b, cache.size) * cache.levels + level
+        made = _keys_and_values(unet, cache, at_level, level, timestep, conditioning)
+        for address, pair in made.items():
+            for kept, new_bshd in zip((k_bmshd, v_bmshd), pair, strict=True):
+                new_bshd = new_bshd.astype(kept[address].dtype)
+                kept[address] = kept[address].at[rows_b, slot_b].set(new_bshd, mode="drop")
     one_b = append_b.astype(jnp.int32)
-    return ContextCache(
-        {address: write(kept, made[address][0]) for address, kept in cache.k_bmshd.items()},
-        {address: write(kept, made[address][1]) for address, kept in cache.v_bmshd.items()},
-        cache.count_b + one_b,
-        cache.position_b + one_b,
+    return dataclasses.replace(
+        cache,
+        k_bmshd=k_bmshd,
+        v_bmshd=v_bmshd,
+        count_b=cache.count_b + one_b,
+        position_b=cache.position_b + one_b,
     )
 
 
 def denoise_next(
-    unet: UNet, cache: ContextCache, noised_bhwc: jax.Array, timestep: jax.Array, *, guided: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return what the U-Net gives for the next image of each set: in its context and, where `guided`, in none.
+    unet: UNet,
+    noised_bhwc: jax.Array,
+    timestep: jax.Array,
+    branches: Sequence[Branch],
+    *,
+    cache: ContextCache | None = None,
+    levels: Sequence[float] = (0.0,),
+    text: Text | None = None,
+) -> jax.Array:
+    """Return what the U-Net gives for the next image of each set, under each branch: [b, g, h, w, c].
 
-    Both stand in one batch, one after the other for each set, and the second pays for no context.
+    All branches stand in one batch, those of a set one after another. Branches share the keys and values of a set, and
+    those that see no image pay for none.
 
     Args:
       timestep: a scalar, what the network is told.
+      branches: g of them.
+      cache: finished images of each set, where the network attends to sets.
+      levels: the noise level of the images in each of the cache's levels.
+      text: where the network attends to text.
     """
-    rows = 2 if guided else 1
-    rows_bhwc = jnp.repeat(noised_bhwc, rows, axis=0)
-    conditioning = Conditioning(cached=cache.seen_by())
-    out_bhwc, _ = unet(rows_bhwc, jnp.full(rows_bhwc.shape[0], timestep), conditioning)
-    out_bghwc = out_bhwc.reshape(-1, rows, *out_bhwc.shape[1:])
-    return out_bghwc[:, 0], out_bghwc[:, 1] if guided else None
+    seeing = [branch for branch in branches if cache is not None and branch.images != NONE]
+    rows = [*seeing, *(branch for branch in branches if branch not in seeing)]  # those that see nothing come last
+    cached = text_rsc = None
+    if cache is not None and cache.size:
+        sees_bm = [cache.sees_bm(branch, levels.index(branch.level)) for branch in seeing]
+        nobody_bgm = jnp.zeros((len(noised_bhwc), 0, cache.size * cache.levels), bool)
+        cached = CachedContext(cache.k_bmshd, cache.v_bmshd, jnp.stack(sees_bm, axis=1) if sees_bm else nobody_bgm)
+    if text is not None:
+        empty_bsc = jnp.broadcast_to(text.empty_1sc, text.caption_bsc.shape)
+        text_bgsc = jnp.stack([text.caption_bsc if branch.text else empty_bsc for branch in rows], axis=1)
+        text_rsc = jax.lax.collapse(text_bgsc, 0, 2)
+    noised_rhwc = jnp.repeat(noised_bhwc, len(rows), axis=0)
+    timestep_r = jnp.full(len(noised_rhwc), timestep)
+    out_rhwc, _ = unet(noised_rhwc, timestep_r, Conditioning(cached=cached, text_bsc=text_rsc))
+    out_bghwc = out_rhwc.reshape(-1, len(rows), *out_rhwc.shape[1:])
+    if rows == list(branches):
+        return out_bghwc
+    return out_bghwc[:, np.array([rows.index(branch) for branch in branches])]
 
 
 def _keys_and_values(
-    unet: UNet, cache: ContextCache, image: jax.Array, clean_timestep: jax.Array | int, conditioning: Conditioning
+    unet: UNet,
+    cache: ContextCache,
+    image: jax.Array,
+    level: int,
+    timestep: jax.Array | int,
+    conditioning: Conditioning,
 ) -> Mapping[Address, KeysValues]:
-    """Keys and values [b, s, h, d] of one more image of each set, of every Image-Set Attention."""
+    """Return keys and values [b, s, h, d] of one more image of each set at a level, of every Image-Set Attention."""
     attentions, position_b = unet.attentions("set"), cache.position_b
     if unet.config.attends_to_encoded:
         pairs = {
@@ -156,8 +216,9 @@ def _keys_and_values(
             for address, attention in attentions.items()
         }
         return {address: (k_b1shd[:, 0], v_b1shd[:, 0]) for address, (k_b1shd, v_b1shd) in pairs.items()}
-    seen = dataclasses.replace(cache.seen_by(), position_b=position_b)
-    timestep_b = jnp.broadcast_to(jnp.asarray(clean_timestep, jnp.float32), image.shape[:1])
+    sees_b1m = cache.sees_bm(EVERYTHING, level)[:, None]
+    seen = CachedContext(cache.k_bmshd, cache.v_bmshd, sees_b1m, position_b)
+    timestep_b = jnp.broadcast_to(jnp.asarray(timestep, jnp.float32), image.shape[:1])
     conditioning = dataclasses.replace(conditioning, cached=seen)
     made = unet(image, timestep_b, conditioning, return_keys_values=True)[1]
     return {address: made[address] for address in attentions}

@@ -90,7 +90,7 @@ SIZES = {
 
 
 def preprocess(images_bhwc: jax.Array, size: int) -> jax.Array:
-    """This project's pixels, float [-1, 1], as `size` by `size` pixels in ImageNet's normalisation.
+    """Return this project's pixels, float [-1, 1], as `size` by `size` pixels in ImageNet's normalisation.
 
     Bicubic with antialiasing, clipped to the range of pixels as an image file would be. The whole image is kept and an
     oblong one squeezed, where transformers' preprocessor crops the middle: what a context image shows at its border
@@ -103,7 +103,7 @@ def preprocess(images_bhwc: jax.Array, size: int) -> jax.Array:
 
 
 def bicubic_weights(size: int, new_size: int, *, antialias: bool) -> np.ndarray:
-    """[new_size, size]: torch's bicubic interpolation along one axis (align_corners=False) as a matrix.
+    """Return torch's bicubic interpolation along one axis (align_corners=False) as a matrix [new_size, size].
 
     torch takes the kernel of Keys with a = -0.75, and taps beyond the border from the border. With antialiasing it
     follows PIL instead: a = -0.5, the kernel as wide as the reduction, and taps beyond the border left out.
@@ -166,7 +166,7 @@ class Embeddings(nnx.Module):
         return jnp.concatenate([jnp.broadcast_to(x_btc, (b, *x_btc.shape[1:])) for x_btc in tokens], axis=1)
 
     def _positions(self, height: int, width: int) -> tuple[jax.Array, jax.Array]:
-        """Of the class token [1, c] and of the patches [height, width, c], interpolated as torch would."""
+        """Return those of the class token [1, c] and of the patches [height, width, c], interpolated as torch would."""
         grid = self.config.grid
         cls_1c, positions_tc = jnp.split(self.position_embeddings[0], (1,))
         positions_hwc = positions_tc.reshape(grid, grid, -1)
@@ -243,7 +243,7 @@ class DINOv2(nnx.Module):
         self.layernorm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, images_bhwc: jax.Array) -> jax.Array:
-        """Images as `preprocess` gives them, of any size that is a multiple of the patch.
+        """Encode images as `preprocess` gives them, of any size that is a multiple of the patch.
 
         Returns:
           [b, 1 + registers + patches, c]: the class token, the registers, the patches row by row.

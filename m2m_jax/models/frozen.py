@@ -40,6 +40,10 @@ class FrozenModels:
       image_encoder_size: pixels along each side of the images as the encoder sees them.
       text_encoder: of a text-to-image model; None in M2M.
       precision: what their products of float32 are computed in; see `models/precision.py`.
+
+    Example:
+        models, params = FrozenModels.load(config)
+        latents_bnhwc = models.encode(params, images_bnhwc)
     """
 
     autoencoder: AutoencoderConfig
@@ -53,7 +57,7 @@ class FrozenModels:
 
     @classmethod
     def load(cls, config: Config) -> tuple[FrozenModels, FrozenParams]:
-        """Those of a run, from the folders that `autoencoder`, `image_encoder` and `text_encoder` in `config` name.
+        """Read those of a run from the folders that `autoencoder`, `image_encoder` and `text_encoder` in `config` name.
 
         Raises:
           UserError: a folder holds another model, or not all of it, or none.
@@ -84,7 +88,7 @@ class FrozenModels:
 
     @classmethod
     def from_metadata(cls, values: dict[str, Any]) -> FrozenModels:
-        """Those of a checkpoint, from what `metadata` gave."""
+        """Return those of a checkpoint, from what `metadata` gave."""
         encoder = values["image_encoder"]
         return cls(
             config_from(AutoencoderConfig, values["autoencoder"], {}),
@@ -96,13 +100,13 @@ class FrozenModels:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """What they are, as JSON can hold it."""
         text_encoder = text_encoders.to_metadata(self.text_encoder) if self.text_encoder else None
         return dataclasses.asdict(self) | {"text_encoder": text_encoder}
 
     @property
     def shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Of their parameters."""
+        """The shapes of their parameters."""
         shapes = {AUTOENCODER: self._autoencoder_and_shapes[1]}
         if self.image_encoder:
             shapes[IMAGE_ENCODER] = self._encoder_and_shapes[1]
@@ -111,12 +115,12 @@ class FrozenModels:
         return shapes
 
     def require_params(self, params: FrozenParams, folders: dict[str, str]) -> None:
-        """Raises UserError where `params`, read from `folders`, are not those of these models."""
+        """Raise UserError where `params`, read from `folders`, are not those of these models."""
         for name, shapes in self.shapes.items():
             require_same(folders[name], shapes, params[name])
 
     def require_image_size(self, image_size: int, unet_levels: int = 1) -> None:
-        """Raises UserError for a size that the autoencoder and, after it, a U-Net of so many levels cannot halve as
+        """Raise UserError for a size that the autoencoder and, after it, a U-Net of so many levels cannot halve as
         often as they do: the images that come back would have another."""
         factor = self.autoencoder.downsampling * 2 ** (unet_levels - 1)
         if image_size < factor or image_size % factor:
@@ -132,24 +136,24 @@ class FrozenModels:
         return 1 + encoder.num_register_tokens + (self.image_encoder_size // encoder.patch_size) ** 2
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of an image of so many pixels a side."""
+        """Return (h, w, c) of the latents of an image of so many pixels a side."""
         side = image_size // self.autoencoder.downsampling
         return side, side, self.autoencoder.latent_channels
 
     def encode(self, params: FrozenParams, images_bnhwc: jax.Array) -> jax.Array:
-        """uint8 images to scaled latents."""
+        """Return scaled latents of uint8 images."""
         autoencoder = merge(self._autoencoder_and_shapes[0], params[AUTOENCODER])
         with products_in(self.precision):
             return autoencoder.encode(pixels_to_float(images_bnhwc))
 
     def decode(self, params: FrozenParams, latents_bnhwc: jax.Array) -> jax.Array:
-        """Scaled latents to uint8 images."""
+        """Return uint8 images of scaled latents."""
         autoencoder = merge(self._autoencoder_and_shapes[0], params[AUTOENCODER])
         with products_in(self.precision):
             return pixels_to_uint8(autoencoder.decode(latents_bnhwc))
 
     def context(self, params: FrozenParams, images_bmhwc: jax.Array) -> jax.Array:
-        """uint8 images to what the U-Net is given of them: latents, or tokens [b, m, s, c] of the image encoder."""
+        """Return what the U-Net is given of uint8 images: latents, or tokens [b, m, s, c] of the image encoder."""
         if self.image_encoder is None:
             return self.encode(params, images_bmhwc)
         encoder = merge(self._encoder_and_shapes[0], params[IMAGE_ENCODER])
@@ -159,10 +163,10 @@ class FrozenModels:
         return tokens_bsc.reshape(*images_bmhwc.shape[:2], *tokens_bsc.shape[1:])
 
     def encode_text(self, params: FrozenParams, token_ids_bs: jax.Array) -> jax.Array:
-        """Ids of captions to the tokens [b, s, c] that the U-Net attends to."""
+        """Return the tokens [b, s, c] that the U-Net attends to, of ids of captions."""
         encoder = merge(self._text_encoder_and_shapes[0], params[TEXT_ENCODER])
         with products_in(self.precision):
-            return text_encoders.encode_text(encoder, token_ids_bs)
+            return text_encoders.encode_text(self.text_encoder, encoder, token_ids_bs)
 
     @functools.cached_property
     def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:

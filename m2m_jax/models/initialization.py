@@ -29,7 +29,7 @@ def is_attention(name: str) -> bool:
 
 
 def _part_of_block(name: str) -> str:
-    """The module of a transformer block that a parameter is in, as `attentions.parameter_names` has it."""
+    """Return the module of a transformer block that a parameter is in, as `attentions.parameter_names` has it."""
     found = re.search(r"\.transformer_blocks\.\d+\.(\w+)\.", name)
     return found[1] if found else ""
 
@@ -37,7 +37,7 @@ def _part_of_block(name: str) -> str:
 def initial_params(
     build: Callable[[jax.Array], UNet], config: UNetConfig, schedule: NoiseSchedule, folder: str, *, seed: int
 ) -> Params:
-    """Parameters at step 0: from the U-Net in a folder of diffusers' layout, or from scratch where that is empty.
+    """Return parameters at step 0: from a U-Net in diffusers' layout, or from scratch where that is empty.
 
     build: the network of `config`, of a key. schedule: that it will be trained under; a warning says where that of the
     folder is another. Raises UserError as `from_pretrained`.
@@ -52,7 +52,7 @@ def initial_params(
 
 
 def _warn_of_another_schedule(folder: str, schedule: NoiseSchedule) -> None:
-    """The schedule stands beside a U-Net that this project saved, and in a folder of its own in a pipeline."""
+    """Warn of another schedule, which lies beside a U-Net of this project, and in a pipeline in a folder of its own."""
     files = (Path(folder) / SCHEDULER, Path(folder) / ".." / "scheduler" / SCHEDULER)
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -133,12 +133,12 @@ def from_pretrained(
 
 
 def _in_part(name: str, part: str | None) -> str:
-    """The name of the like parameter in another part of the same transformer block; None: the same."""
+    """Return the name of the like parameter in another part of the same transformer block; None: the same."""
     return name if part is None else re.sub(r"(\.transformer_blocks\.\d+\.)\w+", rf"\g<1>{part}", name)
 
 
 def _compared(config: UNetConfig, other: UNetConfig) -> list[tuple[str, Any, Any]]:
-    """(field, value, value of the other) of what must be equal for parameters to mean the same in both."""
+    """Return (field, value, value of the other) of what must be equal for parameters to mean the same in both."""
     free = {"attentions", "cross_attention_dim", "context_dim", "order_embedding", "clean_sees"}
     free |= {"attention_backend", "remat", "dtype", "precision"}
     names = [field.name for field in dataclasses.fields(config) if field.name not in free]

@@ -16,7 +16,7 @@ zeros = nnx.initializers.zeros_init()
 
 
 def timestep_features(timestep_b: jax.Array, num_channels: int) -> jax.Array:
-    """Sinusoidal features [b, num_channels], cosines first (diffusers: flip_sin_to_cos=True, freq_shift=0)."""
+    """Return sinusoidal features [b, num_channels], cosines first (diffusers: flip_sin_to_cos=True, freq_shift=0)."""
     half = num_channels // 2
     frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles_bc = timestep_b.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -24,7 +24,7 @@ def timestep_features(timestep_b: jax.Array, num_channels: int) -> jax.Array:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution's integral up to x, by erf as torch does it, in float32.
+    """Return x times the normal distribution's integral up to x, by erf as torch does it, in float32.
 
     `jax.nn.gelu(approximate=False)` goes by erfc, which costs an XLA CPU program three times as much.
     """

@@ -13,7 +13,7 @@ BLOCKS = 256  # of a U-Net's way down: ten times those of the largest published 
 
 
 def require_between(config: Any, **limits: tuple[float, float]) -> None:
-    """Raises UserError for a field of `config`, or an item of one that is a tuple, outside of (smallest, largest)."""
+    """Raise UserError for a field of `config`, or an item of one that is a tuple, outside of (smallest, largest)."""
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         for item in value if isinstance(value, tuple) else (value,):
@@ -22,7 +22,7 @@ def require_between(config: Any, **limits: tuple[float, float]) -> None:
 
 
 def require_levels(config: Any, *names: str) -> None:
-    """Raises UserError unless `block_out_channels` has 1 to 8 levels, `norm_num_groups` divides each, and every field
+    """Raise UserError unless `block_out_channels` has 1 to 8 levels, `norm_num_groups` divides each, and every field
     of `names` has an item a level."""
     channels, kind = config.block_out_channels, type(config).__name__
     if not LEVELS[0] <= len(channels) <= LEVELS[1]:
@@ -35,7 +35,7 @@ def require_levels(config: Any, *names: str) -> None:
 
 
 def require_one_of(config: Any, **choices: tuple[str, ...]) -> None:
-    """Raises UserError for a field whose value, or an item of whose value, is none of its choices."""
+    """Raise UserError for a field whose value, or an item of whose value, is none of its choices."""
     for name, known in choices.items():
         value = getattr(config, name)
         if any(item not in known for item in (value if isinstance(value, tuple) else (value,))):

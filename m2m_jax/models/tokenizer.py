@@ -17,7 +17,7 @@ class Tokenizer:
     """Rows of as many ids as the tokenizer was made for; shorter captions are filled up, longer ones cut."""
 
     def __init__(self, text: str):
-        """Raises UserError where `text` is no tokenizer, or one that does not fill up and cut."""
+        """Raise UserError where `text` is no tokenizer, or one that does not fill up and cut."""
         self.text = text
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -29,14 +29,14 @@ class Tokenizer:
             raise UserError(f"not a tokenizer of this project: {' '.join(str(error).split())[:200]}") from error
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """int32 [captions, length]."""
+        """Return ids int32 [captions, length]."""
         encodings = self._tokenizer.encode_batch_fast(list(captions))
         return np.array([encoding.ids for encoding in encodings], np.int32).reshape(len(captions), self.length)
 
 
 @functools.cache
 def load_tokenizer(folder: str, length: int) -> Tokenizer:
-    """The tokenizer in a folder of transformers, or in `tokenizer` beside it, as in a pipeline; rows of `length` ids.
+    """Read a tokenizer in a folder of transformers, or in `tokenizer` beside it, as in a pipeline: `length` ids a row.
 
     Raises UserError where the folder has none, or one that is slow (in Python) or has no token to fill up with.
     """

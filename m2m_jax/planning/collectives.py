@@ -49,7 +49,7 @@ class _Transfer(NamedTuple):
 
 
 def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collective]:
-    """All collectives of a compiled program, the same ones added up, those of most bytes first.
+    """Return all collectives of a compiled program, the same ones added up, those of most bytes first.
 
     An asynchronous collective that stands in several fusions, which all bear its channel, counts once. What is in a
     loop counts as often as the loop runs, where its condition says how often, and else once.
@@ -78,7 +78,7 @@ def collectives(program: Program, slice_of_device: Sequence[int]) -> list[Collec
 
 
 def wire_bytes(kind: str, result: float, size: int) -> float:
-    """Bytes that each of `size` devices sends, at least, for a collective with a result of so many bytes a device.
+    """Return the bytes that each of `size` devices sends at least, for a collective with `result` bytes a device.
 
     Of ring algorithms, which send no byte more than must be sent.
     """
@@ -93,7 +93,7 @@ def wire_bytes(kind: str, result: float, size: int) -> float:
 
 
 def _sent(kind: str, result: float, size: int, slices: int) -> tuple[float, float]:
-    """(bytes within a slice, bytes between slices) that one device sends.
+    """Return (bytes within a slice, bytes between slices) that one device sends.
 
     Between slices: each device of a slice carries its share, as XLA's hierarchical collectives do.
     """
@@ -109,7 +109,7 @@ def _sent(kind: str, result: float, size: int, slices: int) -> tuple[float, floa
 
 
 def _transfers(program: Program, num_devices: int, num_slices: int) -> Iterator[tuple[_Transfer, int]]:
-    """Those that run, and how often each does."""
+    """Yield the transfers that run, and how often each does."""
     stack = [(program.entry, 1)]
     while stack:
         name, times = stack.pop()
@@ -153,7 +153,7 @@ def _channel(line: str) -> int | None:
 
 
 def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    """The devices that take part together, by their number in the mesh. Raises ValueError for a new notation."""
+    """Return which devices take part together, by number in the mesh. Raises ValueError for an unknown notation."""
     if match := _MESH.search(line):  # before the others: its devices may be in the notation of one of them
         return _mesh_groups(*match.groups())
     if match := re.search(rf"replica_groups={_IOTA.pattern}", line):
@@ -172,7 +172,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _iota(dims: str, order: str | None) -> list[int]:
-    """[dims]T(order): the numbers from 0, in an array of `dims`, transposed, flat."""
+    """Return the numbers of [dims]T(order): from 0 on, in an array of `dims`, transposed, flat."""
     sizes = _numbers(dims)
     strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
     numbers = [0]
@@ -182,7 +182,7 @@ def _iota(dims: str, order: str | None) -> list[int]:
 
 
 def _mesh_groups(axes: str, devices: str | None, grouped: str) -> tuple[tuple[int, ...], ...]:
-    """mesh['a'=2,'b'=8] {'b':(2)4}: the axes of a mesh that vary in a group, or parts of axes: (size before it)size."""
+    """Return the groups of mesh['a'=2,'b'=8] {'b':(2)4}: axes that vary in a group, or parts: (size before it)size."""
     names, sizes = zip(*(axis.split("=") for axis in axes.split(",")), strict=True)
     names, sizes = [name.strip(" '\"") for name in names], [int(size) for size in sizes]
     numbers = list(range(math.prod(sizes)))

@@ -1,4 +1,4 @@
-"""Compiles the train step for TPUs that are not there, and reads off what it would need and do."""
+"""The train step, compiled for TPUs that are not there: what it would need and do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """topology: as the user names it; chip: what one device has of a chip."""
+    """Devices that need not be there. topology: as the user names it; chip: what one device has of a chip."""
 
     topology: str
     devices: tuple[jax.Device, ...]
@@ -99,14 +99,14 @@ class Plan:
 
 
 def prepare() -> None:
-    """Before JAX is asked for devices: it must not look for a TPU."""
+    """Keep JAX from looking for a TPU; call before JAX is asked for devices."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")  # JAX itself may have read the environment before
 
 
 def get_machine(topology: str, slices: int = 1) -> Machine:
-    """The devices of a topology such as "v5p:4x4x4", so many slices of it.
+    """Return the devices of some slices of a topology such as "v5p:4x4x4".
 
     Raises:
       UserError: there is no such topology, or no libtpu.
@@ -126,7 +126,7 @@ def get_machine(topology: str, slices: int = 1) -> Machine:
 
 
 def make_plan(config: Config, machine: Machine, workload: Workload) -> tuple[Plan, str]:
-    """Compiles the step of `config`, which takes minutes where the model is large.
+    """Compile the step of `config`, which takes minutes where the model is large.
 
     Returns the plan, and the compiled program's text: nothing where it is too large to be compiled. Raises UserError
     for a mesh or a batch size that does not go with the machine.
@@ -212,7 +212,7 @@ def _work(text: str, cost: dict, config: Config, machine: Machine, workload: Wor
 
 
 def kernel_flops(calls: dict[str, int], attention: AttentionFlops) -> float:
-    """Of one set, those of all kernels: recomputation and the backward pass are as often there as they are called.
+    """Return the FLOPs of all kernels for one set: forward, backward and again, as often as each is called.
 
     calls: as from `hlo.kernel_calls`.
     """
@@ -223,7 +223,7 @@ def kernel_flops(calls: dict[str, int], attention: AttentionFlops) -> float:
 
 
 def state_at_fsdp(config: Config, task, devices: int, slices: int) -> dict[int, int]:
-    """{config.mesh.fsdp: bytes a device of the state} of the powers of two that divide the devices of a slice."""
+    """Return {config.mesh.fsdp: bytes a device of the state}, for powers of two that divide a slice's devices."""
     others = config.mesh.tensor * config.mesh.context if min(config.mesh.tensor, config.mesh.context) > 0 else 0
     found = {}
     for fsdp in fsdp_sizes(devices // slices // (others or 1)) if others else ():
@@ -235,5 +235,5 @@ def state_at_fsdp(config: Config, task, devices: int, slices: int) -> dict[int, 
 
 
 def fsdp_sizes(devices: int) -> list[int]:
-    """The powers of two that divide it."""
+    """Return the powers of two that divide a number."""
     return [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]

@@ -1,4 +1,4 @@
-"""Plans a training step on GPUs by formula: XLA compiles for CUDA only where there is a GPU.
+"""The plan of a training step on GPUs, by formula: XLA compiles for CUDA only where there is a GPU.
 
 What a step keeps for its backward pass is counted exactly, before XLA optimises anything: fusions keep less of it, and
 convolutions take room for themselves. FLOPs are counted in the program, with what `model.remat` computes again.
@@ -34,7 +34,7 @@ NOTE = (
 
 
 def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload) -> Plan:
-    """A plan like that of `compile.make_plan`, with `NOTE` among its notes.
+    """Return a plan like that of `compile.make_plan`, with `NOTE` among its notes.
 
     Args:
       devices: of all nodes together, of which there are config.mesh.slice.
@@ -103,7 +103,7 @@ def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload
 
 
 def _bytes(tree: Any) -> int:
-    """Of whole arrays."""
+    """Return the bytes of whole arrays."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

@@ -21,7 +21,7 @@ _PARTS = ("slice", "dynamic-slice", "gather")  # read of their first operand wha
 
 
 def hbm_bytes(program: Program) -> float:
-    """Of one run. What lies in HBM counts each time that an instruction reads or writes it, what lies elsewhere never.
+    """Return the bytes of one run: of what lies in HBM, each time that an instruction reads or writes it.
 
     Of an operand that is sliced, the slice; of what is updated in place, the update. A loop counts as often as it runs,
     a conditional by the branch that moves more. A kernel reads its operands once, which is a lower bound.
@@ -58,7 +58,7 @@ def hbm_bytes(program: Program) -> float:
 
 
 def _in_hbm(arrays: Iterable[Array], most: float = float("inf")) -> float:
-    """Bytes of those that lie in HBM, of each at most so many."""
+    """Return the bytes of the arrays that lie in HBM, counting of each at most a limit."""
     return sum(min(array.bytes, most) for array in arrays if array.in_hbm)
 
 
@@ -67,7 +67,7 @@ def _read(operands: list[Instruction]) -> float:
 
 
 def _of_start(one: Instruction, operands: list[Instruction]) -> float:
-    """An asynchronous copy or slice: (to, from, and what it is waited for by); or a collective."""
+    """Return the bytes of an asynchronous copy or slice: (to, from, and what it is waited for by); or a collective."""
     if one.opcode.startswith(("copy", "slice", "dynamic-slice")):
         ends = sorted(one.arrays, key=lambda array: -array.bytes)[:2]
         return _in_hbm(ends, ends[-1].bytes)
@@ -83,7 +83,7 @@ def _of_fusion(one: Instruction, operands: list[Instruction], inner: Computation
             users.setdefault(name, []).append(user)
 
     def reads(value: Instruction) -> float:
-        """Bytes that the fusion needs of one of its parameters."""
+        """Return the bytes that the fusion needs of one of its parameters."""
         total = 0.0
         for user in users.get(value.name, ()):
             if user.opcode == "bitcast":
@@ -108,7 +108,7 @@ def _results(inner: Computation) -> list[Instruction]:
 
 
 def _written(value: Instruction, inner: Computation) -> float:
-    """Bytes of a result that a fusion writes: where it updates an array in place, those of the update."""
+    """Return the bytes of a result that a fusion writes: where it updates an array in place, those of the update."""
     while value.opcode == "bitcast" and value.operands[0] in inner.by_name:
         value = inner.by_name[value.operands[0]]
     if value.opcode == "dynamic-update-slice":

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: its computations, what calls what, and how often loops run. No JAX.
+"""The text of a compiled program, read: its computations, what calls what, and how often loops run. No JAX.
 
 HLO's text is printed one instruction a line, computations from a line that ends in "{" to a line that begins with "}".
 """
@@ -28,14 +28,14 @@ _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 
 
 class Array(NamedTuple):
-    """bytes: without the padding of layouts. in_hbm: whether it lies there."""
+    """An array. bytes: without the padding of layouts. in_hbm: whether it lies there."""
 
     bytes: float
     in_hbm: bool
 
 
 class Instruction(NamedTuple):
-    """One line. shape: an array's, or a tuple's, as text; rest: of the line, from the operands on."""
+    """One line. shape: of an array or a tuple, as text; rest: the line from the operands on."""
 
     name: str
     shape: str
@@ -45,7 +45,7 @@ class Instruction(NamedTuple):
 
     @property
     def arrays(self) -> list[Array]:
-        """Of the result."""
+        """Return the arrays of the result."""
         return [
             Array(_SIZES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n), not _ELSEWHERE.search(layout))
             for dtype, dims, layout in _ARRAY.findall(self.shape)
@@ -53,22 +53,22 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Of the result, wherever it lies."""
+        """Return the bytes of the result, wherever it lies."""
         return sum(array.bytes for array in self.arrays)
 
     @property
     def operands(self) -> list[str]:
-        """Their names."""
+        """Return the names of the operands."""
         return _OPERAND.findall(self.rest.partition(")")[0])
 
     @property
     def called(self) -> dict[str, str]:
-        """{"calls" | "to_apply" | "body" | "condition": a computation}."""
+        """Return {"calls" | "to_apply" | "body" | "condition": a computation}."""
         return dict(_CALLED.findall(self.rest))
 
     @property
     def branches(self) -> list[str]:
-        """Computations of which it runs one, or that it runs side by side."""
+        """Return the computations of which the instruction runs one, or that it runs side by side."""
         lists = _CALLED_SEVERAL.findall(self.rest)
         return [name.strip().lstrip("%") for names in lists for name in names.split(",")]
 
@@ -85,7 +85,7 @@ class Computation:
 
     @property
     def trips(self) -> int:
-        """Of a loop with this condition: jax.lax.scan counts from 0 while it is less than a constant. Else 1."""
+        """Return how often a loop with this condition runs: jax.lax.scan counts from 0 to a constant. Else 1."""
         found = [one for one in self.instructions if one.opcode == "constant" and one.shape.startswith("s32[]")]
         compares = any(one.opcode == "compare" and "direction=LT" in one.rest for one in self.instructions)
         value = _CONSTANT.match(found[0].rest) if compares and len(found) == 1 else None
@@ -93,19 +93,19 @@ class Computation:
 
 
 class Program(NamedTuple):
-    """entry: the name of the computation that runs first."""
+    """All computations by name. entry: the name of the one that runs first."""
 
     entry: str
     computations: dict[str, Computation]
 
     def trips(self, loop: Instruction) -> int:
-        """How often the body of a `while` runs."""
+        """Return how often the body of a `while` runs."""
         condition = self.computations.get(loop.called.get("condition", ""))
         return condition.trips if condition else 1
 
 
 def parse(text: str) -> Program:
-    """The computations of a program."""
+    """Return the program that a text is of."""
     entry, computations, current = "", {}, Computation()
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
@@ -118,7 +118,7 @@ def parse(text: str) -> Program:
 
 
 def kernel_calls(text: str) -> dict[str, int]:
-    """{kind: calls of it in the program} of splash attention's kernels, of whose FLOPs XLA counts none.
+    """Return {kind: calls in the program} of splash attention's kernels, of whose FLOPs XLA counts none.
 
     Kinds: "fwd", and of the backward pass "dq" (of queries) and "dkv" (of keys and values).
     Raises ValueError where there is another kernel.

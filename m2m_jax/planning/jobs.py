@@ -1,7 +1,8 @@
 """The plan of a job: a training step, sampling, or building image sets, on a machine that need not be there.
 
-planned = plan(config, Planning(topology="v5p:4x4x4"))
-planned.fits, planned.text, planned.values["memory"]
+Example:
+    planned = plan(config, Planning(topology="v5p:4x4x4"))
+    planned.fits, planned.text, planned.values["memory"]
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _TOO_LARGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes a device.
+    """Where the memory of a device goes, in bytes.
 
     Attributes:
       parameters, optimizer, ema, frozen, batch: exact, from shapes and shardings, without the padding of layouts.
@@ -46,7 +46,7 @@ class Memory:
 
     @property
     def rest(self) -> float:
-        """Gradients, activations, and padding."""
+        """Return the bytes of gradients, activations, and padding."""
         return self.peak - self.state - self.batch - (self.frozen - self.beside)
 
     @property
@@ -59,18 +59,18 @@ class Memory:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of ShapeDtypeStructs with shardings."""
+    """Return the bytes a device of ShapeDtypeStructs with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:
-    """The three parts of a train state of ShapeDtypeStructs, bytes a device."""
+    """Return the bytes a device of the three parts of a train state of ShapeDtypeStructs."""
     parts = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema_params}
     return {name: bytes_per_device(part) for name, part in parts.items()}
 
 
 def parse_out_of_memory(message: str) -> tuple[float, float] | None:
-    """(bytes that the program needs, bytes that there are) of XLA's message; None where it is another message.
+    """Return (bytes that the program needs, bytes that there are) of XLA's message; None of another message.
 
     It has two, and "temporaries" are arguments and results, too (libtpu 0.0.42.1, tried with a program of known sizes):
 
@@ -93,7 +93,7 @@ def advice(
     kept: Mapping[str, float],
     context: int | None,
 ) -> list[str]:
-    """What to change so that it fits, and what each change gives: exactly for the state, about for activations.
+    """Return what to change so that a step fits, and what each change gives: for activations about.
 
     Args:
       state_at_fsdp: bytes a device of the state for every value that config.mesh.fsdp can have here.
@@ -143,5 +143,5 @@ def advice(
 
 
 def gib(size: float) -> str:
-    """'12.3 GiB'."""
+    """Return a size as text: '12.3 GiB'."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

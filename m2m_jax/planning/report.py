@@ -10,7 +10,7 @@ from m2m_jax.training.workload import Workload
 
 
 def as_dict(plan: Plan, topology: str, workload: Workload, overrides: list[str]) -> dict:
-    """All numbers; bytes and FLOPs of one device and one step, where nothing else is said."""
+    """Return all numbers of a plan: of one device and one step, where nothing else is said."""
     values = dataclasses.asdict(plan) | {"fits": plan.fits}
     values["memory"] |= {"gradients_and_activations": plan.memory.rest, "needed": plan.memory.needed}
     if plan.work:
@@ -29,7 +29,7 @@ def as_dict(plan: Plan, topology: str, workload: Workload, overrides: list[str])
 
 
 def as_text(plan: Plan, topology: str, workload: Workload, overrides: list[str]) -> str:
-    """The same, to be read."""
+    """Return a plan to be read."""
     axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     slices = f" x {plan.mesh['slice']} slices" if plan.mesh["slice"] > 1 else ""
     how = "by formula" if plan.compile_seconds is None else f"compiled in {plan.compile_seconds:.0f} s"

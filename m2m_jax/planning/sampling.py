@@ -1,4 +1,4 @@
-"""Compiles what sampling consists of for TPUs that are not there, and reads off what it would need and do."""
+"""The programs of sampling, compiled for TPUs that are not there: what they would need and do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m2m_jax.planning.compile import Machine
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import bytes_per_device, gib, parse_out_of_memory
 from m2m_jax.planning.roofline import Roofline, roofline
-from m2m_jax.sampling.programs import COMPILED, UNET, Programs
+from m2m_jax.sampling.programs import UNET, Programs, compiled
 from m2m_jax.training.attention_flops import attentions
 from m2m_jax.training.workload import make_task
 
@@ -72,7 +72,7 @@ class SamplingPlan:
 
     @property
     def advice(self) -> list[str]:
-        """What to change so that it fits, and what that gives: cache and scratch are about proportional to sets."""
+        """Return what to change so that sampling fits: cache and scratch are about proportional to sets."""
         a_set = (self.needed - self.parameters) / self.sets_per_device
         sets = min(int((self.limit - self.parameters) / a_set), self.sets_per_device - 1)
         if sets > 0:
@@ -82,7 +82,7 @@ class SamplingPlan:
 
 
 def plan_sampling(config: Config, machine: Machine, sets_per_device: int) -> SamplingPlan:
-    """Of the sampler of `config`, its sets shared evenly by all devices.
+    """Return the plan of the sampler of `config`, its sets shared evenly by all devices.
 
     The cache holds a whole set but its last image, as the model was trained. Takes minutes at full size.
 
@@ -99,7 +99,7 @@ def plan_sampling(config: Config, machine: Machine, sets_per_device: int) -> Sam
     params, cache = arguments["empty_cache"][0], arguments["append"][1]
 
     started = time.monotonic()
-    programs = {name: _compile(name, static, rest, machine) for name, rest in arguments.items()}
+    programs = {name: _compile(name, static, mesh, rest, machine) for name, rest in arguments.items()}
     # XLA counts a loop once: of a full cache, one image.
     tokens = task.models.context_tokens
     others = (context_images - 1) * _kept_image(static, machine, tokens, sets_per_device)
@@ -126,7 +126,7 @@ def plan_sampling(config: Config, machine: Machine, sets_per_device: int) -> Sam
 
 
 def sampling_as_text(plan: SamplingPlan, topology: str) -> str:
-    """To be read."""
+    """Return a plan to be read."""
     lines = [
         f"{topology}: {plan.devices} devices, {plan.sets_per_device} sets a device with {plan.context_images} context "
         f"images each, {plan.steps} steps an image; compiled in {plan.compile_seconds:.0f} s",
@@ -151,7 +151,7 @@ def sampling_as_text(plan: SamplingPlan, topology: str) -> str:
 
 
 def _arguments(static: Programs, params: Any, mesh: Mesh, num_sets: int) -> dict[str, tuple]:
-    """What each program is called with, as the sampler places it."""
+    """Return what each program is called with, as the sampler places it."""
 
     def placed(tree: Any, *axes: str) -> Any:
         where = NamedSharding(mesh, PartitionSpec(*axes))
@@ -167,24 +167,24 @@ def _arguments(static: Programs, params: Any, mesh: Mesh, num_sets: int) -> dict
     return {
         "empty_cache": (params, seed_b),
         "encode": (params, images),
-        "append": (params, cache, image, everyone),
+        "append": (params, cache, seed_b, image, everyone),
         "begin": (params, cache, seed_b),
         "denoise": (params, cache, seed_b, carry, number, number),
         "decode": (params, carry["x"]),
     }
 
 
-def _compile(name: str, static: Programs, arguments: tuple, machine: Machine) -> Program:
+def _compile(name: str, static: Programs, mesh: Mesh, arguments: tuple, machine: Machine) -> Program:
     try:
-        compiled = COMPILED[name].lower(static, *arguments).compile()
+        executable = compiled(static, mesh)[name].lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = parse_out_of_memory(str(error))
         if sizes is None:
             raise UserError(f"XLA does not compile {name} for {machine.topology}: {str(error)[:2000]}") from error
         return Program(sizes[0] - bytes_per_device(arguments), float("nan"), "memory")
-    memory = compiled.memory_analysis()
+    memory = executable.memory_analysis()
     scratch = max(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, 0)
-    times = _times(compiled, machine)
+    times = _times(executable, machine)
     return Program(scratch, times.step_seconds, times.limiter)
 
 
@@ -192,13 +192,13 @@ def _slower(program: Program, seconds: float) -> Program:
     return dataclasses.replace(program, seconds=program.seconds + seconds)
 
 
-def _times(compiled: Any, machine: Machine) -> Roofline:
-    flops = compiled.cost_analysis().get("flops", 0.0)
-    return roofline(machine.chip, flops, hbm_bytes(hlo.parse(compiled.as_text())), 0.0, 0.0)
+def _times(executable: Any, machine: Machine) -> Roofline:
+    flops = executable.cost_analysis().get("flops", 0.0)
+    return roofline(machine.chip, flops, hbm_bytes(hlo.parse(executable.as_text())), 0.0, 0.0)
 
 
 def _kept_image(static: Programs, machine: Machine, tokens: int | None, num_sets: int) -> float:
-    """Seconds that one more image in the cache takes of a pass through the network."""
+    """Return the seconds that one more image in the cache adds to a pass through the network."""
     config, seconds = static.unet_config, 0.0
     placed = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(machine.devices[0]))
     for count, t, channels, heads in attentions(config, static.models.latent_shape(static.image_size)[0]):

@@ -16,7 +16,7 @@ MAX_SETS = 64  # a device: beyond it, more gains next to nothing
 def search(
     config: Config, machine: Machine, workload: Workload, progress: Callable[[str, Plan], None]
 ) -> tuple[Plan, list[str]]:
-    """The best plan that fits, and the overrides that make it; where nothing fits, the one that needs least.
+    """Return the best plan that fits, and the overrides that make it; where nothing fits, the one that needs least.
 
     Tried are all devices as copies, shares over 8 of them, and shares over a whole slice; and of each 1, 2, 4, ... sets
     a device, until they do not fit, and then those between, until the most that fit is known. Every one is compiled,
@@ -54,6 +54,6 @@ def _overrides(config: Config, fsdp: int, batch_size: int, devices: int) -> dict
 
 
 def _next(fits: int, too_many: int | None) -> int | None:
-    """The number of sets to try after the most that fit and the fewest that do not; None: they are neighbours."""
+    """Return the number of sets to try between the most that fit and the fewest that do not; None: there is none."""
     sets = max(2 * fits, 1) if too_many is None else (fits + too_many) // 2
     return sets if fits < sets <= MAX_SETS else None

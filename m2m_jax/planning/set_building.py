@@ -17,7 +17,7 @@ from m2m_jax.core.chips import chip_of, gpus_of
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, merge
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.diffusion.steppers import STEPPERS
+from m2m_jax.diffusion.step_tables import STEPPERS
 from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.unet import UNetConfig, unet_structure
@@ -31,7 +31,7 @@ WEBP_BITS_A_PIXEL = {"WebP of quality 90": 1.77, "lossless WebP": 10.4}
 
 @dataclasses.dataclass(frozen=True)
 class BuildPlan:
-    """A build.
+    """What a build takes.
 
     Attributes:
       evaluations: of the U-Net, an image; with guidance two a step.
@@ -58,7 +58,7 @@ class BuildPlan:
 
     @property
     def images_per_second(self) -> float:
-        """Of all chips together."""
+        """Return the rate of all chips together."""
         return self.chips * self.peak_flops * self.mfu / self.image_flops
 
     @property
@@ -67,7 +67,7 @@ class BuildPlan:
 
 
 def plan_build(config: Config, topology: str, slices: int, captions: int, mfu: float) -> BuildPlan:
-    """With the U-Net, autoencoder, image size, images a set, steps and guidance of `config`.
+    """Return the plan of a build with the U-Net, autoencoder, image size, set size, steps and guidance of `config`.
 
     Raises UserError for a topology that is none, or a share of the peak that cannot be.
     """
@@ -101,7 +101,7 @@ def plan_build(config: Config, topology: str, slices: int, captions: int, mfu: f
 
 
 def build_as_text(plan: BuildPlan, topology: str) -> str:
-    """To be read."""
+    """Return a plan to be read."""
     images = plan.captions * plan.images_per_set
     lines = [
         f"{topology}: {plan.chips} chips; {plan.captions:,} captions x {plan.images_per_set} images of "
@@ -126,7 +126,7 @@ def build_as_text(plan: BuildPlan, topology: str) -> str:
 
 
 def _chips(topology: str) -> tuple[int, float]:
-    """How many, and the peak of each."""
+    """Return how many chips there are, and the peak of each."""
     if gpus := gpus_of(topology):
         return gpus[1], gpus[0].flops
     chip, shape = chip_of(topology), topology.partition(":")[2].split("x")

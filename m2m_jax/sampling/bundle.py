@@ -28,7 +28,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.sampling.program_check import ForbiddenProgram, require_arithmetic
 from m2m_jax.sampling.set_sampler import PROGRAMS, SetSampler
 
-FORMAT = 1
+FORMAT = 2
 PLATFORMS = ("cpu", "cuda", "tpu")
 MANIFEST, PARAMS = "manifest.json", "params.safetensors"
 SEPARATOR = "/"  # between a model and the name of its parameter

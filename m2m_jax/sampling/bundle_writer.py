@@ -53,24 +53,31 @@ def export_programs(sampler: Sampler) -> dict[str, jax.export.Exported]:
     images = jax.ShapeDtypeStruct((b, sampler.image_size, sampler.image_size, 3), jnp.uint8)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
 
-    def empty(params, seed_b):
-        return _as_dict(static.empty_cache(params, seed_b))
+    def fields(cache: ContextCache) -> dict[str, Any]:
+        """What a program without this project's classes can hold: dicts with string keys."""
+        return {name: value for name, value in vars(cache).items() if name != "levels"}
 
-    def append(params, cache, image, append_b):
-        return _as_dict(static.append(params, _from_dict(cache), image, append_b))
+    def cached(fields: dict[str, Any]) -> ContextCache:
+        return ContextCache(**fields, levels=len(static.levels))
+
+    def empty(params, seed_b):
+        return fields(static.empty_cache(params, seed_b))
+
+    def append(params, cache, seed_b, image, append_b):
+        return fields(static.append(params, cached(cache), seed_b, image, append_b))
 
     def begin(params, cache, seed_b):
-        return static.begin(params, _from_dict(cache), seed_b)
+        return static.begin(params, cached(cache), seed_b)
 
     def denoise(params, cache, seed_b, carry, first, end):
-        return static.denoise(params, _from_dict(cache), seed_b, carry, first, end)
+        return static.denoise(params, cached(cache), seed_b, carry, first, end)
 
     cache = jax.eval_shape(empty, params, seed_b)
     carry = jax.eval_shape(begin, params, cache, seed_b)
     calls = {
         "empty_cache": (empty, seed_b),
         "encode": (static.encode, images),
-        "append": (append, cache, jax.eval_shape(static.encode, params, images), append_b),
+        "append": (append, cache, seed_b, jax.eval_shape(static.encode, params, images), append_b),
         "begin": (begin, cache, seed_b),
         "denoise": (denoise, cache, seed_b, carry, scalar, scalar),
         "decode": (static.decode, carry["x"]),
@@ -80,12 +87,3 @@ def export_programs(sampler: Sampler) -> dict[str, jax.export.Exported]:
         name: jax.export.export(jax.jit(program), platforms=PLATFORMS)(params, *arguments)
         for name, (program, *arguments) in calls.items()
     }
-
-
-def _as_dict(cache: ContextCache) -> dict[str, Any]:
-    """What a program without this project's classes can hold: dicts with string keys."""
-    return dict(vars(cache))
-
-
-def _from_dict(fields: dict[str, Any]) -> ContextCache:
-    return ContextCache(**fields)

@@ -27,14 +27,18 @@ class ChosenSettings(Options):
 
     steps: int | None = option("Steps of the stepper, an image.", None)
     stepper: str | None = option("Name of the stepper; a wrong one is answered with all there are.", None)
+    guidance: str | None = option("Name of the guidance; a wrong one is answered with all there are.", None)
     guidance_scale: float | None = option("Over the context; 1 is none.", None)
     guidance_interval: tuple[float, ...] | None = option("Fractions of the noise levels: 0.2,0.8.", None)
     guidance_rescale: float | None = option("0 to 1: how far contrast is brought back.", None)
     guidance_schedule: str | None = option(
         "How the scale goes over the steps; a wrong name is answered with all there are.", None
     )
-    cache_size: int | None = option("Context images of a set that are kept.", None)
-    cache_dtype: str | None = option("What they are kept in: float32 is exact, bfloat16 half the memory.", None)
+    guidance_options: tuple[str, ...] | None = option("Further numbers of a guidance: NAME=NUMBER,NAME=NUMBER.", None)
+    cache_size: int | None = option("Context images of a set that are kept at most.", None)
+    cache_dtype: str | None = option(
+        "What they are kept in, if not in the model's own, which is exact: bfloat16 halves the memory of float32.", None
+    )
     slide: bool | None = option("In a set that outgrows the cache, forget the oldest image.", None)
 
     def given(self) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def _sample_sets(
 ) -> Iterator[tuple[str, int, np.ndarray, float]]:
     """(name, seed, images uint8 [num_images, size, size, 3], seconds an image) of each set, on every process alike."""
     process, count = jax.process_index(), jax.process_count()
+    room = max(map(len, contexts.values())) + job.num_images - 1  # of every batch: one compilation
     numbered = [(name, (job.seed + number) % (MAX_SEED + 1)) for number, name in enumerate(contexts)]
     for start in range(0, len(numbered), job.batch_size * count):
         batch = numbered[start : start + job.batch_size * count]
@@ -95,7 +96,7 @@ def _sample_sets(
         if own:
             given, seed_b = [contexts[name] for name, _ in own], np.array([seed for _, seed in own])
             which = f"{which} of {len(contexts)}"
-            images[: len(own)] = _sample(sampler, given, seed_b, job.num_images, which, report)
+            images[: len(own)] = _sample(sampler, given, seed_b, job.num_images, room, which, report)
         images = gathering.gather(images)
         seconds = (time.monotonic() - began) / (len(batch) * job.num_images)
         for (name, seed), new_images in zip(batch, images, strict=False):
@@ -107,6 +108,7 @@ def _sample(
     contexts: list[np.ndarray],
     seed_b: np.ndarray,
     num_images: int,
+    room: int,
     which: str,
     report: Callable[[str], object],
 ) -> np.ndarray:
@@ -114,7 +116,7 @@ def _sample(
     start, images, tells = time.monotonic(), [], jax.process_index() == 0
     # A step's progress overwrites itself, which only a terminal can show.
     on_step = step_line(sys.stdout, which) if tells and sys.stdout.isatty() else None
-    for images_bhwc in sampler.stream_sets(contexts, num_images, seed_b, on_step):
+    for images_bhwc in sampler.stream_sets(contexts, num_images, seed_b, on_step, room=room):
         images.append(images_bhwc)
         seconds = (time.monotonic() - start) / (len(images) * len(contexts))
         if tells:

@@ -1,4 +1,4 @@
-"""The sampler as a value."""
+"""Sample image sets from a Flax model: of a checkpoint, or of any parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.folder import config_from
 from m2m_jax.models.frozen import FrozenModels, FrozenParams
 from m2m_jax.models.unet_config import UNetConfig, with_todays_names
-from m2m_jax.sampling.programs import COMPILED, UNET, AllParams, Programs
+from m2m_jax.sampling.programs import UNET, AllParams, Programs, compiled
 from m2m_jax.sampling.set_sampler import SetSampler
 from m2m_jax.sampling.settings import SamplingSettings
 
@@ -26,17 +26,30 @@ if TYPE_CHECKING:
     from m2m_jax.checkpoints.saved_model import SavedModel
 
 
+CACHE_SIZES = (4, 8, 16, 25)  # that a cache may have, up to `cache_size`: few, so that programs are compiled for few
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler(SetSampler):
-    """Model, schedule and settings; how to sample from it stands in `SetSampler`.
+    """Sample from a model, its schedule and settings. `SetSampler` has the methods.
 
     Attributes:
+      unet_config: of the network.
       unet_params: of the network of `unet_config` (the EMA).
       models: the frozen models, whose parameters are `frozen`.
+      schedule: what the network's output means.
+      settings: stepper, guidance and cache.
       clean_timestep: what the U-Net is told about context images, as in training.
       image_size: pixels along each side.
       step: training step of the parameters.
-      devices: of this process, that share the sets of a batch; None: its first.
+      devices: devices of this process that share the sets of a batch; None: its first.
+
+    Raises:
+      UserError: the settings are none for this model or schedule.
+
+    Example:
+        sampler = Sampler.from_checkpoint("runs/demo", guidance_scale=1.5, steps=50)
+        images = sampler(["a.png", "b.png"], num_images=4, seed=0)  # uint8 [4, size, size, 3]
     """
 
     unet_config: UNetConfig
@@ -51,19 +64,19 @@ class Sampler(SetSampler):
     devices: tuple[jax.Device, ...] | None = None
 
     def __post_init__(self):
-        self.num_steps  # noqa: B018 (refuses a stepper that is none for this schedule, and too many steps)
+        self.static  # noqa: B018 (refuses steppers and guidances that are none for this schedule or model)
 
     @classmethod
     def from_checkpoint(
         cls, path: str | Path, step: int | None = None, devices: tuple[jax.Device, ...] | None = None, **settings
     ) -> Sampler:
-        """Restores the EMA of a training run, and nothing else of it.
+        """Return a sampler of the EMA of a training run.
 
         Args:
           path: a workdir of `m2m_jax.train`, its folder of checkpoints, or one of these.
           step: which checkpoint; the latest if None.
           devices: see the attribute; whatever mesh the checkpoint was written on.
-          **settings: replace fields of `SamplingSettings` that the run's config chose.
+          **settings: fields of `SamplingSettings`, in the place of those that the run's config chose.
 
         Raises:
           UserError: no whole checkpoint of an M2M model there.
@@ -76,7 +89,13 @@ class Sampler(SetSampler):
     def from_saved(
         cls, saved: SavedModel, path: str | Path, devices: tuple[jax.Device, ...] | None = None, **settings
     ) -> Sampler:
-        """Likewise, of what was read already; path: where, for messages."""
+        """Return a sampler of a checkpoint that is read already.
+
+        Args:
+          saved: what was read.
+          path: where it was, for messages.
+          devices, **settings: as in `from_checkpoint`.
+        """
         try:
             config = saved.metadata["config"]
             if config["task"] != "set_diffusion":
@@ -100,10 +119,12 @@ class Sampler(SetSampler):
 
     @property
     def static(self) -> Programs:
-        """The programs without their parameters. Their attention is plain XLA, whatever kernel the network trained
-        with: they run on any platform, and XLA may split them over devices."""
+        """The programs without their parameters.
+
+        Their attention is plain XLA, whatever kernel the network trained with: they run on any platform.
+        """
         unet_config = dataclasses.replace(self.unet_config, attention_backend="prefix")
-        return Programs(unet_config, self.models, self.schedule, self.settings, self.clean_timestep, self.image_size)
+        return Programs(unet_config, self.models, self.schedule, self.settings, self.image_size, self.clean_timestep)
 
     @property
     def params(self) -> AllParams:
@@ -111,22 +132,16 @@ class Sampler(SetSampler):
 
     @functools.cached_property
     def programs(self) -> Mapping[str, Callable]:
-        static, params = self.static, jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
-        by_set = self._by_set
+        # Nothing here holds `self`: in a cycle, the parameters stay on the device until Python looks for cycles.
+        params = jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
+        return {name: functools.partial(run, params) for name, run in compiled(self.static, self._mesh).items()}
 
-        def placed(run: Callable) -> Callable:
-            # What a program returns is the next one's input: one placement, or each would be compiled for several.
-            # Not by `self`: a sampler that holds itself keeps its parameters on the device until Python looks for such.
-            return lambda *arguments: jax.device_put(run(static, params, *arguments), by_set)
-
-        return {name: placed(run) for name, run in COMPILED.items()}
+    def empty_cache(self, seed_b: jax.Array, num_images: int) -> Any:
+        sizes = [size for size in (*CACHE_SIZES, self.cache_size) if size >= min(num_images, self.cache_size)]
+        return self.programs["empty_cache"](seed_b, size=min(*sizes, self.cache_size))
 
     def place(self, tree: Any) -> Any:
-        return jax.device_put(tree, self._by_set)
-
-    @property
-    def _by_set(self) -> NamedSharding:
-        return NamedSharding(self._mesh, PartitionSpec("data"))
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec("data")))
 
     @functools.cached_property
     def _mesh(self) -> Mesh:

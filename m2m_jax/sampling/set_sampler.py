@@ -1,7 +1,7 @@
-"""Context images in, further images of the same set out, one after another: the loop around the programs of a model.
+"""Sample image sets: context images in, further images of the same set out, one after another.
 
-Where the programs come from is a subclass's: `sampler.Sampler` compiles them from a Flax model, `bundle.Bundle` reads
-them from files. Needs jax, numpy and Pillow alone.
+Here stands the loop around the programs of a model. A subclass says where they come from: `sampler.Sampler` compiles
+them from a Flax model, `bundle.Bundle` reads them from files. Needs jax, numpy and Pillow alone.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ContextImage = np.ndarray | Image.Image | str | Path
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a sampler is after an evaluation of the network.
+    """Say where a sampler is after a step.
 
     Attributes:
-      image, num_images: the one being made, counted from 0, and how many there will be.
-      step, num_steps: evaluations done for it, and how many it takes.
+      image, num_images: number of the image being made, from 0, and how many there will be.
+      step, num_steps: steps done for it, and how many it takes.
       preview: the images as the network now predicts them, uint8 [b, size, size, 3]; decoded when called.
     """
 
@@ -46,19 +46,27 @@ OnStep = Callable[[Progress], object]
 
 
 class SetSampler(abc.ABC):
-    """Call it, `stream` from it, or `sample_sets` for many sets at once.
+    """Sample images that belong with the context images of a set.
 
-    An image of a set depends on the set's context and seed and on its position, and not on the other sets of a batch.
+    An image depends on its set's context and seed and on its position there, and not on the other sets of a batch.
 
     Attributes:
       image_size: pixels along each side.
-      num_steps: evaluations of the network, an image.
-      cache_size: context images of a set that are kept.
+      num_steps: steps of the stepper's table, an image.
+      cache_size: context images of a set that are kept at most.
       slide: whether a set that outgrows the cache forgets its oldest image.
       encodes_generated: whether a generated image is encoded again to become context (M2M-DINO), or its latents are.
-      programs: those of `sampling/programs.py`, with parameters bound.
+      programs: {name in `PROGRAMS`: method of `programs.Programs` with parameters bound}.
       reads_context: whether context changes anything: not where a model was trained on single images.
-      num_devices: that share the sets of a batch.
+      num_devices: how many devices share the sets of a batch.
+
+    Example:
+        sampler = Sampler.from_checkpoint("runs/demo")                  # or Bundle("bundle")
+        images = sampler(["a.png", "b.png"], num_images=4, seed=0)      # uint8 [4, size, size, 3]
+        for image in sampler.stream(["a.png", "b.png"], num_images=4):  # as they are finished
+            show(image)
+        contexts = [sampler.read(files) for files in (["a.png", "b.png"], ["c.png"])]
+        images = sampler.sample_sets(contexts, num_images=4, seed_b=np.array([0, 1]))  # uint8 [2, 4, size, size, 3]
     """
 
     image_size: int
@@ -71,24 +79,28 @@ class SetSampler(abc.ABC):
     num_devices: int = 1
 
     def place(self, tree: Any) -> Any:
-        """Arrays with a leading axis of sets, where the programs want them."""
+        """Return arrays with a leading axis of sets where the programs want them."""
         return tree
+
+    def empty_cache(self, seed_b: jax.Array, num_images: int) -> Any:
+        """Return a cache with room for so many images of each set, or for `cache_size` if that is less."""
+        return self.programs["empty_cache"](seed_b)
 
     @property
     @abc.abstractmethod
     def about(self) -> dict[str, Any]:
-        """What is to be known of the images: checkpoint, settings."""
+        """What is to be known of the images, as JSON can hold it: checkpoint, settings."""
 
     def __call__(
         self, context_images: Sequence[ContextImage], num_images: int, seed: int = 0, on_step: OnStep | None = None
     ) -> np.ndarray:
-        """Generates images that belong with the context images, each in the context of all before it.
+        """Return new images that belong with the context images, each in the context of all before it.
 
         Args:
           context_images: any number, also none: file names, PIL images or uint8 arrays [h, w, 3].
           num_images: how many to generate.
           seed: the same seed gives the same images.
-          on_step: called after every evaluation of the network.
+          on_step: called after every step.
 
         Returns:
           uint8 [num_images, image_size, image_size, 3].
@@ -102,12 +114,12 @@ class SetSampler(abc.ABC):
     def stream(
         self, context_images: Sequence[ContextImage], num_images: int, seed: int = 0, on_step: OnStep | None = None
     ) -> Iterator[np.ndarray]:
-        """What `__call__` returns, image by image as they are finished: uint8 [image_size, image_size, 3] each."""
+        """Yield what `__call__` returns, image by image as they are finished: uint8 [image_size, image_size, 3]."""
         for images_1hwc in self.stream_sets([self.read(context_images)], num_images, np.array([seed]), on_step):
             yield images_1hwc[0]
 
     def read(self, images: Sequence[ContextImage]) -> np.ndarray:
-        """The images that `__call__` takes as it sees them: uint8 [m, image_size, image_size, 3], on white."""
+        """Return images as the model sees them: uint8 [m, image_size, image_size, 3], padded to squares, on white."""
         pixels = [read_image(image, self.image_size) for image in images]
         return np.asarray(pixels, np.uint8).reshape(len(pixels), self.image_size, self.image_size, 3)
 
@@ -125,9 +137,21 @@ class SetSampler(abc.ABC):
         return np.stack(list(self.stream_sets(contexts, num_images, seed_b, on_step)), axis=1)
 
     def stream_sets(
-        self, contexts: Sequence[np.ndarray], num_images: int, seed_b: np.ndarray, on_step: OnStep | None = None
+        self,
+        contexts: Sequence[np.ndarray],
+        num_images: int,
+        seed_b: np.ndarray,
+        on_step: OnStep | None = None,
+        *,
+        room: int = 0,
     ) -> Iterator[np.ndarray]:
-        """What `sample_sets` returns, image by image: uint8 [b, image_size, image_size, 3] each."""
+        """Yield what `sample_sets` returns, image by image: uint8 [b, image_size, image_size, 3].
+
+        Args:
+          contexts, num_images, seed_b, on_step: as in `sample_sets`.
+          room: context images of a set that the cache must hold at least. Batches that ask for the same run the same
+            compiled programs.
+        """
         lengths_b = self._check(contexts, num_images, seed_b)
         missing = -len(contexts) % self.num_devices
         # Devices get equally many sets: what is missing is sampled without context and thrown away.
@@ -135,23 +159,23 @@ class SetSampler(abc.ABC):
         seed_b = self.place(np.append(np.asarray(seed_b, np.uint32), np.zeros(missing, np.uint32)))
         everyone = self.place(np.ones(len(padded), bool))
         run = self.programs
-        cache = run["empty_cache"](seed_b)
+        cache = self.empty_cache(seed_b, max(room, int(lengths_b.max()) + num_images - 1))
         blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
         for i in range(lengths_b.max()):
             images_bhwc = np.stack([context[i] if i < len(context) else blank for context in padded])
-            cache = run["append"](cache, run["encode"](self.place(images_bhwc)), self.place(i < lengths_b))
+            cache = run["append"](cache, seed_b, run["encode"](self.place(images_bhwc)), self.place(i < lengths_b))
         for i in range(num_images):
             latents_bhwc = self._next_image(cache, seed_b, i, num_images, len(contexts), on_step)
             images_bhwc = run["decode"](latents_bhwc)
             yield np.asarray(images_bhwc)[: len(contexts)]
             if i + 1 < num_images:
                 image = run["encode"](images_bhwc) if self.encodes_generated else latents_bhwc
-                cache = run["append"](cache, image, everyone)
+                cache = run["append"](cache, seed_b, image, everyone)
 
     def _next_image(
         self, cache: Any, seed_b: jax.Array, image: int, num_images: int, num_sets: int, on_step: OnStep | None
     ) -> jax.Array:
-        """Latents. Unwatched, all steps are one call; the same program makes them one by one."""
+        """Return latents. Unwatched, all steps are one call; the same program makes them one by one."""
         carry = self.programs["begin"](cache, seed_b)
         stride = 1 if on_step else self.num_steps
         for first in range(0, self.num_steps, stride):
@@ -167,7 +191,7 @@ class SetSampler(abc.ABC):
         return carry["x"]
 
     def _check(self, contexts: Sequence[np.ndarray], num_images: int, seed_b: np.ndarray) -> np.ndarray:
-        """How many context images each set has."""
+        """Return how many context images each set has."""
         if num_images < 1:
             raise UserError(f"num_images must be at least 1, not {num_images}")
         if np.shape(seed_b) != (len(contexts),):

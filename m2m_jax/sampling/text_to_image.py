@@ -19,90 +19,62 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.parameters import Params, fingerprint, merge
+from m2m_jax.core.keys import Domain, domain_key
+from m2m_jax.core.parameters import Params, fingerprint
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.diffusion.steppers import STEPPERS, advance, begin
 from m2m_jax.models import diffusers_folder, text_encoders
-from m2m_jax.models.conditioning import Conditioning
+from m2m_jax.models.context_cache import Text
 from m2m_jax.models.folder import config_from, read_json, require_same
 from m2m_jax.models.frozen import AUTOENCODER, TEXT_ENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.models.unet_config import UNetConfig, with_todays_names
+from m2m_jax.sampling.programs import UNET, AllParams, Programs
 from m2m_jax.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from m2m_jax.checkpoints.saved_model import SavedModel
 
-UNET = "unet"
 MODEL_INDEX = "model_index.json"
 PIPELINE = "StableDiffusionPipeline"
 FOLDER_SETTINGS = {"stepper": "ddim", "steps": 50, "guidance_scale": 7.5}  # steps and guidance: diffusers' own
 
 
 @dataclasses.dataclass(frozen=True)
-class TextPrograms:
-    """What the programs are compiled for. Static and hashable."""
-
-    unet_config: UNetConfig
-    models: FrozenModels
-    schedule: NoiseSchedule
-    settings: SamplingSettings
-    image_size: int
+class TextPrograms(Programs):
+    """The programs of a text-to-image model: those of `Programs` under captions, with no set around the image."""
 
     def __post_init__(self):
+        super().__post_init__()
         self.models.require_image_size(self.image_size, len(self.unet_config.block_out_channels))
         if self.settings.guidance_scale < 1:
             raise UserError(
                 f"guidance_scale is {self.settings.guidance_scale}, which takes the caption away: 1 is no guidance "
                 "(diffusers' is any value up to 1)"
             )
-        self.table  # noqa: B018 (refuses a stepper that is none for this schedule, and too many steps)
-
-    @functools.cached_property
-    def table(self):
-        """The steps of an image."""
-        return STEPPERS[self.settings.stepper](self.schedule, self.settings.steps)
 
     def generate(
         self,
-        params: dict[str, Params],
+        params: AllParams,
         token_ids_bs: jax.Array,
         empty_ids_1s: jax.Array,
         index_b: jax.Array,
         images_n: jax.Array,
         seed: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Latents [b, n, h, w, c], float32 and scaled, and uint8 images [b, n, image_size, image_size, 3]."""
+        """Return latents [b, n, h, w, c], float32 and scaled, and uint8 images [b, n, image_size, image_size, 3]."""
         b, n = len(index_b), len(images_n)
-        unet, guidance = merge(unet_structure(self.unet_config)[0], params[UNET]), self.settings.guidance
-        shape = self.models.latent_shape(self.image_size)
 
         def key(index, image):
-            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), image)
+            return jax.random.fold_in(jax.random.fold_in(domain_key(Domain.TEXT_TO_IMAGE, seed), index), image)
 
-        keys_k = jax.vmap(lambda index: jax.vmap(lambda image: key(index, image))(images_n))(index_b).reshape(b * n)
-        tokens_ksc = jnp.repeat(self.models.encode_text(params, token_ids_bs), n, axis=0)
-        if guidance.guides:
-            empty_1sc = self.models.encode_text(params, empty_ids_1s)
-            tokens_ksc = jnp.concatenate([tokens_ksc, jnp.broadcast_to(empty_1sc, tokens_ksc.shape)])
-
-        def fresh_noise(number):
-            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1 + number), shape))(keys_k)
-
-        def network(noised_khwc, timestep):
-            both_khwc = jnp.concatenate([noised_khwc] * 2) if guidance.guides else noised_khwc
-            timestep_k = jnp.broadcast_to(timestep, both_khwc.shape[:1])
-            output_khwc, _ = unet(both_khwc, timestep_k, Conditioning(text_bsc=tokens_ksc))
-            if not guidance.guides:
-                return output_khwc
-            return guidance(*jnp.split(output_khwc, 2), timestep / self.schedule.num_train_timesteps)
-
-        carry = begin(self.table, jax.vmap(lambda key: jax.random.normal(key, shape))(keys_k))
+        key_k = jax.vmap(lambda index: jax.vmap(lambda image: key(index, image))(images_n))(index_b).reshape(b * n)
+        caption_ksc = jnp.repeat(self.models.encode_text(params, token_ids_bs), n, axis=0)
+        text = Text(caption_ksc, self.models.encode_text(params, empty_ids_1s))
         steps = len(self.table.timestep)
-        latents_khwc = advance(self.schedule, self.table, network, carry, fresh_noise, 0, steps)["x"]
-        latents_bnhwc = latents_khwc.reshape(b, n, *shape)
-        return latents_bnhwc, self.models.decode(params, latents_bnhwc)
+        latents_khwc = self.walk(params, key_k, self.start(key_k), 0, steps, text=text)["x"]
+        latents_bnhwc = latents_khwc.reshape(b, n, *latents_khwc.shape[1:])
+        return latents_bnhwc, self.decode(params, latents_bnhwc)
 
 
 @functools.cache
@@ -125,7 +97,7 @@ class TextToImage:
     def __init__(
         self,
         programs: TextPrograms,
-        params: dict[str, Params],
+        params: AllParams,
         tokenizer: Tokenizer,
         devices: Sequence[jax.Device] | None = None,
     ):

@@ -13,23 +13,28 @@ from m2m_jax.tasks.objective import Told, squared_error
 
 
 def stratified_timesteps(schedule: NoiseSchedule, key: jax.Array, count: int) -> jax.Array:
-    """One timestep in each of `count` equal strata, int32 [count]: far less variance between batches than independent
-    draws."""
+    """Return one timestep in each of `count` equal strata, int32 [count].
+
+    Batches differ far less in these than in independent draws.
+    """
     fraction_k = (jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(key, (count,))) / count
     timestep_k = (fraction_k * schedule.num_train_timesteps).astype(jnp.int32)
     return jnp.minimum(timestep_k, schedule.num_train_timesteps - 1)  # the last fraction may round to 1
 
 
 def warn_of_one_set(num_sets: int, split: str) -> None:
-    """Says, at the start, that the contexts to be compared are one."""
+    """Warn, at the start, where the contexts to be compared are one."""
     if num_sets == 1:
         warn(f"the {split} split has one set: the context of another set (loss_other_context) is its own there")
 
 
 def another(x_b: jax.Array) -> jax.Array:
-    """Of each row the nearest before it, round the batch, that differs from it, int32 [b]; itself, where none does.
+    """Return for each row the nearest before it, round the batch, that differs from it, int32 [b].
 
-    x_b: [b] or [b, ...].
+    Where no row differs, it is the row itself.
+
+    Args:
+      x_b: [b] or [b, ...].
     """
     b = len(x_b)
     differs_bb = jnp.any((x_b[:, None] != x_b[None]).reshape(b, b, -1), axis=2)

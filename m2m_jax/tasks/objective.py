@@ -1,4 +1,4 @@
-"""The training objective of M2M: every image of a set denoised in the context of the clean images before it."""
+"""The training objective: noised images are denoised, by a network that is told something of them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from m2m_jax.models.unet import UNet, denoise_sets
 
 
 class Told(NamedTuple):
-    """What a network is told of the noised images of b sets, beside their latents; a task fills what its network has.
+    """What a network is told of the noised images of b sets, beside their latents. A task fills what its network has.
 
     Attributes:
       layout: which images are noised, and which clean ones they see.

@@ -19,16 +19,23 @@ Samples = dict[str, np.ndarray]  # uint8 images, [sets, ...]
 
 
 def rows_of_process(num_sets: int) -> list[int]:
-    """Which sets of a grid of `num_sets` this process makes.
+    """Return which sets of a grid this process makes.
 
-    As many as any other, so that they can be gathered: where they are not enough for all, some are made twice.
+    Each process makes as many as any other, so that they can be gathered: where there are too few, some are made twice.
     """
     process, count = jax.process_index(), jax.process_count()
     return [(process + count * i) % num_sets for i in range(-(-num_sets // count))]
 
 
 def gather(samples: Samples | None, num_sets: int) -> Samples | None:
-    """Of all processes, which must all call: those of `rows_of_process`, in order. None where one of them has None."""
+    """Return the samples of all processes, which must all call, in the order of their sets.
+
+    Args:
+      samples: of the sets that `rows_of_process` names; None where this process could make none.
+
+    Returns:
+      All samples; None where one process has None.
+    """
     if jax.process_count() == 1:
         return samples
     gathering.wait_for_all()
@@ -38,8 +45,10 @@ def gather(samples: Samples | None, num_sets: int) -> Samples | None:
 
 
 def pieces(count: int, image_size: int, num_devices: int = 1) -> list[slice]:
-    """Of `count` images, which are made together: on each device as many as have, in all, the pixels of one of 512 px
-    a side."""
+    """Return which of `count` images are made together.
+
+    On each device these are as many as have, in all, the pixels of one image of 512 px a side.
+    """
     at_once = max(PIXELS_AT_ONCE // image_size**2, 1) * num_devices
     return [slice(start, start + at_once) for start in range(0, count, at_once)]
 
@@ -47,9 +56,11 @@ def pieces(count: int, image_size: int, num_devices: int = 1) -> list[slice]:
 def images_in_pieces(
     make: Callable[[np.ndarray], jax.Array], of_khwc: np.ndarray, image_size: int, num_devices: int = 1
 ) -> np.ndarray:
-    """uint8 images [k, image_size, image_size, 3] of latents, or of other images; k may be 0.
+    """Return uint8 images [k, image_size, image_size, 3] made of latents or other images; k may be 0.
 
-    make: those of some, a multiple of `num_devices`.
+    Args:
+      make: makes some images, a multiple of `num_devices`.
+      of_khwc: what the images are made of.
     """
     images_khwc = np.empty((len(of_khwc), image_size, image_size, 3), np.uint8)
     for piece in pieces(len(of_khwc), image_size, num_devices):
@@ -60,7 +71,7 @@ def images_in_pieces(
 
 
 def side_by_side(*groups: Group) -> Image.Image:
-    """Groups of as many images, in rows of 8 of each where 8 divide them."""
+    """Return a sheet of groups of as many images each, in rows of 8 of each where 8 divide their number."""
     count = len(groups[0].images)
     width = math.gcd(count, 8)
     rows = [slice(start, start + width) for start in range(0, count, width)]

@@ -1,4 +1,4 @@
-"""The task of M2M: latent diffusion of image sets. With one image a set and no attn2 it is the single-image base."""
+"""The task of M2M: latent diffusion of image sets. With one image a set and no set attention: the single-image base."""
 
 import dataclasses
 from collections.abc import Sequence

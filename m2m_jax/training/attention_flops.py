@@ -1,4 +1,4 @@
-"""The products of attention: of what the mask allows, and what a backend computes. XLA sees none of a kernel's."""
+"""FLOPs of attention: of what its mask allows, and of what a backend computes. XLA sees none of a kernel's."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from m2m_jax.models.unet import UNetConfig
 
 @dataclasses.dataclass(frozen=True)
 class AttentionFlops:
-    """Of the two products of attention, forward, of one set, on all devices that share it.
+    """FLOPs of the two matrix products of attention, forward, for one set, on all devices that share the set.
 
     Attributes:
-      allowed: of Image-Set Attention, of the pairs of images that the mask allows.
-      executed: of those that the backend computes.
-      within_images: of self-attention, of those that the backend computes.
-      calls: attentions in the network, each of both.
+      allowed: of Image-Set Attention, for the pairs of images that the mask allows.
+      executed: of Image-Set Attention, for the pairs that the backend computes.
+      within_images: of self-attention, for the pairs that the backend computes.
+      calls: how many attentions of both kinds the network has.
     """
 
     allowed: float = 0.0
@@ -39,11 +39,12 @@ class AttentionFlops:
 def attention_flops(
     config: UNetConfig, num_images: int, side: int, tokens: int | None, mesh: AbstractMesh
 ) -> AttentionFlops:
-    """Of a set of `num_images` in training, with latents of `side` by `side`.
+    """Return the FLOPs of attention for a set of images in training.
 
     Args:
-      tokens: of an image of an encoder; None: the network's own features are attended to.
-      mesh: whose axes may split a set; see `attention/mesh.py`.
+      side: height and width of the latents.
+      tokens: how many an image encoder makes of an image; None: the network's own features are attended to.
+      mesh: devices; its axes may split a set, see `attention/mesh.py`.
     """
     layout = SetLayout.training(num_images, config.clean_sees, config.attends_to_encoded)
     has_sets = "set" in config.attentions
@@ -65,7 +66,7 @@ def attention_flops(
 
 
 def attentions(config: UNetConfig, side: int) -> Iterator[tuple[int, int, int, int]]:
-    """(transformer blocks, tokens of an image, channels, heads) of each level that has any."""
+    """Yield (transformer blocks, tokens of an image, channels, heads) of each level that has any."""
     last = len(config.block_out_channels) - 1
     for level, channels in enumerate(config.block_out_channels):
         attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
@@ -76,7 +77,7 @@ def attentions(config: UNetConfig, side: int) -> Iterator[tuple[int, int, int, i
 
 
 def _computed_pairs(config: UNetConfig, layout: SetLayout, t: int, s: int) -> float:
-    """Pairs of a query's and a key's token whose product the backend computes, of one head."""
+    """Return how many pairs of a query's and a key's token the backend multiplies, for one head."""
     if config.attention_backend == "splash":
         return visited_pairs(layout, t, s)
     # cuDNN computes all of the slices that it is given, which are those of plain XLA.
@@ -89,7 +90,7 @@ def _computed_pairs(config: UNetConfig, layout: SetLayout, t: int, s: int) -> fl
 
 
 def _sum_of_products(jaxpr: Any) -> float:
-    """FLOPs of the matrix products of a program."""
+    """Return the FLOPs of the matrix products of a program."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -102,7 +103,7 @@ def _sum_of_products(jaxpr: Any) -> float:
 
 
 def _inner(params: dict) -> Iterator[Any]:
-    """The programs that an equation holds."""
+    """Yield the programs that an equation holds."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "eqns"):

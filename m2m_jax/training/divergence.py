@@ -1,4 +1,4 @@
-"""Numbers that go bad: what becomes of a run whose loss or gradient is not finite, and word of gradients that jump.
+"""Numbers that go bad: how a run goes on where loss or gradient are not finite, and warnings of gradients that jump.
 
 The step itself has left such numbers out already (`training/step.py`); here is decided how the run goes on, by
 `config.train.on_nonfinite`. All processes decide alike, for they look at the same metrics.
@@ -30,7 +30,12 @@ _REMEDY = (
 
 
 class Divergence:
-    """Looks at the metrics of every step, in order, as soon as there is no need to wait for them."""
+    """Look at the metrics of every step, in order, as soon as there is no need to wait for them.
+
+    Example:
+        divergence.add(step, metrics)
+        bad_step = divergence.look(until=step - 1)
+    """
 
     def __init__(
         self,
@@ -39,7 +44,13 @@ class Divergence:
         checkpoints: Checkpointer,
         message: Callable[[str], None],
     ):
-        """examples: that the run is trained on; message: prints a line."""
+        """Begin with no step seen.
+
+        Args:
+          examples: what the run is trained on.
+          checkpoints: of the run; messages name the newest.
+          message: prints a line.
+        """
         self._policy, self._batch_size = config.train.on_nonfinite, config.data.batch_size
         self._examples, self._checkpoints, self._message = examples, checkpoints, message
         self._unseen: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
@@ -47,11 +58,11 @@ class Divergence:
         self._spikes = self._skips = self._rollbacks = 0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """The metrics of a step, which may not be computed yet."""
+        """Note the metrics of a step, which may not be computed yet."""
         self._unseen.append((step, metrics))
 
     def look(self, until: int) -> int | None:
-        """Waits for the metrics of all steps up to that one.
+        """Wait for the metrics of all steps up to one, and judge them.
 
         Returns:
           The number of a step that the run must go back behind; None: it goes on.
@@ -78,11 +89,11 @@ class Divergence:
         return None
 
     def saved(self) -> None:
-        """There is a checkpoint of what was looked at last."""
+        """Note that there is a checkpoint of the step that was looked at last."""
         self._rollbacks = 0
 
     def take_spikes(self) -> int:
-        """How many there were since this was last called."""
+        """Return how many gradients jumped since the last call."""
         spikes, self._spikes = self._spikes, 0
         return spikes
 

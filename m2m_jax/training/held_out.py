@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class HeldOut:
-    """Evaluates the averaged parameters of a run on the same batches every time, and draws the same grid of sets.
+    """Evaluate the averaged parameters of a run on the same batches every time, and draw the same grid of sets.
 
     Example:
         held_out = HeldOut(config, task, trained, mesh, examples, writer, workdir)
@@ -43,7 +43,7 @@ class HeldOut:
         writer: MetricWriter,
         workdir: Path,
     ):
-        """Compile nothing yet, and read nothing.
+        """Prepare evaluations; nothing is compiled or read yet.
 
         Args:
           trained: which parameters train, and how all become the model's.

@@ -26,14 +26,19 @@ FLUSH_SECONDS = 60
 
 
 class MetricWriter:
-    """Writes the metrics of one run; on every process but the first its methods do nothing.
+    """Write the metrics of one run; on every process but the first, methods do nothing.
 
     WORKDIR/metrics.jsonl has one object a line: `step` and the metrics of one call. WORKDIR/tensorboard has the same,
     and images. A disk that is full or cannot be written is a UserError of every method.
     """
 
     def __init__(self, workdir: str | Path, total_steps: int, resumed_step: int = 0):
-        """resumed_step: of the restored checkpoint. What was written of later steps is forgotten: they come again."""
+        """Open the files, and forget what they have of steps after `resumed_step`, which come again.
+
+        Args:
+          total_steps: of the whole run, for the time that is left.
+          resumed_step: of the restored checkpoint; 0 of a new run.
+        """
         self._active = jax.process_index() == 0
         self._total_steps = total_steps
         self._first: tuple[int, float] | None = None  # step and time of the first progress line
@@ -45,7 +50,7 @@ class MetricWriter:
         self._open(resumed_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """`values`: {"train/loss": number or array []}. One line of metrics.jsonl, on disk when this returns."""
+        """Write one line of metrics.jsonl, on disk when this returns. values: {"train/loss": number or array []}."""
         if not self._active:
             return
         values = {name: float(value) for name, value in values.items()}
@@ -61,7 +66,7 @@ class MetricWriter:
                 self._flush()
 
     def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
-        """`image_hwc`: uint8 [height, width, 3], to TensorBoard."""
+        """Write an image, uint8 [height, width, 3], to TensorBoard."""
         if not self._active:
             return
         with run_errors(self._workdir):
@@ -69,7 +74,7 @@ class MetricWriter:
             self._flush()
 
     def progress(self, step: int, *, loss: float, images_per_second: float, data_wait_share: float) -> None:
-        """One line: drawn over the last one on a terminal, a line of its own in a file.
+        """Print a line, over the last one on a terminal, and below it in a file.
 
         data_wait_share: of the time since the last line, in [0, 1], that was spent waiting for data.
         """
@@ -95,14 +100,14 @@ class MetricWriter:
             print(text, flush=True)
 
     def message(self, text: str) -> None:
-        """A line on the terminal that progress does not overwrite."""
+        """Print a line that progress does not overwrite."""
         if not self._active:
             return
         self._end_line()
         print(text, flush=True)
 
     def rewind(self, step: int) -> None:
-        """The run goes back behind that step: what was written of later ones is forgotten."""
+        """Forget what was written of steps after `step`, to which the run goes back."""
         if not self._active:
             return
         self._close()
@@ -110,7 +115,7 @@ class MetricWriter:
         self._open(step)
 
     def close(self) -> None:
-        """Everything is on disk, and the terminal on a new line."""
+        """Put everything on disk, and the terminal on a new line."""
         if not self._active:
             return
         self._end_line()
@@ -145,7 +150,7 @@ class MetricWriter:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a crash left unfinished; all at once or not at all."""
+    """Drop the lines of steps after `step`, and a last line that a crash left unfinished; all at once or not at all."""
     if not path.exists():
         return
     kept = []

@@ -11,13 +11,14 @@ from m2m_jax.models.initialization import is_set_attention
 
 
 def make_optimizer(config: Optimizer, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a flat dict of parameters, and its learning rate as a function of the step (for the log).
+    """Return the optimizer of a flat dict of parameters, and its learning rate as a function of the step, for the log.
 
     Args:
         config: `config.optimizer`.
         total_steps: the cosine reaches zero here.
 
-    Raises UserError where the warm-up does not end before the run.
+    Raises:
+        UserError: the warm-up does not end before the run.
     """
     if config.warmup_steps >= total_steps:
         raise UserError(
@@ -44,7 +45,7 @@ def make_optimizer(config: Optimizer, total_steps: int) -> tuple[optax.GradientT
 
 
 def _promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optimizer`, running also where JAX's dtype promotion is strict: Optax raises floats to the int32 count."""
+    """Return `optimizer`, running also where JAX's dtype promotion is strict: Optax raises floats to an int32 count."""
 
     def update(gradients, state, params):
         with jax.numpy_dtype_promotion("standard"):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run and a plan have in common.
+    """The state and the step that a run and a plan have in common.
 
     Attributes:
       state: the train state as ShapeDtypeStructs with shardings.

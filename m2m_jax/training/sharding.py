@@ -53,9 +53,10 @@ ARRAY_AXES: dict[str, tuple[str, ...]] = {"b": BATCH_AXES, "n": (), "h": ("conte
 
 
 def make_mesh(config: configuration.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config.mesh`, over all devices of all hosts or over `devices`.
+    """Return the mesh of `config.mesh`, over all devices of all hosts or over `devices`.
 
-    Raises UserError where the axes do not multiply to the number of devices, or `slice` is not how TPUs are connected.
+    Raises:
+      UserError: the axes do not multiply to the number of devices, or `slice` is not how TPUs are connected.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
@@ -77,7 +78,7 @@ def make_mesh(config: configuration.Mesh, devices: Sequence[jax.Device] | None =
 
 
 def mesh_sizes(config: configuration.Mesh, num_devices: int) -> tuple[int, ...]:
-    """The devices along each of `AXES`. Raises UserError where they do not multiply to `num_devices`."""
+    """Return how many devices lie along each of `AXES`. Raises UserError where these do not make `num_devices`."""
     sizes = [getattr(config, axis) for axis in AXES]
     named = [(axis, size) for axis, size in zip(AXES, sizes, strict=True) if size != 1 or axis in ("data", "fsdp")]
     asked = ", ".join(f"config.mesh.{axis}={size}" for axis, size in named)
@@ -90,12 +91,12 @@ def mesh_sizes(config: configuration.Mesh, num_devices: int) -> tuple[int, ...]:
 
 
 def abstract_mesh(config: configuration.Mesh, num_devices: int) -> AbstractMesh:
-    """`make_mesh` without devices, which shapes and shares of them do not need. Raises UserError as `mesh_sizes`."""
+    """Return `make_mesh` without devices, which shapes do not need. Raises UserError as `mesh_sizes`."""
     return AbstractMesh(mesh_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How one parameter is split. Raises ValueError for a name that no rule matches."""
+    """Return how one parameter is split. Raises ValueError for a name that no rule matches."""
     rule = _rule(name)
     if rule is None:
         raise ValueError(f"no rule of m2m_jax/training/sharding.py matches parameter {name!r} {shape}; add one")
@@ -112,12 +113,12 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def parameter_shardings(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
-    """The sharding of every parameter of a flat dict (arrays or ShapeDtypeStructs)."""
+    """Return the sharding of every parameter of a flat dict (arrays or ShapeDtypeStructs)."""
     return {name: NamedSharding(mesh, parameter_spec(name, value.shape, mesh)) for name, value in params.items()}
 
 
 def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
-    """Parameters as layers use them: whole along `fsdp`, where they are only kept apart. In compiled code.
+    """Return parameters as layers use them: whole along `fsdp`, which only keeps them apart. For compiled code.
 
     XLA, when it is left to decide, gathers now a kernel and now the images of the whole batch, and sums every gradient
     whole on every device. Here each device sums the slice that it keeps (reduce-scatter).
@@ -201,9 +202,10 @@ def summed_in_float32(gradients_of: Callable, mesh: Mesh) -> Callable:
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """A TrainState of shardings: optimizer state and EMA follow their parameters; all else is on every device.
+    """Return a TrainState of shardings: optimizer state and EMA follow their parameters; all else is on every device.
 
-    `state`: arrays or ShapeDtypeStructs, as from `jax.eval_shape`.
+    Args:
+      state: arrays or ShapeDtypeStructs, as from `jax.eval_shape`.
     """
     of_parameter = parameter_shardings(state.params, mesh)
 
@@ -218,12 +220,12 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Return the sharding of what is the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """NumPy arrays that every process holds alike, on every device.
+    """Place NumPy arrays, which every process holds alike, on every device.
 
     `jax.device_put` would first gather them from all processes, to compare them: as often as there are processes.
     """
@@ -236,9 +238,9 @@ def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def on_this_process(params: Params, mesh: Mesh) -> Params:
-    """Whole arrays: on all devices of this process where each has them whole, else in its own memory.
+    """Return whole arrays: on all devices of this process where each has them whole, else in the host's memory.
 
-    All processes must call. One after another: gathered together they would need room on every device.
+    All processes must call. Arrays are gathered one after another: together they would need room on every device.
     """
     # Not in the mesh's order: a sampler, which has JAX's, would copy what lies in another.
     devices = set(mesh.devices.flat)
@@ -254,7 +256,11 @@ def on_this_process(params: Params, mesh: Mesh) -> Params:
 
 
 def batch_sharding(mesh: Mesh, name: str) -> NamedSharding:
-    """Of an array of the batch, by `ARRAY_AXES`. Raises ValueError for a name that does not say what its axes are."""
+    """Return the sharding of an array of the batch, by the letters that end its name and `ARRAY_AXES`.
+
+    Raises:
+      ValueError: the name does not say what the axes are.
+    """
     _, found, letters = name.rpartition("_")
     if not found or not ARRAY_AXES.keys() >= set(letters):
         raise ValueError(
@@ -265,9 +271,11 @@ def batch_sharding(mesh: Mesh, name: str) -> NamedSharding:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
-    """Raises UserError where `batch_size`, the value of the config's `field`, cannot be split over the devices.
+    """Raise UserError where a batch cannot be split over the devices.
 
-    parts: that it is computed in, one after another.
+    Args:
+      field: of the config, which has `batch_size`, for the message.
+      parts: how many parts of the batch are computed one after another.
     """
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % (shares * parts):
@@ -278,13 +286,17 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) ->
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """Rows of a batch that lie, in whole or in part, on devices of this process."""
+    """Return which rows of a batch lie, in whole or in part, on devices of this process."""
     shares = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).addressable_devices_indices_map((batch_size,))
     return sorted({row for (share,) in shares.values() for row in range(*share.indices(batch_size))})
 
 
 def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """{name: this process's rows, as `local_rows` names them} to {name: [batch_size, ...]}, split over all devices."""
+    """Return a batch split over all devices, {name: [batch_size, ...]}.
+
+    Args:
+      host_batch: {name: the rows of this process, which `local_rows` names}.
+    """
     position = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
 
     def place(name: str, value: np.ndarray) -> jax.Array:
@@ -299,9 +311,9 @@ def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray], batch_size:
 
 
 def traced_on(mesh: Mesh, function: Callable) -> Callable:
-    """`function`, to be compiled, which can ask for the mesh: what XLA can't partition it must split itself.
+    """Return `function`, to be compiled, with a mesh that it can ask for.
 
-    That is a kernel (`attention/splash.py`), which finds the mesh by `jax.sharding.get_abstract_mesh`.
+    A kernel (`attention/splash.py`), which XLA can't partition, finds the mesh by `jax.sharding.get_abstract_mesh`.
     """
 
     @functools.wraps(function)
@@ -313,7 +325,7 @@ def traced_on(mesh: Mesh, function: Callable) -> Callable:
 
 
 def describe(params: Params, mesh: Mesh) -> str:
-    """The resolved table, to be printed: for every rule, how many parameters it splits in which way."""
+    """Return a table, to be printed: for every rule, how many parameters it splits in which way."""
     rows: dict[tuple[str, str], list[int]] = {}
     for name, value in params.items():
         spec = parameter_spec(name, value.shape, mesh)

@@ -39,7 +39,7 @@ class TrainState:
     def create(
         cls, params: Params, optimizer: optax.GradientTransformation, trains: Callable[[str], bool] = lambda name: True
     ) -> TrainState:
-        """The state before the first step; the EMA begins at the parameters.
+        """Return the state before the first step; the EMA begins at the parameters.
 
         trains: whether the parameter of a dotted name trains. Optimizer and EMA hold nothing of the others.
         """
@@ -57,7 +57,12 @@ class TrainState:
     def apply_gradients(
         self, gradients: Params, optimizer: optax.GradientTransformation, ema_decay: float
     ) -> TrainState:
-        """One update of parameters, optimizer and EMA. `gradients`: of those that train. Traceable."""
+        """Return the state after one update of parameters, optimizer and EMA. Traceable.
+
+        Args:
+          gradients: of the parameters that train.
+          ema_decay: of the average; less in the first steps, so that a young run forgets where it began.
+        """
         trained = {name: self.params[name] for name in gradients}
         updates, opt_state = optimizer.update(gradients, self.opt_state, trained)
         trained = jax.tree.map(lambda p, u: p + u.astype(p.dtype), trained, updates)
@@ -73,5 +78,5 @@ class TrainState:
         )
 
     def skip(self) -> TrainState:
-        """A step that changes nothing else. Traceable."""
+        """Return the state after a step that changed nothing but the counts. Traceable."""
         return self.replace(step=self.step + jnp.int32(1), skipped_steps=self.skipped_steps + jnp.int32(1))

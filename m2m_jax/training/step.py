@@ -86,7 +86,7 @@ def make_train_step(
 
 
 def gradient_norms(gradients: Params) -> dict[str, jax.Array]:
-    """{"gradient_norm": of everything, "gradient_norm/down_blocks.0": of one of the model's outermost modules, ...}."""
+    """Return {"gradient_norm": of everything, "gradient_norm/down_blocks.0": of one of the outermost modules, ...}."""
     squares: dict[str, jax.Array] = {}
     for name, gradient in gradients.items():
         module = _OUTERMOST.match(name)[0]
@@ -110,5 +110,5 @@ def _accumulated(
 
 
 def _in_parts(x: jax.Array, parts: int) -> jax.Array:
-    """[b, ...] to [parts, b / parts, ...]: every device splits the rows that it has, and moves none."""
+    """Reshape [b, ...] to [parts, b / parts, ...]: every device splits the rows that it has, and moves none."""
     return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)

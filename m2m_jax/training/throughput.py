@@ -1,4 +1,4 @@
-"""How fast a run is: what took the time since the last line of its log, and the model FLOPs utilisation."""
+"""How fast a run is: where the time since the last line of the log went, and the model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m2m_jax.training.workload import count_model_flops
 
 
 class Throughput:
-    """Times the steps of a run of `config`.
+    """Time the steps of a run.
 
     On an accelerator the model's FLOPs are counted, too, by a thread, for at the size of Stable Diffusion it takes half
     a minute, most of it beside the compilation. Until it has them, the log goes without. On a CPU, whose peak nobody
@@ -35,29 +35,29 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the time until now."""
+        """Forget the time until now."""
         self._waited, self._steps, self._clock = 0.0, 0, time.monotonic()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """For data."""
+        """Count the time in `with` as waiting for data."""
         began = time.monotonic()
         yield
         self._waited += time.monotonic() - began
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not that of steps."""
+        """Leave the time in `with` out of that of steps."""
         began = time.monotonic()
         yield
         self._clock += time.monotonic() - began
 
     def count_step(self) -> None:
-        """One more was taken."""
+        """Note that one more step was taken."""
         self._steps += 1
 
     def take(self) -> dict[str, float]:
-        """Metrics of the steps since the last call, or `restart`."""
+        """Return metrics of the steps since the last call, or `restart`."""
         seconds, data = time.monotonic() - self._clock, self._config.data
         sets_per_second = data.batch_size * self._steps / seconds
         metrics = {
@@ -80,7 +80,7 @@ class Throughput:
 
 
 def _model_flops(config: Config) -> float | None:
-    """None where they cannot be counted: a number in a log is not worth the run."""
+    """Return the FLOPs of a set; None where they cannot be counted: a number in a log is not worth the run."""
     try:
         return count_model_flops(config)
     except Exception as error:

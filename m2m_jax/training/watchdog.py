@@ -1,4 +1,4 @@
-"""Says what a program that hangs is doing."""
+"""What a program that hangs is doing: stacks of its threads."""
 
 from __future__ import annotations
 
@@ -28,14 +28,22 @@ class _Doing(NamedTuple):
 
 
 class Watchdog:
-    """From `with` to its end a thread looks whether what was begun is done in time.
+    """Print the stacks of all threads where something takes far too long, once for every hang; end nothing.
 
-    Where it is not, the stacks of all threads are printed, once for every hang; nothing is ended. A step has `times`
-    the median of the last steps, and at least `least` seconds; all else has half an hour.
+    A thread looks, from `with` to its end. A step has `times` the median of the last steps, and at least `least`
+    seconds; all else has half an hour.
+
+    Example:
+        with Watchdog() as watchdog:
+            for step in range(1, steps + 1):
+                watchdog.step(step)
+                ...
+            with watchdog.allowing("saving"):
+                ...
     """
 
     def __init__(self, times: float = TIMES, least: float = LEAST, file: int = _STDERR):
-        """file: the descriptor that is written to."""
+        """Begin with no step timed. file: the descriptor that is written to."""
         self._times, self._least, self._file = times, least, file
         self._seconds: collections.deque[float] = collections.deque(maxlen=50)
         self._doing: _Doing | None = None
@@ -52,7 +60,7 @@ class Watchdog:
         self._thread.join()
 
     def step(self, step: int) -> None:
-        """It begins, and the last one, if nothing else was done in it, has shown how long one takes."""
+        """Note that a step begins; the last one, if nothing else was done in it, has shown how long one takes."""
         now = time.monotonic()
         if self._in_step:
             self._seconds.append(now - self._doing.since)
@@ -63,7 +71,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def allowing(self, what: str) -> Iterator[None]:
-        """Something that is no part of a step, as `what` names it."""
+        """Allow half an hour in `with` for something that is no part of a step. what: its name, for the message."""
         self._doing, self._in_step = _Doing(what, time.monotonic(), ELSE), False
         try:
             yield

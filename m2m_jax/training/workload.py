@@ -20,8 +20,8 @@ from m2m_jax.models import diffusers_folder, transformers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
+from m2m_jax.models.remat import REMAT
 from m2m_jax.models.trained import PARAMETERS
-from m2m_jax.models.unet import REMAT
 from m2m_jax.tasks.latent_diffusion import LatentDiffusion
 from m2m_jax.tasks.protocol import Task
 from m2m_jax.tasks.registry import TASKS
@@ -53,9 +53,10 @@ class Workload:
 
 
 def make_task(config: Config) -> tuple[Task, list[str]]:
-    """The task of a run, with shapes for parameters; and what had to be assumed of folders that are not there.
+    """Return the task of a run, with shapes for parameters, and notes on what was assumed of missing folders.
 
-    Raises UserError for text-to-image where its folders are not there, as a run does.
+    Raises:
+      UserError: of text-to-image a folder is missing, as in a run.
     """
     kind, notes = TASKS.choose(config.task), []
     if not issubclass(kind, LatentDiffusion) or config.text_encoder.path:
@@ -69,7 +70,7 @@ def make_task(config: Config) -> tuple[Task, list[str]]:
 
 
 def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
-    """What the config's folders hold, by their config.json or, where there is none, by what is published."""
+    """Return what the config's folders hold, by their config.json or, without one, by what is published; and notes."""
     notes = []
     folder = config.autoencoder.path
     if (Path(folder) / "config.json").is_file():
@@ -91,7 +92,7 @@ def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
 
 
 def batch_shapes(config: Config, task: Task, batch_size: int) -> dict:
-    """A batch as it reaches the devices; see `data.pipeline.make_dataset` and `inputs`."""
+    """Return a batch as it reaches the devices, as shapes; see `data.loader.make_dataset` and `inputs`."""
     sets, size = (batch_size, config.data.images_per_set), config.data.image_size
     shapes = {}
     if reads_latents(config.data):
@@ -110,7 +111,7 @@ def batch_shapes(config: Config, task: Task, batch_size: int) -> dict:
 
 
 def not_read(config: Config, frozen: FrozenParams) -> FrozenParams:
-    """The frozen models that a step does not run and an evaluation's preview does: of latents, the autoencoder."""
+    """Return the frozen models that a step does not run, and a preview does: of latents, the autoencoder."""
     return {AUTOENCODER: frozen[AUTOENCODER]} if reads_latents(config.data) else {}
 
 
@@ -126,7 +127,7 @@ def count_model_flops(config: Config, remat: str = "none") -> float:
 
 
 def _lowered_gradient(task: Task, config: Config) -> jax.stages.Lowered:
-    """The gradient of the loss of one set."""
+    """Return the gradient of the loss of one set, lowered."""
 
     def gradient(params: dict, frozen: dict, batch: dict, step: jax.Array) -> dict:
         loss, trained = _loss_of_trained(task, config, params, frozen, batch, step)
@@ -139,7 +140,7 @@ def _lowered_gradient(task: Task, config: Config) -> jax.stages.Lowered:
 def _loss_of_trained(
     task: Task, config: Config, params: dict, frozen: dict, batch: dict, step: jax.Array
 ) -> tuple[Callable[[dict], jax.Array], dict]:
-    """The loss of a batch, as a function of the parameters that train, and these."""
+    """Return the loss of a batch, as a function of the parameters that train, and these."""
     trained, draws = PARAMETERS.choose(config.train.parameters), task.draw(batch, step)
     params = trained.start(config.seed, params)
 
@@ -150,7 +151,7 @@ def _loss_of_trained(
 
 
 def kept_bytes(config: Config, task: Task, sets: int) -> int:
-    """What the loss of so many sets keeps for its gradient, beside its inputs; before XLA fuses anything."""
+    """Return what the loss of some sets keeps for its gradient, beside its inputs, before XLA fuses anything."""
 
     def kept(params, frozen, batch, step):
         return jax.vjp(*_loss_of_trained(task, config, params, frozen, batch, step))[1]
@@ -163,7 +164,7 @@ def kept_bytes(config: Config, task: Task, sets: int) -> int:
 
 
 def kept_by_remat(config: Config) -> dict[str, int]:
-    """{config.model.remat: `kept_bytes` of a set}: of the config's own, and of those that compute more again."""
+    """Return {config.model.remat: `kept_bytes` of a set}, of the config's own and of those that compute more again."""
     levels = list(REMAT)
     found = {}
     for remat in levels[levels.index(config.model.remat) :]:
@@ -174,9 +175,10 @@ def kept_by_remat(config: Config) -> dict[str, int]:
 
 
 def count_flops(config: Config, devices: int, platform: str = PLATFORM) -> Workload:
-    """Of one set of a run of `config` on so many devices of "tpu" or "gpu"; see `count_model_flops`.
+    """Return the FLOPs of one set of a run on some devices of "tpu" or "gpu"; see `count_model_flops`.
 
-    Raises UserError where `config.mesh` does not go with so many.
+    Raises:
+      UserError: `config.mesh` does not go with so many devices.
     """
     mesh = abstract_mesh(config.mesh, devices)
     task, flops = _plain_task(config, "none"), count_model_flops(config)
