@@ -198,10 +198,13 @@ class Group:
         """
         for name, value in {**changes, **fields}.items():
             first, _, rest = name.partition(".")
-            if rest:
-                getattr(self, first).update({rest: value})
-            elif isinstance(value, Mapping) and isinstance(getattr(self, first), Group):
-                getattr(self, first).update(value)
+            part = getattr(self, first) if rest or isinstance(value, Mapping) else None
+            if isinstance(part, Group):
+                part.update({rest: value} if rest else value)
+            elif rest and isinstance(part, dict):
+                setattr(self, first, part | {rest: value})
+            elif rest:
+                raise self._unknown(name)
             else:
                 setattr(self, first, value)
 

@@ -18,7 +18,7 @@ from checkpoint_fixtures import (
 )
 
 import m2m_jax
-from m2m_jax.checkpoints import checksums
+from m2m_jax.checkpoints import checksums, saved_model
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.config_changes import code_version, config_changes
 from m2m_jax.checkpoints.saved_model import load_for_sampling
@@ -187,17 +187,26 @@ def test_missing_and_empty_folders(tmp_path, saved):
         load_for_sampling(saved[0], 7)
 
 
-@pytest.mark.parametrize("found", [1, 99])
-def test_other_formats_are_refused(tmp_path, found):
-    """What earlier code saved, which did not say, and what later code did."""
+@pytest.mark.parametrize("found", [0, 1, 99])
+def test_other_formats_are_refused(tmp_path, monkeypatch, found):
+    """What later code saved; and, when the format is another one some day, what today's and earlier code did.
+
+    That which did not say is of format 1.
+    """
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         save(checkpoints, 1, create())
     folder = tmp_path / "checkpoints" / "1"
     about = json.loads((folder / "about" / "metadata").read_text())
-    about = about | {"format": found} if found > 1 else {name: x for name, x in about.items() if name != "format"}
+    assert about["format"] == saved_model.FORMAT
+    about = about | {"format": found} if found else {name: x for name, x in about.items() if name != "format"}
     (folder / "about" / "metadata").write_text(json.dumps(about))
     checksums.write(folder)
-    words = rf"checkpoints/1 has format {found}, of m2m_jax .*, and this code reads format \d+: check that code out"
+    if found < 2:
+        assert load_for_sampling(tmp_path).step == 1
+        monkeypatch.setattr(saved_model, "FORMAT", 2)
+    words = (
+        rf"checkpoints/1 has format {found or 1}, of m2m_jax .*, and this code reads format \d+: check that code out"
+    )
     for read in (lambda: load_for_sampling(tmp_path), lambda: Checkpointer(tmp_path, keep=1)):
         with pytest.raises(UserError, match=words):
             read()

@@ -21,8 +21,9 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.program import read_flags
 from m2m_jax.core.registry import Registry
 from m2m_jax.data.pipeline import SOURCES, open_examples
-from m2m_jax.diffusion.schedule import BETA_SCHEDULES
+from m2m_jax.diffusion.schedule import BETA_SCHEDULES, NoiseSchedule
 from m2m_jax.diffusion.step_tables import STEPPERS
+from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.sharding import AXES
 
@@ -209,11 +210,16 @@ def test_fields_take_lists_and_whole_numbers():
 def test_update_takes_dotted_names_groups_and_fields():
     config, expected = default_config(), default_config()
     expected.train.steps, expected.mesh.data, expected.mesh.fsdp = 3, 2, 4
-    config.update({"train.steps": 3, "mesh": {"data": 2}})
+    expected.data.options = {"url": "here", "shards": 3}
+    config.update({"train.steps": 3, "mesh": {"data": 2}, "data.options": {"url": "here"}, "data.options.shards": 3})
     config.mesh.update(fsdp=4)
     assert config == expected
     with pytest.raises(UnknownField, match=r"config\.train\.steps\?"):
         config.update({"train.stesp": 3})
+    with pytest.raises(UnknownField, match=r"unknown config field config\.train\.steps\.more"):
+        config.update({"train.steps.more": 3})
+    with pytest.raises(UserError, match=r"config\.train is a group of fields"):
+        config.update({"train": 3})
 
 
 def test_a_copy_is_another_config():
@@ -414,6 +420,7 @@ def test_a_source_brings_options_and_rules(own_source):
 OWN = '''
 from m2m_jax.configuration import default_config
 from m2m_jax.data.pipeline import SOURCES, DataSource
+from m2m_jax.diffusion.step_tables import STEPPERS
 from m2m_jax.tasks.registry import TASKS
 
 @SOURCES.register("own_source")
@@ -424,6 +431,11 @@ class OwnSource(DataSource):
     def open(cls, data, split):
         return SOURCES["folder"].open(data, split)
 
+@STEPPERS.register("own_stepper")
+def own_stepper(schedule, num_steps):
+    """Steps of my own."""
+    return STEPPERS["ddim"](schedule, num_steps)
+
 @TASKS.register("own_task")
 class OwnTask:
     """A task of my own."""
@@ -431,6 +443,7 @@ class OwnTask:
 def get_config(preset):
     config = default_config()
     config.data.name = "own_source"
+    config.sample.stepper = "own_stepper"
     config.task = "own_task"
     return config
 '''
@@ -441,7 +454,7 @@ def own_file(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(OWN)
     yield path
-    for registry, name in ((SOURCES, "own_source"), (TASKS, "own_task")):
+    for registry, name in ((SOURCES, "own_source"), (STEPPERS, "own_stepper"), (TASKS, "own_task")):
         forget(registry, name)
 
 
@@ -455,6 +468,8 @@ def test_a_config_file_names_what_it_registers(own_file, tmp_path):
     assert TASKS.choose(config.task).__doc__ == "A task of my own."
     examples = open_examples(config.data, split="train", seed=0)
     assert examples[0]["images_nhwc"].shape == (4, 32, 32, 3)
+    settings = build(SamplingSettings, config.sample)
+    assert len(STEPPERS[settings.stepper](NoiseSchedule(), 5).timestep) == 5
     assert "own_task: A task of my own." in config_flag._help(FIELDS["task"], "own_task")
 
 
