@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_fixtures import data_config
+from data_fixtures import data_config, write_image_folder
 from model_fixtures import quick_jit, random_params
 from PIL import Image
 from run_fixtures import config_argument, load_config, make_autoencoder, run
@@ -118,11 +118,15 @@ def task(registered, autoencoder):
 
 
 @pytest.fixture(scope="module")
-def workdir(registered, autoencoder, tmp_path_factory):
+def flags(registered, autoencoder):
+    changes = {**CHANGES, "autoencoder.path": autoencoder}
+    return [config_argument("emoji:tiny"), *(f"--config.{name}={value}" for name, value in changes.items())]
+
+
+@pytest.fixture(scope="module")
+def workdir(flags, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    flags = [f"--config.{name}={value}" for name, value in CHANGES.items()]
-    flags += [f"--config.autoencoder.path={autoencoder}", f"--workdir={workdir}"]
-    result = run("train", config_argument("emoji:tiny"), *flags)
+    result = run("train", *flags, f"--workdir={workdir}")
     assert result.code == 0, result.err
     return workdir
 
@@ -153,6 +157,24 @@ def test_a_run_trains_it_and_shows_samples(workdir):
     assert (workdir / "samples" / "0000004.png").exists()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert any("eval/loss_other_context" in json.loads(line) for line in lines)
+
+
+def test_programs_read_them_of_the_data_or_say_what_is_missing(workdir, flags, tmp_path):
+    table = tmp_path / "table.json"
+    evaluate = ["evaluate", *flags, f"--checkpoints={workdir}", "--batches=1", f"--output={table}"]
+    other = run(
+        *evaluate,
+        f"--config.data.path={write_image_folder(tmp_path / 'sets', num_sets=8, images_per_set=4)}",
+        "--config.data.name=folder",
+        "--split=train",
+    )
+    assert other.code == 2 and "told shade of every image, 2 numbers" in other.err
+    result = run(*evaluate)
+    assert result.code == 0, result.err
+    assert json.loads(table.read_text())["runs"][str(workdir)]["loss_own_context"][0] > 0
+    result = run("sample", f"--checkpoint={workdir}", f"--output={tmp_path / 'out'}")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "this model is told of each image: shade" in result.err
 
 
 def test_the_error_of_an_image_does_not_depend_on_values_of_later_ones(task):
