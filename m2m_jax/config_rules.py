@@ -20,7 +20,7 @@ BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 # Fields that hold one of a few words.
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("set_diffusion", "text_to_image", "autoencoder"),
-    "data.name": ("emoji", "folder", "precomputed", "mis"),
+    "data.name": ("emoji", "emoji_hands", "folder", "precomputed", "mis"),
     "data.on_error": ("stop", "skip"),
     "model.attn2": ("image_set", "text", "none"),
     "model.clean_sees": ("preceding", "itself"),
@@ -113,7 +113,7 @@ def validate(config: ConfigDict) -> None:
             limits = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
             raise UserError(f"config.{name} is {fields[name]}; it must be {limits}")
 
-    if config.data.name != "emoji" and not config.data.path:
+    if config.data.name not in ("emoji", "emoji_hands") and not config.data.path:
         raise UserError(f"config.data.path is empty; data.name={config.data.name} needs --config.data.path=DIR")
     if config.data.latents and config.data.name != "mis":
         raise UserError(f"config.data.latents is True; data.name={config.data.name} has no choice of them")

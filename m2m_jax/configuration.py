@@ -23,8 +23,8 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of the parameters, the order of the data and all noise
 
     config.data = ConfigDict()
-    # emoji | folder | precomputed: latents, from m2m_jax.data.precompute | mis: sets made from captions, from
-    # m2m_jax.data.build_mis
+    # emoji | emoji_hands: drawn by ten hands, some of which never train | folder: of folders of images | precomputed:
+    # latents, from m2m_jax.data.precompute | mis: sets made from captions, from m2m_jax.data.build_mis
     config.data.name = "emoji"
     config.data.path = ""  # folder: the folder of folders of images; precomputed, mis: the --output of what made it
     config.data.latents = False  # read by mis: train on the latents that it holds, and not on its images

@@ -63,7 +63,21 @@ def open_emoji(directory: str, image_size: int, split: str, *, strict: bool) -> 
     # Imported here: reading folders needs neither TFDS's builders nor the packages with artwork.
     from m2m_jax.data.emoji.builder import make_builder
 
-    remedy = f"python -m m2m_jax.data.prepare --size={image_size} --directory={directory}"
+    return _open_prepared(make_builder, "", directory, image_size, split, strict=strict)
+
+
+def open_emoji_hands(directory: str, image_size: int, split: str, *, strict: bool) -> ShardRecords:
+    """A split of the prepared emoji data set of many hands; as `open_emoji`."""
+    from m2m_jax.data.emoji.hands_builder import make_hands_builder
+
+    return _open_prepared(make_hands_builder, "--hands ", directory, image_size, split, strict=strict)
+
+
+def _open_prepared(
+    make_builder: Callable, flag: str, directory: str, image_size: int, split: str, *, strict: bool
+) -> ShardRecords:
+    """flag: what `m2m_jax.data.prepare` needs to be told, to make it."""
+    remedy = f"python -m m2m_jax.data.prepare {flag}--size={image_size} --directory={directory}"
     try:
         builder = make_builder(image_size, directory)
         if not builder.is_prepared():
@@ -92,6 +106,10 @@ def _open_emoji(config: ConfigDict, split: str) -> RecordSource:
     return open_emoji(config.directory, config.image_size, split, strict=_strict(config))
 
 
+def _open_emoji_hands(config: ConfigDict, split: str) -> RecordSource:
+    return open_emoji_hands(config.directory, config.image_size, split, strict=_strict(config))
+
+
 def _open_folder(config: ConfigDict, split: str) -> RecordSource:
     return folder.load(config.path, split, config.images_per_set, strict=_strict(config))
 
@@ -112,6 +130,7 @@ def _strict(config: ConfigDict) -> bool:
 # data.name -> opens a split of it.
 SOURCES: dict[str, Callable[[ConfigDict, str], RecordSource]] = {
     "emoji": _open_emoji,
+    "emoji_hands": _open_emoji_hands,
     "folder": _open_folder,
     "precomputed": _open_precomputed,
     "mis": _open_mis,
