@@ -58,6 +58,11 @@ def default_config() -> ConfigDict:
     config.autoencoder.latent_channels = 4
     config.autoencoder.norm_num_groups = 16
     config.autoencoder.kl_weight = 1e-4  # of the divergence from a unit normal, beside the pixels' errors
+    # Of the distance by ST-LPIPS, likewise; read where there is a folder of m2m_jax.data.prepare_stlpips.
+    config.autoencoder.perceptual_path = ""
+    config.autoencoder.perceptual_weight = 0.5
+    config.autoencoder.perceptual_slices = 3  # of five of that network; the first see detail, and cost the least
+    config.autoencoder.perceptual_share = 0.125  # of each batch that is compared so: it costs more than the autoencoder
 
     config.model = ConfigDict()  # the U-Net, in diffusers' words
     config.model.block_out_channels = (64, 128)

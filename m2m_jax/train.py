@@ -38,6 +38,7 @@ from m2m_jax.config_rules import validate
 from m2m_jax.data.pipeline import batches, held_out_inputs, inputs, make_dataset, open_examples
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
+from m2m_jax.models.frozen import of_models
 from m2m_jax.models.parameters import count, fingerprint
 from m2m_jax.program import run_program
 from m2m_jax.tasks import sample_grid
@@ -104,7 +105,9 @@ def train(config, workdir, interruption, watchdog, stack):
     kept = {name: config.checkpoint[name] for name in ("keep", "keep_every", "keep_best", "fallback")}
     checkpoints = stack.enter_context(Checkpointer(workdir, **kept))
 
-    metadata = task.metadata | {"sha256": {name: fingerprint(params) for name, params in task.frozen.items()}}
+    metadata = task.metadata | {
+        "sha256": {name: fingerprint(params) for name, params in of_models(task.frozen).items()}
+    }
 
     def start_state(params=None):
         if checkpoints.latest_step() is None:
@@ -245,7 +248,7 @@ def train(config, workdir, interruption, watchdog, stack):
                     score = evaluate(step)
             if saves:
                 with watchdog.allowing("saving"):
-                    checkpoints.save(step, state, frozen=frozen, metadata=metadata, score=score)
+                    checkpoints.save(step, state, frozen=of_models(frozen), metadata=metadata, score=score)
                 divergence.saved()
         if stopping:
             break
