@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from m2m_jax.data import prepare
+from m2m_jax.images import decode_image, on_white
 
 IMAGE_SIZE = 32
 
@@ -31,6 +32,12 @@ def build_emoji(tmp_path_factory) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         prepare.prepare_emoji(IMAGE_SIZE, str(directory), verbose=False)
     return str(directory)
+
+
+def distinct_images(sets) -> np.ndarray:
+    """Every different image of some records, on white: uint8 [n, size, size, 3]."""
+    encoded = dict.fromkeys(data for record in sets for data in record.images)
+    return on_white(np.stack([np.asarray(decode_image(data, "an image")) for data in encoded]))
 
 
 def data_config(**changes) -> ConfigDict:
