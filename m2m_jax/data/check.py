@@ -25,11 +25,13 @@ from m2m_jax.config_rules import validate
 from m2m_jax.data import folder, mis, precomputed
 from m2m_jax.data.inspection import SetReport, Summary, inspect_set
 from m2m_jax.data.mis_source import MisRecords
-from m2m_jax.data.pipeline import RecordSource, open_emoji
+from m2m_jax.data.pipeline import RecordSource, open_emoji, open_emoji_hands
 from m2m_jax.errors import UserError
 from m2m_jax.images import write_png
 from m2m_jax.program import run_program
 from m2m_jax.sampling.contact_sheet import Group, Row, contact_sheet
+
+_EMOJI = ("emoji", "emoji_hands")  # data sets that TFDS prepares
 
 CONFIG = define_config_flag()
 OUTPUT = flags.DEFINE_string("output", "data_check.png", "The sheet of thumbnails; empty: none.")
@@ -76,21 +78,31 @@ def find_sources(path: str) -> list[RecordSource]:
     if mis.folder(root).is_dir():
         splits = mis.read_manifest(root).splits
         return [MisRecords(path, split, latents=None, image_size=None, strict=False) for split in splits]
-    sizes = sorted(int(one.name[:-2]) for one in root.glob("emoji/*px") if one.name[:-2].isdecimal())
-    if sizes:
-        return [source for size in sizes for source in _emoji(path, size)]
+    prepared = [
+        (name, int(one.name[:-2])) for name in _EMOJI for one in root.glob(f"{name}/*px") if one.name[:-2].isdecimal()
+    ]
+    if prepared:
+        return [source for name, size in sorted(prepared) for source in _prepared(name, path, size)]
     return [folder.load(path, None, strict=False)]
 
 
 def configured_sources(data: ConfigDict) -> list[RecordSource]:
     """Every split of the data set that a config names."""
-    return _emoji(data.directory, data.image_size) if data.name == "emoji" else find_sources(data.path)
+    if data.name in _EMOJI:
+        return _prepared(data.name, data.directory, data.image_size)
+    return find_sources(data.path)
 
 
-def _emoji(directory: str, image_size: int) -> list[RecordSource]:
-    from m2m_jax.data.emoji.subjects import SPLITS
+def _prepared(name: str, directory: str, image_size: int) -> list[RecordSource]:
+    """Every split of one of the emoji data sets; that of many hands has those that its families fill."""
+    if name == "emoji":
+        from m2m_jax.data.emoji.subjects import SPLITS
 
-    return [open_emoji(directory, image_size, split, strict=False) for split in SPLITS]
+        return [open_emoji(directory, image_size, split, strict=False) for split in SPLITS]
+    from m2m_jax.data.emoji.hands_builder import SPLITS, make_hands_builder
+
+    there = make_hands_builder(image_size, directory).info.splits or SPLITS
+    return [open_emoji_hands(directory, image_size, split, strict=False) for split in SPLITS if split in there]
 
 
 def _in_order(pool: concurrent.futures.Executor, source: RecordSource, wanted: int):

@@ -60,13 +60,13 @@ def distance(params: Params, images_bhwc: jax.Array, others_bhwc: jax.Array, num
     if min(images_bhwc.shape[1:3]) < _MIN_SIZE:
         raise UserError(f"ST-LPIPS needs images of at least {_MIN_SIZE} pixels a side, not {images_bhwc.shape[1:3]}")
     # One pass for both.
-    x = (jnp.concatenate([images_bhwc, others_bhwc]) - params["shift"]) / params["scale"]
+    x = (jnp.concatenate([images_bhwc, others_bhwc]) - _per_channel(params["shift"])) / _per_channel(params["scale"])
     total = jnp.zeros(len(images_bhwc), jnp.float32)
     for number, (convolutions, _) in enumerate(SLICES[:num_slices]):
         if number:
             x = _pool(x)
         for conv in convolutions:
-            x = jax.nn.relu(_convolve(x, params[f"conv{conv}.kernel"], ((1, 1), (1, 1))) + params[f"conv{conv}.bias"])
+            x = jax.nn.relu(_convolve(x, params[f"conv{conv}.kernel"]) + _per_channel(params[f"conv{conv}.bias"]))
         ours, theirs = jnp.split(_normalized(x), 2)
         total += jnp.mean((ours - theirs) ** 2 @ params[f"lin{number}"], axis=(1, 2))
     return total
@@ -88,5 +88,9 @@ def _pool(x_bhwc: jax.Array) -> jax.Array:
     )
 
 
-def _convolve(x_bhwc: jax.Array, kernel: jax.Array, padding) -> jax.Array:
-    return jax.lax.conv_general_dilated(x_bhwc, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def _convolve(x_bhwc: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x_bhwc, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _per_channel(x_c: jax.Array) -> jax.Array:
+    return jnp.asarray(x_c)[None, None, None]
