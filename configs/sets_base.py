@@ -4,7 +4,7 @@ r"""The single-image latent diffusion model of 64 px emoji in many hands, from w
         --config.autoencoder.path=models/sets_vae
     python -m m2m_jax.to_diffusers --checkpoint runs/sets_base --output models/sets_unet
 
-`models/sets_vae` is the first stage of configs/sets_vae.py. 8.9 million parameters, two levels over latents of 8x8x24,
+`models/sets_vae` is the first stage of configs/sets_vae.py. 8.9 million parameters, two levels over latents of 8x8x32,
 no Image-Set Attention: trained on sets of one image, unconditional. Trained on the training split only.
 """
 
