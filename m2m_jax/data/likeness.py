@@ -25,8 +25,12 @@ def shapes(images_nhwc: np.ndarray) -> np.ndarray:
 
 def likeness(images_nhwc: np.ndarray, others_mhwc: np.ndarray) -> np.ndarray:
     """Correlates the shapes of images with those of others and of their mirror images: float32 [n, m], at most 1."""
-    others = shapes(others_mhwc)
-    return np.maximum(shapes(images_nhwc) @ others.T, shapes(images_nhwc[:, :, ::-1]) @ others.T)
+    return likeness_to(images_nhwc, shapes(others_mhwc))
+
+
+def likeness_to(images_nhwc: np.ndarray, shapes_md: np.ndarray) -> np.ndarray:
+    """Does the same where the others' shapes are there already."""
+    return np.maximum(shapes(images_nhwc) @ shapes_md.T, shapes(images_nhwc[:, :, ::-1]) @ shapes_md.T)
 
 
 def like_pairs(images_nhwc: np.ndarray, threshold: float = COPY) -> Iterator[tuple[int, int]]:

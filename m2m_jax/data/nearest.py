@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from m2m_jax.config_flag import check_arguments, define_config_flag
 from m2m_jax.config_rules import validate
+from m2m_jax.data.likeness import COPY, likeness, likeness_to, shapes
 from m2m_jax.data.pipeline import SOURCES
 from m2m_jax.errors import UserError
 from m2m_jax.images import decode_image, fit_square, on_white, read_image, write_png
@@ -42,24 +42,20 @@ def main(argv):
     for record in records:
         given = [read_image(file, size) for file in context_files(record)]
         new = [read_image(file, size) for file in sorted(record.parent.glob("[0-9]*.png"))]
-        new_shapes = shapes(np.stack(new))
-        mirrored = shapes(np.stack(new)[:, :, ::-1])
-        similarity_gn = np.maximum(new_shapes @ training_shapes.T, mirrored @ training_shapes.T)
+        similarity_gn = likeness_to(np.stack(new), training_shapes)
         found = similarity_gn.argmax(1)
         similarities["nearest in training"].extend(similarity_gn.max(1))
         if given:
-            given_shapes = shapes(np.stack(given))
-            similarity_gm = np.maximum(new_shapes @ given_shapes.T, mirrored @ given_shapes.T)
-            similarities["nearest in the context"].extend(similarity_gm.max(1))
+            similarities["nearest in the context"].extend(likeness(np.stack(new), np.stack(given)).max(1))
         rows.append(Row(record.parent.name, [context(given), generated(new), nearest(list(training_nhwc[found]))]))
     write_png(OUTPUT.value, contact_sheet(rows))
     print("shape similarity of generated images (1: the same up to colour)")
     for name, values in similarities.items():
         if values:
-            copies = np.mean(np.array(values) > 0.95)
+            copies = np.mean(np.array(values) > COPY)
             print(
                 f"  {name}, {len(values)} images: median {np.median(values):.3f}, largest {max(values):.3f}, "
-                f"{copies:.0%} above 0.95"
+                f"{copies:.0%} above {COPY}"
             )
     print(OUTPUT.value)
 
@@ -86,13 +82,6 @@ def training_images(data_config) -> np.ndarray:
         for image, data in enumerate(record.images):
             pixels.append(fit_square(decode_image(data, record.image_name(image)), data_config.image_size))
     return on_white(np.stack(pixels))
-
-
-def shapes(images_nhwc: np.ndarray) -> np.ndarray:
-    """Unit vectors [n, h * w] whose inner products are correlations of luminance."""
-    grey = np.stack([np.asarray(Image.fromarray(image).convert("L"), np.float32).ravel() for image in images_nhwc])
-    grey -= grey.mean(1, keepdims=True)
-    return grey / (np.linalg.norm(grey, axis=1, keepdims=True) + 1e-6)
 
 
 if __name__ == "__main__":
