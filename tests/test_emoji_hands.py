@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_fixtures import distinct_images
+from data_fixtures import data_config, distinct_images
 
-from m2m_jax.data import pipeline, prepare
+from m2m_jax.data import check, pipeline, prepare
 from m2m_jax.data.emoji import hands, hands_builder, iconify, naming
 from m2m_jax.data.emoji.table import load_table
 from m2m_jax.data.likeness import COPY, likeness
@@ -38,13 +38,19 @@ def shape(colour, points):
 
 
 @pytest.fixture(scope="module")
-def without_npm(tmp_path_factory):
-    """Some categories of the data set as it is where npm never ran: split -> records."""
+def directory(tmp_path_factory):
+    """Where some categories of the data set were prepared as they are where npm never ran."""
     few = tuple(subject for subject in load_table() if subject.category in CATEGORIES)
     directory = str(tmp_path_factory.mktemp("hands"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hands_builder, "load_table", lambda: few)
-        prepare.prepare_hands(SIZE, directory, str(directory), verbose=False)
+        prepare.prepare_hands(SIZE, directory, directory, verbose=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def without_npm(directory):
+    """Its records: split -> list."""
     sources = {
         split: pipeline.open_emoji_hands(directory, SIZE, split, strict=True)
         for split in ("train", "validation", "test")
@@ -88,6 +94,17 @@ def test_content_rows_have_one_picture_a_hand_and_style_rows_one_family(without_
             else:
                 assert len(set(families)) == 1
                 assert len(subjects) == len(families)
+
+
+def test_examples_are_made_of_it_and_it_is_checked(directory):
+    config = data_config(name="emoji_hands", directory=directory, images_per_set=3)
+    example = pipeline.open_examples(config, split="train", seed=0)[0]
+    assert example["images_nhwc"].shape == (3, SIZE, SIZE, 3)
+    checked = [source.name for source in check.configured_sources(config)]
+    assert len(checked) == 3  # no unseen hands without npm
+    assert [source.name for source in check.find_sources(directory)] == checked
+    with pytest.raises(UserError, match=r"'hands'.*validation"):
+        pipeline.open_examples(config, split="hands", seed=0)
 
 
 def test_no_image_of_a_set_copies_another(without_npm):
