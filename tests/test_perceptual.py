@@ -1,10 +1,6 @@
 """The perceptual network: read from torch's old format, converted, and a part of the first stage's loss."""
 
-import collections
 import pickle
-import struct
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,65 +8,14 @@ import numpy as np
 import pytest
 from run_fixtures import load_config
 from safetensors.numpy import save_file
+from torch_fixtures import MAGIC, PROTOCOL, write_legacy
 
-from m2m_jax.data import prepare_stlpips
+from m2m_jax.data import stlpips_package
 from m2m_jax.data.torch_legacy import read_legacy_torch
 from m2m_jax.errors import UserError
 from m2m_jax.models import stlpips
 from m2m_jax.models.frozen import AUTOENCODER, of_models
 from m2m_jax.tasks.autoencoding import PERCEPTUAL, Autoencoding
-
-PICKLE = {"protocol": 2}
-
-
-@pytest.fixture
-def write_legacy(tmp_path, monkeypatch):
-    """A function that writes arrays as torch did before version 1.6."""
-    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-
-    class FloatStorage:
-        pass
-
-    def _rebuild_tensor_v2():
-        pass
-
-    FloatStorage.__module__, FloatStorage.__qualname__ = "torch", "FloatStorage"
-    _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
-    torch.FloatStorage, utils._rebuild_tensor_v2 = FloatStorage, _rebuild_tensor_v2
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setitem(sys.modules, "torch._utils", utils)
-
-    class Storage:
-        def __init__(self, key, count):
-            self.key, self.count = key, count
-
-    class Tensor:
-        def __init__(self, storage, array):
-            strides = tuple(stride // 4 for stride in array.strides)
-            self.arguments = storage, 0, array.shape, strides, False, collections.OrderedDict()
-
-        def __reduce__(self):
-            return _rebuild_tensor_v2, self.arguments
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, one):
-            if isinstance(one, Storage):
-                return "storage", FloatStorage, one.key, "cpu", one.count, None
-            return None
-
-    def write(arrays, name="weights.pth"):
-        path = tmp_path / name
-        with open(path, "wb") as file:
-            for header in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
-                pickle.dump(header, file, **PICKLE)
-            tensors = {k: Tensor(Storage(str(i), x.size), x) for i, (k, x) in enumerate(arrays.items())}
-            Pickler(file, **PICKLE).dump(collections.OrderedDict(tensors))
-            pickle.dump([str(i) for i in range(len(arrays))], file, **PICKLE)
-            for x in arrays.values():
-                file.write(struct.pack("<q", x.size) + x.astype("<f4").tobytes())
-        return path
-
-    return write
 
 
 def random_params(seed=0):
@@ -98,9 +43,9 @@ def as_torch(params):
     return state | {f"lin{i}.model.1.weight": params[f"lin{i}"].reshape(1, -1, 1, 1) for i in range(5)}
 
 
-def test_state_dicts_are_read_without_torch(write_legacy):
+def test_state_dicts_are_read_without_torch(tmp_path):
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32([7])}
-    found = read_legacy_torch(write_legacy(arrays))
+    found = read_legacy_torch(write_legacy(tmp_path / "weights.pth", arrays))
     assert list(found) == ["a", "b"]
     for name, x in arrays.items():
         np.testing.assert_array_equal(found[name], x)
@@ -113,32 +58,33 @@ def test_what_is_no_tensor_is_not_run(tmp_path):
 
     path = tmp_path / "weights.pth"
     with open(path, "wb") as file:
-        for one in (0x1950A86A20F9469CFC6C, 1001, {}, Harmful()):
-            pickle.dump(one, file, **PICKLE)
+        for one in (MAGIC, 1001, {}, Harmful()):
+            pickle.dump(one, file, PROTOCOL)
     with pytest.raises(UserError, match="no state dict"):
         read_legacy_torch(path)
     assert not (tmp_path / "harm").exists()
 
 
 @pytest.mark.parametrize("keep", [0, 40, 300, -3])
-def test_a_cut_file_is_refused(write_legacy, keep):
-    path = write_legacy({"a": np.ones((4, 5), np.float32)})
+def test_a_cut_file_is_refused(tmp_path, keep):
+    path = write_legacy(tmp_path / "weights.pth", {"a": np.ones((4, 5), np.float32)})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="no state dict"):
         read_legacy_torch(path)
 
 
-def test_transposed_tensors_are_refused_and_not_misread(write_legacy):
+def test_transposed_tensors_are_refused_and_not_misread(tmp_path):
     with pytest.raises(UserError, match="not contiguous"):
-        read_legacy_torch(write_legacy({"a": np.ones((4, 5), np.float32).T}))
+        read_legacy_torch(write_legacy(tmp_path / "weights.pth", {"a": np.ones((4, 5), np.float32).T}))
 
 
-def test_the_package_is_converted_and_loaded(write_legacy, tmp_path, monkeypatch):
+def test_the_package_is_converted_and_loaded(tmp_path, monkeypatch):
     params = random_params()
-    monkeypatch.setattr(prepare_stlpips, "package_file", lambda: write_legacy(as_torch(params)))
+    file = write_legacy(tmp_path / "weights.pth", as_torch(params))
+    monkeypatch.setattr(stlpips_package, "package_file", lambda: file)
     about = {"Version": "0", "License": "a licence"}
-    monkeypatch.setattr(prepare_stlpips.importlib.metadata, "metadata", lambda name: about)
-    prepare_stlpips.prepare_stlpips(tmp_path / "made")
+    monkeypatch.setattr(stlpips_package.importlib.metadata, "metadata", lambda name: about)
+    stlpips_package.prepare_stlpips(tmp_path / "made")
     loaded = stlpips.load_stlpips(tmp_path / "made")
     assert loaded.keys() == params.keys()
     for name, x in params.items():
@@ -153,7 +99,7 @@ def test_another_network_and_none_name_the_remedy(tmp_path):
     with pytest.raises(UserError, match="another network"):
         stlpips.load_stlpips(tmp_path)
     with pytest.raises(UserError, match="another network"):
-        prepare_stlpips.convert({"scaling_layer.shift": np.zeros((1, 3, 1, 1), np.float32)})
+        stlpips_package.convert({"scaling_layer.shift": np.zeros((1, 3, 1, 1), np.float32)})
 
 
 def test_distance_is_zero_for_equal_images_grows_with_difference_and_adds_slices():

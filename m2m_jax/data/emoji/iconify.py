@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from m2m_jax.data.emoji.subjects import parse_codepoints
 from m2m_jax.errors import UserError
 
 # Package -> its version, and the side of the square that is drawn in canvases (their longer sides): families leave
@@ -33,6 +34,7 @@ PACKAGES = {
     "streamline-emojis": ("1.2.4", 1.04),
 }
 _MAX_BYTES = 256 * 2**20  # of one file in a package; the largest here has 104 MB
+_MAX_CANVAS = 1e6  # pixels a side; icons have 16 to 512
 _FOLDER = "package"
 
 
@@ -117,13 +119,30 @@ def load_family(folder: str | Path, name: str) -> Family:
             names={str(code): str(icon) for code, icon in codepoints.items()},
             categories={icon: kind for kind, members in metadata.get("categories", {}).items() for icon in members},
         )
-        if not family.icons or not all(isinstance(entry["body"], str) for entry in family.icons.values()):
-            raise ValueError("no icons")
+        _check(family)
     except FileNotFoundError as error:
         raise UserError(f"no package {path}: {remedy}") from error
     except (OSError, tarfile.TarError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged or another package ({error!r:.100}): {remedy}") from error
     return family
+
+
+def _check(family: Family) -> None:
+    """Refuses what could not be drawn or named. Raises KeyError, TypeError, ValueError."""
+    if not family.icons:
+        raise ValueError("no icons")
+    for canvas in (family.canvas, *family.icons.values()):
+        sizes = {key: float(canvas.get(key, default)) for key, default in _CANVAS.items()}
+        if not all(abs(size) < _MAX_CANVAS for size in sizes.values()) or min(sizes["width"], sizes["height"]) <= 0:
+            raise ValueError(f"a canvas of {sizes}")
+    if not all(isinstance(entry["body"], str) for entry in family.icons.values()):
+        raise TypeError("an icon that is no text")
+    if not all(isinstance(name, str) for named in (family.aliases, family.names) for name in named.values()):
+        raise TypeError("a name that is no text")
+    if not all(isinstance(kind, str) for kind in family.categories.values()):
+        raise TypeError("a category that is no text")
+    for codepoints in family.names:
+        parse_codepoints(codepoints)
 
 
 def _read_json(archive: tarfile.TarFile, name: str) -> Any:
