@@ -55,7 +55,7 @@ help:
 	@echo 'make road       the road of the paper, small: text-to-image, synthetic sets, M2M on them, tried on real ones; hours'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-full  lint, then every test'
-	@echo 'make fuzz       21,000 damaged captions, images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
+	@echo 'make fuzz       25,000 damaged captions, images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
 	@echo 'make parity     only the comparisons with PyTorch and diffusers (Python 3.11)'
 	@echo 'make bench      the U-Net here and in diffusers, side by side: seconds a forward pass and a training step (likewise)'
 	@echo 'make plan       what training at full size needs and can reach on TPUs, compiled without one: docs/planning.md'

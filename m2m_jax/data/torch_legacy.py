@@ -23,8 +23,11 @@ class _Tensor(tuple):
     """(storage key, offset, shape, strides) of a tensor, in elements."""
 
 
-class _Reader(pickle.Unpickler):
-    """Knows the four names that a state dict is made of; any other is refused, so no code is run."""
+class _Reader(pickle._Unpickler):
+    """Knows the four names that a state dict is made of; any other is refused, so no code is run.
+
+    Python's own reader and not the one in C, which takes memory for as many entries as a damaged file says.
+    """
 
     def __init__(self, file: BinaryIO):
         super().__init__(file)
