@@ -3,7 +3,7 @@
 Writes, beside the code that reads them, `emoji/subjects.tsv`: the subjects of all families of `emoji/hands.py` with
 their splits, and `emoji/moved_subjects.txt`: those subjects of `emoji/subjects.py` whose split changes so that nothing
 held out looks like something that trains. Both are committed; this is how they were made. Needs all npm packages of
-`make npm-emoji`, and a quarter of an hour of two cores.
+`make npm-emoji`, and some minutes.
 """
 
 from collections import defaultdict
