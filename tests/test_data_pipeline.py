@@ -174,7 +174,7 @@ def test_fit_square_keeps_aspect_and_does_not_alias():
         ({"images_per_set": 26}, {}, "images_per_set=26.*has 25 images"),
         ({"images_per_set": 0}, {}, "images_per_set=0"),
         ({"kinds": ("nonsense",)}, {}, "nonsense.*content.*style"),
-        ({"name": "nonsense"}, {}, "nonsense.*emoji, folder"),
+        ({"name": "nonsense"}, {}, "nonsense.*emoji, emoji_hands, folder"),
         ({"image_size": 40}, {}, r"prepare --size=40"),
     ],
 )
