@@ -4,7 +4,7 @@
 sum with the timestep's embedding enters every residual block. The last layer of each begins at zero, so that a network
 which gets one computes what it did before.
 
-A new one is a class in a file of its own:
+A new one is a class in a file of its own in this package:
 
     @EMBEDDERS.register("pose")
     class PoseEmbedder(nnx.Module):
@@ -27,7 +27,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import Registry
 from m2m_jax.models.layers import zeros
 
-EMBEDDERS = Registry[type[nnx.Module]]("global embedding")
+EMBEDDERS = Registry[type[nnx.Module]]("global embedding", package="m2m_jax.models")
 
 
 class Perceptron(nnx.Module):

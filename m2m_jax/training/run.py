@@ -193,8 +193,8 @@ class Run:
         shown = {name: timings[name] for name in ("images_per_second", "data_wait_share")}
         self.writer.progress(self.step, loss=scalars["loss"], **shown)
 
-    def evaluate(self) -> float:
-        """Log the figures of held-out sets and draw some. Returns the score: lower is better."""
+    def evaluate(self) -> float | None:
+        """Log the figures of held-out sets and draw some. Returns the score, as `HeldOut.evaluate`."""
         with self.watchdog.allowing("the evaluation"):
             return self.held_out.evaluate(self.step, self.state, self.frozen)
 
