@@ -65,6 +65,15 @@ def test_sampling_from_an_older_one(saved):
         assert_bit_equal(model.ema_params, saved[1][2].ema_params)
 
 
+def test_averages_of_what_does_not_train_are_passed_over(saved):
+    """Earlier code saved them, too."""
+    workdir, states = saved
+    some = {name: x for name, x in states[3].ema_params.items() if "attn2" in name}
+    with Checkpointer(workdir, keep=2) as checkpoints:
+        restored = checkpoints.restore_train_state(target(states[3].replace(ema_params=some)))
+    assert_bit_equal(restored, states[3].replace(ema_params=some))
+
+
 def test_saving_a_step_again_keeps_the_first(saved):
     with Checkpointer(saved[0], keep=2) as checkpoints:
         save(checkpoints, 3, create())
