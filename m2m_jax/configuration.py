@@ -135,6 +135,11 @@ class Model(Group, prefix="model."):
         "model of single images.",
         choices="m2m_jax.models.attentions:ATTENTIONS",
     )
+    global_embeddings: tuple[str, ...] = field(
+        (),
+        "What the network is told of each image as a whole, beside its timestep: attributes of the data set's images.",
+        choices="m2m_jax.models.embedders:EMBEDDERS",
+    )
     order_embedding: bool = field(False, "Whether Image-Set Attention is told the positions of images in their set.")
     clean_sees: str = field(
         "preceding",

@@ -225,6 +225,7 @@ class Run:
     def _open_data(self) -> tuple:
         config = self.config
         options = {"seed": config.seed, "tokenizer": self.task.tokenizer, "with_images": self.task.needs_images}
+        options |= {"attributes": self.task.attributes}
         train_examples = open_examples(config.data, split=config.data.train_split, in_step=True, **options)
         options |= {"whole_captions": True, "augment": config.eval.augment}
         eval_examples = open_examples(config.data, split=config.data.eval_split, **options)

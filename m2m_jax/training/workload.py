@@ -108,6 +108,8 @@ def batch_shapes(config: Config, task: Task, batch_size: int) -> dict:
             shapes[transform.IMAGES] = jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)
     if task.tokenizer:
         shapes["token_ids_bns"] = jax.ShapeDtypeStruct((*sets, task.empty_ids_1s.shape[-1]), jnp.int32)
+    for name, width in task.attributes.items():
+        shapes[f"attribute_{name}_bnc"] = jax.ShapeDtypeStruct((*sets, width), jnp.float32)
     return shapes
 
 
