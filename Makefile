@@ -47,13 +47,14 @@ SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix co
   runtime) $(addprefix view/,contact_sheet html_page) $(addprefix sampling/,bundle bundle_program job program_check \
   run_job set_sampler)))
 
-.PHONY: help demo npm-emoji hands road test test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
+.PHONY: help demo npm-emoji hands road test test-fast test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
 	@echo 'make npm-emoji  fetch ten emoji families as npm packages (29 MB, needs npm) into data/npm'
 	@echo 'make hands      the emoji sets of many hands, 64 px and 32 px, of those families or, without them, of three'
 	@echo 'make road       the road of the paper, small: text-to-image, synthetic sets, M2M on them, tried on real ones; hours'
+	@echo 'make test-fast  what needs no training: the inner loop'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-full  lint, then every test'
 	@echo 'make fuzz       27,000 damaged captions, images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
@@ -111,6 +112,12 @@ road: $(ROAD_ENV)
 	@echo
 	@echo 'Synthetic sets: $(ROAD)/mis.png; losses on real sets: $(ROAD)/recoloured.json, as_drawn.json; contact sheets:'
 	@ls $(ROAD)/*/test_samples/contact_sheet.png
+
+# No model is trained. FAST="tests/test_x.py" names others.
+FAST ?= $(addprefix tests/test_,$(addsuffix .py,layers keys configuration attention no_leak teacher_forcing schedule steppers \
+  guidance objective sharding data_records contact_sheet disk metrics norms))
+test-fast: $(TEST_ENV)
+	$(TEST) pytest -n 2 -q -x $(FAST)
 
 test: lint
 	$(TEST) pytest $(PYTEST_ARGS)

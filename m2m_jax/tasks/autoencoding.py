@@ -1,7 +1,8 @@
 """The task of the first stage: a KL autoencoder of single images."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,7 @@ class Autoencoding:
     summary = "autoencoder"  # what is trained, for the log
     tokenizer = None  # captions are not read
     needs_images = True
+    attributes: Mapping[str, int] = MappingProxyType({})  # and nothing else of the images
     compute_dtype = "float32"
 
     def _build(self, key: jax.Array | int = 0) -> AutoencoderKL:

@@ -195,8 +195,8 @@ class Run:
         shown = {name: timings[name] for name in ("images_per_second", "data_wait_share")}
         self.writer.progress(self.step, loss=scalars["loss"], **shown)
 
-    def evaluate(self) -> float:
-        """Log the figures of held-out sets and draw some. Returns the score: lower is better."""
+    def evaluate(self) -> float | None:
+        """Log the figures of held-out sets and draw some. Returns the score, as `HeldOut.evaluate`."""
         with self.watchdog.allowing("the evaluation"):
             return self.held_out.evaluate(self.step, self.state, self.frozen)
 
@@ -227,6 +227,7 @@ class Run:
     def _open_data(self) -> tuple:
         config = self.config
         options = {"seed": config.seed, "tokenizer": self.task.tokenizer, "with_images": self.task.needs_images}
+        options |= {"attributes": self.task.attributes}
         train_examples = open_examples(config.data, split=config.data.train_split, in_step=True, **options)
         options |= {"whole_captions": True, "augment": config.eval.augment}
         eval_examples = open_examples(config.data, split=config.data.eval_split, **options)
