@@ -4,7 +4,7 @@
 sum with the timestep's embedding enters every residual block. The last layer of each begins at zero, so that a network
 which gets one computes what it did before.
 
-A new one is a class in a file of its own:
+A new one is a class in a file of its own in this package:
 
     @EMBEDDERS.register("pose")
     class PoseEmbedder(Embedder):
@@ -14,7 +14,7 @@ A new one is a class in a file of its own:
 
         def __call__(self, pose_bkc: jax.Array) -> jax.Array: ...  # [b, time_embed_dim], float32
 
-imported where the U-Net is built. In a run whose `config.model.global_embeddings` names it, its values are those of the
+In a run whose `config.model.global_embeddings` names it, its values are those of the
 data's attribute of that name (`RecordSource.attributes`).
 """
 
@@ -42,7 +42,7 @@ class Embedder(nnx.Module):
     width: ClassVar[int]
 
 
-EMBEDDERS = Registry[type[Embedder]]("global embedding")
+EMBEDDERS = Registry[type[Embedder]]("global embedding", package="m2m_jax.models")
 
 
 class Perceptron(Embedder):
