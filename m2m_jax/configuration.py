@@ -104,6 +104,19 @@ class Autoencoder(Group, prefix="autoencoder."):
     latent_channels: int = field(4, "Channels of a latent.", low=1)
     norm_num_groups: int = field(16, "Groups of the group norms.", low=1)
     kl_weight: float = field(1e-4, "Weight of the divergence from a unit normal, beside the errors of pixels.", low=0)
+    perceptual_path: str = field(
+        "", "Folder of m2m_jax.data.prepare_stlpips, for a perceptual loss beside it; empty: without.", path=True
+    )
+    perceptual_weight: float = field(0.5, "Weight of the distance by ST-LPIPS, beside the errors of pixels.", low=0)
+    perceptual_slices: int = field(
+        3,
+        "Slices of that network that the loss reads, of five; the first see detail, and cost the least.",
+        low=1,
+        high=5,
+    )
+    perceptual_share: float = field(
+        0.125, "Share of each batch that is compared so: it costs more than the autoencoder.", low=0, high=1
+    )
 
 
 @dataclasses.dataclass

@@ -31,6 +31,11 @@ AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER = "autoencoder", "image_encoder", "text
 FrozenParams = dict[str, Params]
 
 
+def of_models(params: FrozenParams) -> FrozenParams:
+    """Leave out what only a loss needs, and no checkpoint: the perceptual network of task=autoencoder."""
+    return {name: x for name, x in params.items() if name in (AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER)}
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenModels:
     """What the frozen models are; static and hashable, apart from their parameters, which every method is given.
