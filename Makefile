@@ -114,8 +114,8 @@ road: $(ROAD_ENV)
 	@ls $(ROAD)/*/test_samples/contact_sheet.png
 
 # No model is trained. FAST="tests/test_x.py" names others.
-FAST ?= $(addprefix tests/test_,$(addsuffix .py,layers keys configuration attention no_leak teacher_forcing schedule steppers \
-  guidance objective sharding data_records contact_sheet disk metrics norms))
+FAST ?= $(addprefix tests/test_,$(addsuffix .py,layers keys configuration attention schedule steppers guidance sharding \
+  data_records contact_sheet disk metrics))
 test-fast: $(TEST_ENV)
 	$(TEST) pytest -n 2 -q -x $(FAST)
 
