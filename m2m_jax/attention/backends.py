@@ -68,7 +68,7 @@ class Backend:
                 "set model.attention_backend='prefix'"
             )
         out_bqthd = self.function(q_bqthd, k_bkshd, v_bkshd, layout, keep_bk)
-        sees_bq = (layout.mask_qk()[None] & keep_bk[:, None, :]).any(-1)
+        sees_bq = jnp.any(layout.mask_qk()[None] & keep_bk[:, None, :], axis=-1)
         return jnp.where(sees_bq[:, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
 
 

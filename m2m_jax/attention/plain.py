@@ -48,10 +48,11 @@ def dense(
     """Attend by the reference: one attention over all tokens under the dense mask. Works on forbidden blocks too."""
     b, q, t, h, d = q_bqthd.shape
     s = k_bkshd.shape[2]
-    flat = (jax.lax.collapse(x, 1, 3) for x in (q_bqthd, k_bkshd, v_bkshd))
+    q_bthd, k_bthd, v_bthd = (jax.lax.collapse(x, 1, 3) for x in (q_bqthd, k_bkshd, v_bkshd))
     keep_tokens_bk = None if keep_bk is None else jnp.repeat(keep_bk, s, axis=1)
-    out_bqthd = attend(*flat, layout.token_mask_qk(t, s), keep_tokens_bk).reshape(b, q, t, h, d)
-    sees_something_q = layout.mask_qk().any(1)
+    out_bthd = attend(q_bthd, k_bthd, v_bthd, layout.token_mask_qk(t, s), keep_tokens_bk)
+    out_bqthd = out_bthd.reshape(b, q, t, h, d)
+    sees_something_q = np.any(layout.mask_qk(), axis=1)
     return jnp.where(sees_something_q[None, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
 
 
@@ -88,7 +89,7 @@ def over_slices(
     """
     b, _, t, h, d = q_bqthd.shape
     groups = _contiguous_runs(layout)
-    out_q: list[jax.Array | None] = [None] * layout.num_images
+    out_of: dict[int, jax.Array] = {}
     for (start, stop), queries in groups.items():
         if start == stop:
             shares = [jnp.zeros((b, t, h, d), v_bkshd.dtype)] * len(queries)
@@ -100,8 +101,8 @@ def over_slices(
                 kept["keep_bk"] = jnp.repeat(keep_bk[:, start:stop], k_bkshd.shape[2], axis=1)
             shares = jnp.split(attend(q_bthd, keys, values, **kept), len(queries), axis=1)
         for i, share in zip(queries, shares, strict=True):
-            out_q[i] = share
-    return jnp.stack(out_q, axis=1)
+            out_of[i] = share
+    return jnp.stack([out_of[i] for i in range(layout.num_images)], axis=1)
 
 
 def _contiguous_runs(layout: SetLayout) -> dict[tuple[int, int], list[int]]:

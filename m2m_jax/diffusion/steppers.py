@@ -6,6 +6,7 @@ Each is a table of steps, and one loop walks them all, as a whole or a part at a
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ Carry = dict[str, jax.Array]
 
 
 def begin(table: StepTable, noise: jax.Array) -> Carry:
-    """Before the first row of the table.
+    """Return what a walk has before the first row of the table.
 
     Args:
       noise: standard normal, of any shape.
@@ -28,7 +29,7 @@ def begin(table: StepTable, noise: jax.Array) -> Carry:
     """
     # Clean images of before the first row weigh 0, and so does what it finds kept: any finite value will do.
     carry = {term: jnp.zeros_like(noise) for term in ("kept", "before_previous") if term in _used(table)}
-    return carry | {"x": table.start.astype(noise.dtype) * noise, "previous": jnp.zeros_like(noise)}
+    return carry | {"x": jnp.asarray(table.start, noise.dtype) * noise, "previous": jnp.zeros_like(noise)}
 
 
 def advance(
@@ -40,7 +41,7 @@ def advance(
     first: int | jax.Array,
     end: int | jax.Array,
 ) -> Carry:
-    """Walks the table's rows from `first` to before `end`.
+    """Walk the table's rows from `first` to before `end`.
 
     Args:
       schedule: what the output of `denoise` means.
@@ -50,7 +51,8 @@ def advance(
         Deterministic steppers never call it.
     """
     used, dtype = _used(table), carry["x"].dtype
-    rows = jax.tree.map(jnp.asarray, table._replace(start=None))
+    columns: dict[str, Any] = {**table._asdict(), "start": None}  # which no row has
+    rows: StepTable = jax.tree.map(jnp.asarray, StepTable(**columns))
 
     def weigh(weights: jax.Array, terms: Carry) -> jax.Array:
         products = (weights[i].astype(dtype) * terms[term] for i, term in enumerate(TERMS) if term in terms)

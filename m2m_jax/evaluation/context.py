@@ -120,7 +120,7 @@ def evaluate_context(config: Config, options: ContextEvaluation) -> ContextRepor
     _require_comparable(samplers, config.data.image_size)
     warn_of_one_set(examples.num_sets, options.split)
 
-    runs = {}
+    runs: dict[str, dict[str, Any]] = {}
     for path, sampler in samplers.items():
         runs[path] = {"step": sampler.step, "parameters": sum(x.size for x in sampler.unet_params.values())}
         runs[path] |= _losses(sampler, dataset, options.batches, config, mesh)

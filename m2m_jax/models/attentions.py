@@ -16,7 +16,7 @@ imported where the U-Net is built. Its parameters are `attn_pose.*` and `norm_po
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -70,7 +70,8 @@ class Attention(nnx.Module):
         return self.to_out(checkpoint_name(out, CHECKPOINT_NAME).reshape(shape))
 
 
-ATTENTIONS = Registry[type[Attention]]("attention of a transformer block")
+# Made of (channels, num_heads, config, dtype=..., rngs=...).
+ATTENTIONS = Registry[Callable[..., Attention]]("attention of a transformer block")
 # Diffusers' names of an attention and of the norm before it, where another kind has not taken them.
 _PARAMETERS = {"self": ("attn1", "norm1"), "set": ("attn2", "norm2"), "text": ("attn2", "norm2")}
 
@@ -102,11 +103,13 @@ class SelfAttention(Attention):
         self.backend = config.attention_backend
 
     def __call__(self, x_btc: jax.Array, conditioning: Conditioning, address: Address) -> tuple[jax.Array, KeysValues]:
-        q_bthd, *own = (self.heads(project(x_btc)) for project in (self.to_q, self.to_k, self.to_v))
-        seen = join(own, conditioning.references[address]) if address in conditioning.references else own
+        q_bthd = self.heads(self.to_q(x_btc))
+        own = self.heads(self.to_k(x_btc)), self.heads(self.to_v(x_btc))
+        k_bshd, v_bshd = join(own, conditioning.references[address]) if address in conditioning.references else own
         # A set of one image, whose keys may be more than its queries.
-        out_b1thd = BACKENDS.choose(self.backend)(q_bthd[:, None], *(x[:, None] for x in seen), ONE_IMAGE)
-        return self.output(out_b1thd, x_btc.shape), tuple(own)
+        backend = BACKENDS.choose(self.backend)
+        out_b1thd = backend(q_bthd[:, None], k_bshd[:, None], v_bshd[:, None], ONE_IMAGE)
+        return self.output(out_b1thd, x_btc.shape), own
 
 
 @ATTENTIONS.register("text")
@@ -171,7 +174,11 @@ class ImageSetAttention(Attention):
     def _within_sets(self, x_btc: jax.Array, sets: ImageSets) -> tuple[jax.Array, KeysValues]:
         layout = sets.layout
         x_bqtc = x_btc.reshape(-1, layout.num_images, *x_btc.shape[1:])
-        source_bksc = sets.tokens_bmsc if layout.encoded else x_bqtc[:, : len(layout.clean)]
+        source_bksc = x_bqtc[:, : len(layout.clean)]
+        if layout.encoded:
+            if sets.tokens_bmsc is None:
+                raise ValueError("the layout says that images are encoded, and ImageSets.tokens_bmsc is None")
+            source_bksc = sets.tokens_bmsc
         position_bk = jnp.broadcast_to(jnp.asarray(layout.clean)[None], source_bksc.shape[:2])
         keys_values = self.keys_and_values(source_bksc, position_bk)
         backend = BACKENDS.choose(self.backend)
@@ -189,7 +196,8 @@ class ImageSetAttention(Attention):
         b, seeing = cached.sees_bgm.shape[:2]
         own = None
         if cached.position_b is not None:
-            own = tuple(x_b1shd[:, 0] for x_b1shd in self.keys_and_values(x_btc[:, None], cached.position_b[:, None]))
+            k_b1shd, v_b1shd = self.keys_and_values(x_btc[:, None], cached.position_b[:, None])
+            own = k_b1shd[:, 0], v_b1shd[:, 0]
             if self.clean_sees == "itself" or address not in cached.k_bmshd:
                 return attend(q_bthd, *own), own
         q_bgthd = q_bthd.reshape(b, -1, *q_bthd.shape[1:])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +210,8 @@ def _keys_and_values(
     conditioning: Conditioning,
 ) -> Mapping[Address, KeysValues]:
     """Return keys and values [b, s, h, d] of one more image of each set at a level, of every Image-Set Attention."""
-    attentions, position_b = unet.attentions("set"), cache.position_b
+    attentions: dict[Address, Any] = unet.attentions("set")  # ImageSetAttention, or what is registered in its place
+    position_b = cache.position_b
     if unet.config.attends_to_encoded:
         pairs = {
             address: attention.keys_and_values(image[:, None], position_b[:, None])

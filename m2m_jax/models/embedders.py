@@ -17,7 +17,7 @@ imported where the U-Net is built.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,9 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import Registry
 from m2m_jax.models.layers import zeros
 
-EMBEDDERS = Registry[type[nnx.Module]]("global embedding")
+# An embedder: [b, ...] -> [b, time_embed_dim]; made of (time_embed_dim, rngs=...).
+Embedder = Callable[[jax.Array], jax.Array]
+EMBEDDERS = Registry[Callable[..., Embedder]]("global embedding")
 
 
 class Perceptron(nnx.Module):
@@ -57,7 +59,7 @@ class CameraEmbedder(Perceptron):
         return super().__call__(jnp.stack(features, axis=-1))
 
 
-def embed_globals(embedders: Mapping[str, nnx.Module], values: Mapping[str, jax.Array]) -> jax.Array | float:
+def embed_globals(embedders: Mapping[str, Embedder], values: Mapping[str, jax.Array]) -> jax.Array | float:
     """Return the sum [b, time_embed_dim] of what each value is embedded as; 0 where there is none.
 
     Raises:

@@ -80,8 +80,8 @@ class FrozenModels:
             models = cls(autoencoder, encoder, size)
             params[IMAGE_ENCODER] = transformers_folder.load_params(folder)
         if config.text_encoder.path:
-            encoder, params[TEXT_ENCODER] = text_encoders.load_text_encoder(config.text_encoder.path)
-            models = dataclasses.replace(models, text_encoder=encoder)
+            text_encoder, params[TEXT_ENCODER] = text_encoders.load_text_encoder(config.text_encoder.path)
+            models = dataclasses.replace(models, text_encoder=text_encoder)
         models = dataclasses.replace(models, precision=config.model.precision)
         models.require_params(params, {name: getattr(config, name).path for name in params})
         return models, params
@@ -169,12 +169,14 @@ class FrozenModels:
             return text_encoders.encode_text(self.text_encoder, encoder, token_ids_bs)
 
     @functools.cached_property
-    def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef[AutoencoderKL], dict[str, jax.ShapeDtypeStruct]]:
         return abstract(lambda: AutoencoderKL(self.autoencoder, rngs=nnx.Rngs(0)))
 
     @functools.cached_property
-    def _encoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-        return abstract(lambda: DINOv2(self.image_encoder, rngs=nnx.Rngs(0)))
+    def _encoder_and_shapes(self) -> tuple[nnx.GraphDef[DINOv2], dict[str, jax.ShapeDtypeStruct]]:
+        if self.image_encoder is None:
+            raise ValueError("these models have no image encoder")
+        return abstract(functools.partial(DINOv2, self.image_encoder, rngs=nnx.Rngs(0)))
 
     @functools.cached_property
     def _text_encoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:

@@ -65,7 +65,7 @@ def load_text_encoder(folder: str | Path) -> tuple[TextEncoderConfig, Params]:
     Raises:
       UserError: the folder holds none of `TEXT_ENCODERS`, or not all of one.
     """
-    kind = folders.read_config(folder, "transformers").get("model_type")
+    kind: Any = folders.read_config(folder, "transformers").get("model_type")
     if kind not in TEXT_ENCODERS:
         there = " and ".join(TEXT_ENCODERS)
         raise UserError(f"{folder}/config.json describes a {kind}; text encoders are {there}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +185,7 @@ class Programs:
 
 
 @functools.cache
-def compiled(programs: Programs, mesh: Mesh) -> dict[str, Callable]:
+def compiled(programs: Programs, mesh: Mesh) -> dict[str, jax.stages.Wrapped]:
     """Return {name in `PROGRAMS`: the compiled method}, once for all samplers that are alike.
 
     Sets are split over the devices of `mesh`, each of which runs a program by itself: nothing is sent. (Left to XLA,
@@ -194,7 +193,7 @@ def compiled(programs: Programs, mesh: Mesh) -> dict[str, Callable]:
     """
     shared, split = PartitionSpec(), PartitionSpec("data")
 
-    def of(name: str) -> Callable:
+    def of(name: str) -> jax.stages.Wrapped:
         def run(params, *arguments, **static):
             by_set = jax.tree.map(lambda x: split if jnp.ndim(x) else shared, arguments)
             # Loops begin with zeros, which vary between devices only from the second round on: not checked.

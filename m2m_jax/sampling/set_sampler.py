@@ -10,7 +10,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -69,14 +69,26 @@ class SetSampler(abc.ABC):
         images = sampler.sample_sets(contexts, num_images=4, seed_b=np.array([0, 1]))  # uint8 [2, 4, size, size, 3]
     """
 
-    image_size: int
-    num_steps: int
-    cache_size: int
-    slide: bool
-    encodes_generated: bool
-    programs: Mapping[str, Callable]
-    reads_context: bool = True
-    num_devices: int = 1
+    if TYPE_CHECKING:  # only read here: a subclass may have them as attributes or as properties
+
+        @property
+        def image_size(self) -> int: ...
+        @property
+        def num_steps(self) -> int: ...
+        @property
+        def cache_size(self) -> int: ...
+        @property
+        def slide(self) -> bool: ...
+        @property
+        def encodes_generated(self) -> bool: ...
+        @property
+        def programs(self) -> Mapping[str, Callable]: ...
+        @property
+        def reads_context(self) -> bool: ...
+        @property
+        def num_devices(self) -> int: ...
+    else:
+        reads_context, num_devices = True, 1
 
     def place(self, tree: Any) -> Any:
         """Return arrays with a leading axis of sets where the programs want them."""
@@ -124,9 +136,13 @@ class SetSampler(abc.ABC):
         return np.asarray(pixels, np.uint8).reshape(len(pixels), self.image_size, self.image_size, 3)
 
     def sample_sets(
-        self, contexts: Sequence[np.ndarray], num_images: int, seed_b: np.ndarray, on_step: OnStep | None = None
+        self,
+        contexts: Sequence[np.ndarray] | np.ndarray,
+        num_images: int,
+        seed_b: np.ndarray,
+        on_step: OnStep | None = None,
     ) -> np.ndarray:
-        """`__call__` for b sets at once, each with a seed of its own.
+        """Return what `__call__` does, for b sets at once, each with a seed of its own.
 
         Args:
           contexts: of each set, uint8 [m, image_size, image_size, 3]; m may differ.
@@ -138,7 +154,7 @@ class SetSampler(abc.ABC):
 
     def stream_sets(
         self,
-        contexts: Sequence[np.ndarray],
+        contexts: Sequence[np.ndarray] | np.ndarray,
         num_images: int,
         seed_b: np.ndarray,
         on_step: OnStep | None = None,
@@ -155,22 +171,23 @@ class SetSampler(abc.ABC):
         lengths_b = self._check(contexts, num_images, seed_b)
         missing = -len(contexts) % self.num_devices
         # Devices get equally many sets: what is missing is sampled without context and thrown away.
-        padded, lengths_b = [*contexts, *[()] * missing], np.append(lengths_b, np.zeros(missing, int))
-        seed_b = self.place(np.append(np.asarray(seed_b, np.uint32), np.zeros(missing, np.uint32)))
+        padded: list[Any] = [*contexts, *[()] * missing]
+        lengths_b = np.append(lengths_b, np.zeros(missing, int))
+        placed_b = self.place(np.append(np.asarray(seed_b, np.uint32), np.zeros(missing, np.uint32)))
         everyone = self.place(np.ones(len(padded), bool))
         run = self.programs
-        cache = self.empty_cache(seed_b, max(room, int(lengths_b.max()) + num_images - 1))
+        cache = self.empty_cache(placed_b, max(room, int(lengths_b.max()) + num_images - 1))
         blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
         for i in range(lengths_b.max()):
             images_bhwc = np.stack([context[i] if i < len(context) else blank for context in padded])
-            cache = run["append"](cache, seed_b, run["encode"](self.place(images_bhwc)), self.place(i < lengths_b))
+            cache = run["append"](cache, placed_b, run["encode"](self.place(images_bhwc)), self.place(i < lengths_b))
         for i in range(num_images):
-            latents_bhwc = self._next_image(cache, seed_b, i, num_images, len(contexts), on_step)
+            latents_bhwc = self._next_image(cache, placed_b, i, num_images, len(contexts), on_step)
             images_bhwc = run["decode"](latents_bhwc)
             yield np.asarray(images_bhwc)[: len(contexts)]
             if i + 1 < num_images:
                 image = run["encode"](images_bhwc) if self.encodes_generated else latents_bhwc
-                cache = run["append"](cache, seed_b, image, everyone)
+                cache = run["append"](cache, placed_b, image, everyone)
 
     def _next_image(
         self, cache: Any, seed_b: jax.Array, image: int, num_images: int, num_sets: int, on_step: OnStep | None
@@ -190,7 +207,7 @@ class SetSampler(abc.ABC):
                 on_step(Progress(image, num_images, first + 1, self.num_steps, preview))
         return carry["x"]
 
-    def _check(self, contexts: Sequence[np.ndarray], num_images: int, seed_b: np.ndarray) -> np.ndarray:
+    def _check(self, contexts: Sequence[np.ndarray] | np.ndarray, num_images: int, seed_b: np.ndarray) -> np.ndarray:
         """Return how many context images each set has."""
         if num_images < 1:
             raise UserError(f"num_images must be at least 1, not {num_images}")

@@ -84,7 +84,7 @@ def context_errors(
         layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
         return squared_error(unet, schedule, Told(layout, context), *repeated, clean_timestep=clean_timestep)
 
-    own_bn, other_bn = errors(context), errors(context[another(record_b)])
+    own_bn, other_bn = errors(context), errors(None if context is None else context[another(record_b)])
     by_size = {f"loss_by_context_size/{k}": own_bn[:, k] for k in range(n)}
     return {"loss_own_context": own_bn[:, -1], "loss_other_context": other_bn[:, -1], **by_size}
 

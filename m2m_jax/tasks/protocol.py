@@ -36,7 +36,7 @@ class Objective(Protocol):
     """
 
     compute_dtype: str
-    shapes: Params
+    shapes: dict[str, jax.ShapeDtypeStruct]
     frozen: FrozenParams
 
     def init(self) -> Params:
@@ -60,8 +60,10 @@ class Reader(Protocol):
       needs_images: whether images are wanted also where the data set holds latents.
     """
 
-    tokenizer: Callable[[Sequence[str]], np.ndarray] | None
-    needs_images: bool
+    @property
+    def tokenizer(self) -> Callable[[Sequence[str]], np.ndarray] | None: ...
+    @property
+    def needs_images(self) -> bool: ...
 
 
 class Evaluator(Protocol):
@@ -104,5 +106,7 @@ class Task(Objective, Reader, Evaluator, Previewer, Protocol):
       metadata: what a checkpoint must say so that it can be sampled from alone; can be written as JSON.
     """
 
-    summary: str
-    metadata: dict[str, Any]
+    @property
+    def summary(self) -> str: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...

@@ -103,7 +103,7 @@ class SetDiffusion(LatentDiffusion):
           number_b: the number of each set in the grid, on which its noise depends.
           step: of the parameters.
         """
-        b, n = batch.get("images_bnhwc", batch.get("latents_bnhwc")).shape[:2]
+        b, n = self.latents_shape(batch)[:2]
         num_context, num_new = n - 1, max(n - 1, 1)
         sampler = self.sampler(params, step)
         settings = dataclasses.replace(sampler.settings, cache_size=max(num_context + num_new - 1, 1))

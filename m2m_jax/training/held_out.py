@@ -70,8 +70,8 @@ class HeldOut:
         held_out = [self._data[i] for i in range(self._config.eval.batches)]
         placed = (sharding.make_global_batch(self._mesh, held_out_inputs(batch), size) for batch in held_out)
         results = [self._of_batch(state.params, state.ema_params, frozen, batch, i) for i, batch in enumerate(placed)]
-        means = {f"eval/{name}": np.mean([float(r[name]) for r in results]) for name in results[0]}
-        substituted = {}
+        means = {f"eval/{name}": float(np.mean([float(r[name]) for r in results])) for name in results[0]}
+        substituted: dict[str, float] = {}
         if self._config.data.on_error == "skip":
             found = sum(int(batch["substituted_b"].sum()) for batch in held_out)
             read = sum(len(batch["substituted_b"]) for batch in held_out)
@@ -113,5 +113,6 @@ def sets_of_all_processes(found: int, read: int, sets: int) -> int:
     Args:
       found, read: of this process: sets that count, and all that it read.
     """
-    found, read = multihost_utils.process_allgather(np.int32([found, read])).reshape(-1, 2).sum(axis=0)
+    counts = np.array([found, read], np.int32)
+    found, read = multihost_utils.process_allgather(counts).reshape(-1, 2).sum(axis=0)
     return int(found) * sets // int(read)
