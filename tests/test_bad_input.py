@@ -193,7 +193,7 @@ def picture(tmp_path_factory):
         ("--seed=-1", "--seed must be between 0 and 4294967295, not -1"),
         ("--seed=4294967296", "--seed must be between 0 and 4294967295, not 4294967296"),
         ("--num_context=-1", "--num_context must be at least 0, not -1"),
-        ("--stepper=rk4", "stepper must be one of"),
+        ("--stepper=rk4", "unknown stepper 'rk4'"),
         ("--steps=0", "sampling needs at least one step, not 0"),
         ("--guidance_scale=-1", "guidance_scale must be a number of at least 0, not -1.0"),
         ("--guidance_scale=nan", "guidance_scale must be a number of at least 0, not nan"),

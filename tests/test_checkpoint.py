@@ -18,7 +18,7 @@ from checkpoint_fixtures import (
 )
 
 import m2m_jax
-from m2m_jax.checkpoints import checksums
+from m2m_jax.checkpoints import checksums, saved_model
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.config_changes import code_version, config_changes
 from m2m_jax.checkpoints.saved_model import load_for_sampling
@@ -63,6 +63,15 @@ def test_sampling_from_an_older_one(saved):
     for model in (load_for_sampling(saved[0], 2), load_for_sampling(saved[0] / "checkpoints" / "2")):
         assert model.step == 2
         assert_bit_equal(model.ema_params, saved[1][2].ema_params)
+
+
+def test_averages_of_what_does_not_train_are_passed_over(saved):
+    """Earlier code saved them, too."""
+    workdir, states = saved
+    some = {name: x for name, x in states[3].ema_params.items() if "attn2" in name}
+    with Checkpointer(workdir, keep=2) as checkpoints:
+        restored = checkpoints.restore_train_state(target(states[3].replace(ema_params=some)))
+    assert_bit_equal(restored, states[3].replace(ema_params=some))
 
 
 def test_saving_a_step_again_keeps_the_first(saved):
@@ -187,17 +196,26 @@ def test_missing_and_empty_folders(tmp_path, saved):
         load_for_sampling(saved[0], 7)
 
 
-@pytest.mark.parametrize("found", [1, 99])
-def test_other_formats_are_refused(tmp_path, found):
-    """What earlier code saved, which did not say, and what later code did."""
+@pytest.mark.parametrize("found", [0, 1, 99])
+def test_other_formats_are_refused(tmp_path, monkeypatch, found):
+    """What later code saved; and, when the format is another one some day, what today's and earlier code did.
+
+    That which did not say is of format 1.
+    """
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         save(checkpoints, 1, create())
     folder = tmp_path / "checkpoints" / "1"
     about = json.loads((folder / "about" / "metadata").read_text())
-    about = about | {"format": found} if found > 1 else {name: x for name, x in about.items() if name != "format"}
+    assert about["format"] == saved_model.FORMAT
+    about = about | {"format": found} if found else {name: x for name, x in about.items() if name != "format"}
     (folder / "about" / "metadata").write_text(json.dumps(about))
     checksums.write(folder)
-    words = rf"checkpoints/1 has format {found}, of m2m_jax .*, and this code reads format \d+: check that code out"
+    if found < 2:
+        assert load_for_sampling(tmp_path).step == 1
+        monkeypatch.setattr(saved_model, "FORMAT", 2)
+    words = (
+        rf"checkpoints/1 has format {found or 1}, of m2m_jax .*, and this code reads format \d+: check that code out"
+    )
     for read in (lambda: load_for_sampling(tmp_path), lambda: Checkpointer(tmp_path, keep=1)):
         with pytest.raises(UserError, match=words):
             read()

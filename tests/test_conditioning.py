@@ -15,8 +15,9 @@ from m2m_jax.attention.layout import SetLayout
 from m2m_jax.attention.plain import attend
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import abstract, merge
+from m2m_jax.diffusion.guidance import EVERYTHING
 from m2m_jax.models.attentions import ATTENTIONS, Attention, parameter_names
-from m2m_jax.models.conditioning import Conditioning
+from m2m_jax.models.conditioning import CachedContext, Conditioning
 from m2m_jax.models.context_cache import append_image, empty_cache
 from m2m_jax.models.embedders import EMBEDDERS, CameraEmbedder, Perceptron
 from m2m_jax.models.initialization import from_pretrained, is_attention, is_set_attention
@@ -144,7 +145,8 @@ def test_the_cache_is_exact_for_it():
             cache = append_image(
                 unet, cache, CLEAN[:, i], clean_timestep=timestep_b, append_b=every, conditioning=told(i)
             )
-        conditioning = dataclasses.replace(told(last), cached=cache.seen_by())
+        seen = CachedContext(cache.k_bmshd, cache.v_bmshd, cache.sees_bm(EVERYTHING, 0)[:, None])
+        conditioning = dataclasses.replace(told(last), cached=seen)
         return unet(NOISED[:, 2], TIMESTEP[:, 2], conditioning)[0], cache
 
     @quick_jit

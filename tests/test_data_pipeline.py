@@ -71,6 +71,10 @@ def test_same_batches_from_any_start(config, augment):
         _assert_equal(fresh[step], run[step])
     foreground = pipeline.batches(fresh, 2, prefetch=0)
     _assert_equal(next(foreground), run[2])
+    for prefetch in (0, 2):
+        some = list(pipeline.batches(fresh, 1, prefetch, stop_step=3))
+        assert len(some) == 2
+        _assert_equal(some[1], run[2])
 
 
 def test_far_steps_cost_no_more(config):

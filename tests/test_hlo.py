@@ -242,3 +242,14 @@ def test_without_another_memory_it_is_xla_s_count():
     x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     compiled = jax.jit(lambda x, y: x @ y @ y).lower(x, x).compile()
     assert hbm_bytes(hlo.parse(compiled.as_text())) == compiled.cost_analysis()["bytes accessed"]
+
+
+def test_loops_of_a_program_that_was_compiled_here_run_as_often_as_it_says():
+    program = hlo.parse(
+        jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c) @ c, None), x, None, length=7)[0])
+        .lower(jax.ShapeDtypeStruct((4, 4), jnp.float32))
+        .compile()
+        .as_text()
+    )
+    loops = [one for part in program.computations.values() for one in part.instructions if one.opcode == "while"]
+    assert [program.trips(one) for one in loops] == [7]

@@ -44,7 +44,7 @@ TEXT_UNET = UNetConfig(
     layers_per_block=1,
     num_attention_heads=(2, 2),
     norm_num_groups=4,
-    attn2="text",
+    attentions=("self", "text"),
     cross_attention_dim=24,
 )
 

@@ -26,7 +26,7 @@ import dataclasses
 import itertools
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,8 @@ class Checkpointer:
         config, was = metadata.get("config"), about["metadata"]
         changes = config_changes(was.get("config", {}), config) if config else []
         wanted = _flatten(_resumed(target))
-        _require_same_leaves(folder, {STATE: wanted, EMA: target.ema_params}, changes)
+        # Earlier code saved averages of parameters that do not train, too: they are these.
+        _require_same_leaves(folder, {STATE: wanted, EMA: target.ema_params}, changes, spare=target.params)
         _require_same_frozen(folder, was.get("sha256", {}), metadata)
         if changes:
             _say("\n  ".join([f"the config is not that of {folder}:", *changes]))
@@ -340,8 +341,13 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _require_same_leaves(folder: Path, targets: Mapping[str, Mapping[str, Any]], changes: Sequence[str]) -> None:
-    """Raises UserError where an item's leaves are not those of `targets`: {item: {name: with shape and dtype}}."""
+def _require_same_leaves(
+    folder: Path, targets: Mapping[str, Mapping[str, Any]], changes: Sequence[str], spare: Container[str] = ()
+) -> None:
+    """Raise UserError where an item's leaves are not those of `targets`: {item: {name: with shape and dtype}}.
+
+    spare: names that may be in the checkpoint alone.
+    """
     for item, target in targets.items():
         saved = saved_leaves(folder, item)
         shapes = {
@@ -349,7 +355,7 @@ def _require_same_leaves(folder: Path, targets: Mapping[str, Mapping[str, Any]],
         }
         differences = in_turn(
             [f"{name} (not in the checkpoint)" for name in target if name not in saved],
-            [f"{name} (only in the checkpoint)" for name in saved if name not in target],
+            [f"{name} (only in the checkpoint)" for name in saved if name not in target and name not in spare],
             [f"{name} ({was} in the checkpoint, {now} now)" for name, (was, now) in shapes.items() if was != now],
         )
         if differences:

@@ -22,7 +22,7 @@ from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
 from m2m_jax.models.trained import PARAMETERS
 
-FORMAT = 2  # of names and shapes in a checkpoint: one more where what an earlier code saved can no longer be read
+FORMAT = 1  # of names and shapes in a checkpoint: one more where what an earlier code saved can no longer be read
 FOLDER = "checkpoints"
 STATE, EMA, ABOUT = "train_state", "ema", "about"
 PARAMS = "params."  # begins the names of the parameters in the train state
@@ -114,7 +114,7 @@ def choose(folder: Path, steps: Sequence[int], step: int | None) -> int:
 def read_about(folder: Path, step: int) -> dict[str, Any]:
     """Return the item "about" of a checkpoint. Raises UserError for one of another format."""
     about = json.loads((folder / str(step) / ABOUT / "metadata").read_text(encoding="utf-8"))
-    found = about.get("format", 1)  # the first did not say
+    found = about.get("format", 1)  # at first it was not said
     if found != FORMAT:
         by = about.get("code", "an early version")
         remedy = "check that code out to go on with it or to sample; a run of another --workdir can start from it"

@@ -63,18 +63,24 @@ def make_dataset(
     return BatchDataset(examples, batch_size, own, threads, workers)
 
 
-def batches(dataset: BatchDataset, start_step: int, prefetch: int) -> Iterator[dict[str, np.ndarray]]:
-    """Return an iterator over the batches from `start_step` on, so many made ahead in the background (0: none)."""
+def batches(
+    dataset: BatchDataset, start_step: int, prefetch: int, stop_step: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Return an iterator over the batches from `start_step` on, so many made ahead in the background (0: none).
+
+    stop_step: the first that is not wanted; None: there is no end.
+    """
     threads = dataset.threads if prefetch else 0
     if dataset.workers and prefetch:
         mark_flags_parsed()  # Grain asks flags of its own as it starts workers
         # Whole batches, for workers take turns.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         workers = grain.MultiprocessingOptions(dataset.workers, per_worker_buffer_size=prefetch)
-        return iter(dataset.batched[int(start_step) :].to_iter_dataset(options).mp_prefetch(workers))
+        return iter(dataset.batched[int(start_step) : stop_step].to_iter_dataset(options).mp_prefetch(workers))
     length = len(dataset.rows)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch * length)
-    ahead = dataset.examples[int(start_step) * length :].to_iter_dataset(options)
+    stop = None if stop_step is None else stop_step * length
+    ahead = dataset.examples[int(start_step) * length : stop].to_iter_dataset(options)
     return iter(ahead.batch(length, batch_fn=stack))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 from m2m_jax.configuration import Data
@@ -29,7 +30,7 @@ class RecordSource:
     kinds: Sequence[str]
     num_images: Sequence[int]
     has_images: bool = True
-    attributes: Mapping[str, int] = {}
+    attributes: Mapping[str, int] = MappingProxyType({})
     notes: Sequence[str] = ()
     fingerprint: str = ""
 

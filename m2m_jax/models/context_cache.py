@@ -140,7 +140,7 @@ def append_image(
         k_bmshd, v_bmshd = (jax.tree.map(drop_oldest, arrays) for arrays in (cache.k_bmshd, cache.v_bmshd))
         count_b = cache.count_b - full_b.astype(jnp.int32)
         cache = dataclasses.replace(cache, k_bmshd=k_bmshd, v_bmshd=v_bmshd, count_b=count_b)
-    k_bmshd, v_bmshd, rows_b = dict(cache.k_bmshd), dict(cache.v_bmshd), jnp.arange(len(append_b))
+    k_bmshd, v_bmshd, rows_b = dict(cache.k_bmshd), dict(cache.v_bmshd), jnp.arange(append_b.shape[0])
     for level, (at_level, timestep) in enumerate([(image, clean_timestep), *noised]):
         # Out of bounds, where nothing is appended: dropped.
         slot_b = jnp.where(append_b, cache.count_b, cache.size) * cache.levels + level
@@ -181,21 +181,22 @@ def denoise_next(
       levels: the noise level of the images in each of the cache's levels.
       text: where the network attends to text.
     """
+    b, g = noised_bhwc.shape[0], len(branches)  # b may be a symbol, in an export
     seeing = [branch for branch in branches if cache is not None and branch.images != NONE]
     rows = [*seeing, *(branch for branch in branches if branch not in seeing)]  # those that see nothing come last
     cached = text_rsc = None
     if cache is not None and cache.size:
         sees_bm = [cache.sees_bm(branch, levels.index(branch.level)) for branch in seeing]
-        nobody_bgm = jnp.zeros((len(noised_bhwc), 0, cache.size * cache.levels), bool)
+        nobody_bgm = jnp.zeros((b, 0, cache.size * cache.levels), bool)
         cached = CachedContext(cache.k_bmshd, cache.v_bmshd, jnp.stack(sees_bm, axis=1) if sees_bm else nobody_bgm)
     if text is not None:
         empty_bsc = jnp.broadcast_to(text.empty_1sc, text.caption_bsc.shape)
         text_bgsc = jnp.stack([text.caption_bsc if branch.text else empty_bsc for branch in rows], axis=1)
         text_rsc = jax.lax.collapse(text_bgsc, 0, 2)
-    noised_rhwc = jnp.repeat(noised_bhwc, len(rows), axis=0)
-    timestep_r = jnp.full(len(noised_rhwc), timestep)
+    noised_rhwc = jax.lax.collapse(jnp.stack([noised_bhwc] * g, axis=1), 0, 2)
+    timestep_r = jnp.full(noised_rhwc.shape[0], timestep)
     out_rhwc, _ = unet(noised_rhwc, timestep_r, Conditioning(cached=cached, text_bsc=text_rsc))
-    out_bghwc = out_rhwc.reshape(-1, len(rows), *out_rhwc.shape[1:])
+    out_bghwc = out_rhwc.reshape(b, g, *out_rhwc.shape[1:])
     if rows == list(branches):
         return out_bghwc
     return out_bghwc[:, np.array([rows.index(branch) for branch in branches])]

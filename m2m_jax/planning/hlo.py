@@ -23,6 +23,7 @@ _INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = ([^%"]*?) ([a-z][\w\-]*)\(
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
 _CALLED_SEVERAL = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"\}')
 _CONSTANT = re.compile(r"(\d+)\)")
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 
@@ -99,7 +100,9 @@ class Program(NamedTuple):
     computations: dict[str, Computation]
 
     def trips(self, loop: Instruction) -> int:
-        """Return how often the body of a `while` runs."""
+        """Return how often the body of a `while` runs, by XLA's own note or by its condition."""
+        if noted := _TRIPS.search(loop.rest):
+            return int(noted[1])
         condition = self.computations.get(loop.called.get("condition", ""))
         return condition.trips if condition else 1
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from m2m_jax.core.images import write_png
 from m2m_jax.core.parameters import Params
-from m2m_jax.data.pipeline import SetExamples, held_out_inputs, inputs, make_dataset
+from m2m_jax.data.pipeline import SetExamples, batches, held_out_inputs, inputs, make_dataset
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.trained import Trained
 from m2m_jax.tasks import sample_grid
@@ -67,7 +67,7 @@ class HeldOut:
     def evaluate(self, step: int, state: TrainState, frozen: FrozenParams) -> float:
         """Log the figures of `state`, draw its grid, and return its score: lower is better."""
         size = self._config.eval.batch_size
-        held_out = [self._data[i] for i in range(self._config.eval.batches)]
+        held_out = list(batches(self._data, 0, self._config.data.prefetch, self._config.eval.batches))
         placed = (sharding.make_global_batch(self._mesh, held_out_inputs(batch), size) for batch in held_out)
         results = [self._of_batch(state.params, state.ema_params, frozen, batch, i) for i, batch in enumerate(placed)]
         means = {f"eval/{name}": float(np.mean([float(r[name]) for r in results])) for name in results[0]}

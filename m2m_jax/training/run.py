@@ -108,7 +108,8 @@ class Run:
         kept = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "keep_best", "fallback")}
         self.checkpoints = stack.enter_context(Checkpointer(workdir, **kept))
         digests = {name: fingerprint(params) for name, params in self.task.frozen.items()}
-        self.metadata = self.task.metadata | {"sha256": digests}
+        listings = {examples.split: examples.fingerprint for examples in (train_examples, eval_examples)}
+        self.metadata = self.task.metadata | {"sha256": digests, "listings": listings}
 
         self.state = self._start(params)
         del params

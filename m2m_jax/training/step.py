@@ -55,22 +55,22 @@ def make_train_step(
     """
     separate = reduce_dtype == "float32" and task.compute_dtype != "float32"
 
+    def gradients_of(params: Params, frozen: FrozenParams, inputs: tuple) -> tuple[Params, dict]:
+        def loss(values: Params, inputs: tuple) -> tuple[jax.Array, dict]:
+            own = trained.effective(params, values)
+            # Where each device sums its own gradient, it has whole parameters already.
+            own = own if separate else sharding.gathered(own, mesh, task.compute_dtype)
+            return task.loss(own, frozen, *inputs)
+
+        return _accumulated(jax.grad(loss, has_aux=True), trained.of(params), inputs, accumulation)
+
+    if separate:
+        gradients_of = sharding.summed_in_float32(gradients_of, mesh)
+
     def train_step(state: TrainState, frozen: FrozenParams, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = transform.finish(batch)
-
-        def gradients_of(params: Params, frozen: FrozenParams, inputs: tuple) -> tuple[Params, dict]:
-            def loss(values: Params, inputs: tuple) -> tuple[jax.Array, dict]:
-                own = trained.effective(params, values)
-                # Where each device sums its own gradient, it has whole parameters already.
-                own = own if separate else sharding.gathered(own, mesh, task.compute_dtype)
-                return task.loss(own, frozen, *inputs)
-
-            return _accumulated(jax.grad(loss, has_aux=True), trained.of(params), inputs, accumulation)
-
         # By the batch and not by the step: after a rollback the same steps see other batches, and other noise.
         inputs = (batch, task.draw(batch, state.step + state.skipped_batches))
-        if separate:
-            gradients_of = sharding.summed_in_float32(gradients_of, mesh)
         gradients, metrics = gradients_of(state.params, frozen, inputs)
         metrics |= gradient_norms(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
