@@ -1,12 +1,11 @@
 """Attention in plain XLA, which runs everywhere; a call without a mask for each run of key images that is seen."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.errors import UserError
@@ -16,12 +15,12 @@ Attend = Callable[..., jax.Array]
 
 
 def attend(
-    q_bthd: jax.Array,
-    k_bthd: jax.Array,
-    v_bthd: jax.Array,
-    mask_qk: np.ndarray | None = None,
-    keep_bk: jax.Array | None = None,
-) -> jax.Array:
+    q_bthd: Float[jax.Array, "b q h d"],
+    k_bthd: Float[jax.Array, "b k h d"],
+    v_bthd: Float[jax.Array, "b k h d"],
+    mask_qk: Bool[np.ndarray, "q k"] | None = None,
+    keep_bk: Bool[jax.Array, "b k"] | None = None,
+) -> Float[jax.Array, "b q h d"]:
     """Return scaled dot-product attention with a float32 softmax.
 
     Args:
@@ -39,12 +38,12 @@ def attend(
 
 
 def dense(
-    q_bqthd: jax.Array,
-    k_bkshd: jax.Array,
-    v_bkshd: jax.Array,
+    q_bqthd: Float[jax.Array, "b q t h d"],
+    k_bkshd: Float[jax.Array, "b k s h d"],
+    v_bkshd: Float[jax.Array, "b k s h d"],
     layout: SetLayout,
-    keep_bk: jax.Array | None = None,
-) -> jax.Array:
+    keep_bk: Bool[jax.Array, "b k"] | None = None,
+) -> Float[jax.Array, "b q t h d"]:
     """Attend by the reference: one attention over all tokens under the dense mask. Works on forbidden blocks too."""
     b, q, t, h, d = q_bqthd.shape
     s = k_bkshd.shape[2]
@@ -57,12 +56,12 @@ def dense(
 
 
 def prefix(
-    q_bqthd: jax.Array,
-    k_bkshd: jax.Array,
-    v_bkshd: jax.Array,
+    q_bqthd: Float[jax.Array, "b q t h d"],
+    k_bkshd: Float[jax.Array, "b k s h d"],
+    v_bkshd: Float[jax.Array, "b k s h d"],
     layout: SetLayout,
-    keep_bk: jax.Array | None = None,
-) -> jax.Array:
+    keep_bk: Bool[jax.Array, "b k"] | None = None,
+) -> Float[jax.Array, "b q t h d"]:
     """Attend by calls over slices of the keys: no work on forbidden blocks, and no mask but `keep_bk` in memory.
 
     Raises:
@@ -73,12 +72,12 @@ def prefix(
 
 def over_slices(
     attend: Attend,
-    q_bqthd: jax.Array,
-    k_bkshd: jax.Array,
-    v_bkshd: jax.Array,
+    q_bqthd: Float[jax.Array, "b q t h d"],
+    k_bkshd: Float[jax.Array, "b k s h d"],
+    v_bkshd: Float[jax.Array, "b k s h d"],
     layout: SetLayout,
-    keep_bk: jax.Array | None = None,
-) -> jax.Array:
+    keep_bk: Bool[jax.Array, "b k"] | None = None,
+) -> Float[jax.Array, "b q t h d"]:
     """Return what `attend` gives for each run of key images that is seen.
 
     Query images that see the same run of key images share one call: with `clean_sees="preceding"` clean i and

@@ -10,15 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.step_tables import TERMS, StepTable
 
 # What a walk has so far; all shaped like the image.
-Carry = dict[str, jax.Array]
+Carry = dict[str, Float[jax.Array, "*image"]]
 
 
-def begin(table: StepTable, noise: jax.Array) -> Carry:
+def begin(table: StepTable, noise: Float[jax.Array, "*image"]) -> Carry:
     """Return what a walk has before the first row of the table.
 
     Args:

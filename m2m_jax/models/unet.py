@@ -1,7 +1,5 @@
 """The Stable Diffusion U-Net over sets of images. Structure and names follow diffusers' UNet2DConditionModel."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Real
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.parameters import abstract
@@ -127,12 +126,12 @@ class UNet(nnx.Module):
 
     def __call__(
         self,
-        x_bhwc: jax.Array,
-        timestep_b: jax.Array,
+        x_bhwc: Float[jax.Array, "b h w c"],
+        timestep_b: Real[jax.Array, " b"],
         conditioning: Conditioning = NOTHING,
         *,
         return_keys_values: bool = False,
-    ) -> tuple[jax.Array, dict[Address, KeysValues]]:
+    ) -> tuple[Float[jax.Array, "b h w c_out"], dict[Address, KeysValues]]:
         """Run one pass over a flat batch of latents.
 
         Args:
@@ -211,17 +210,17 @@ def unet_structure(config: UNetConfig) -> tuple[nnx.GraphDef[UNet], dict[str, ja
 
 def denoise_sets(
     unet: UNet,
-    context: jax.Array | None,
-    noised_bnhwc: jax.Array,
-    timestep_bn: jax.Array,
+    context: Float[jax.Array, "b m ..."] | None,
+    noised_bnhwc: Float[jax.Array, "b n h w c"],
+    timestep_bn: Real[jax.Array, "b n"],
     layout: SetLayout,
     *,
     clean_timestep: jax.Array | int,
-    keep_context_b: jax.Array | None = None,
-    keep_bm: jax.Array | None = None,
-    text_bsc: jax.Array | None = None,
-    globals_bq: Mapping[str, jax.Array] | None = None,
-) -> jax.Array:
+    keep_context_b: Bool[jax.Array, " b"] | None = None,
+    keep_bm: Bool[jax.Array, "b m"] | None = None,
+    text_bsc: Float[jax.Array, "b s c_text"] | None = None,
+    globals_bq: Mapping[str, Real[jax.Array, "b q ..."]] | None = None,
+) -> Float[jax.Array, "b n h w c_out"]:
     """Run the M2M forward pass: all images of all sets in one call of the U-Net.
 
     Args:
