@@ -66,7 +66,7 @@ help:
 	@echo 'make bench-reading  how fast image sets from captions are read, against how fast the demo uses them up'
 	@echo 'make soak       kill a run 20 times and a build of image sets 10 times; each must end bit for bit as one that nobody killed'
 	@echo 'make sampler    dist/m2m-sample.pyz, which samples from an exported bundle without model code'
-	@echo 'make lint       ruff check and ruff format --check'
+	@echo 'make lint       ruff check, ruff format --check and mypy, which checks the types of the package'
 	@echo 'make format     let ruff mend what it can'
 	@echo 'make clean      remove the environments, the demo run and the caches (data/ and other runs stay)'
 
@@ -132,6 +132,7 @@ fuzz: $(TEST_ENV)
 lint: $(TEST_ENV)
 	$(TEST) ruff check
 	$(TEST) ruff format --check
+	$(TEST) mypy
 
 format: $(TEST_ENV)
 	$(TEST) ruff check --fix
@@ -175,7 +176,7 @@ sampler:
 	@echo '$(SAMPLER) --bundle BUNDLE --context a.png,b.png --output out   (bundles: python -m m2m_jax.export)'
 
 clean:
-	rm -rf .venv .venv-test .venv-plan $(DEMO_RUN) .pytest_cache .ruff_cache .hypothesis build dist m2m_jax.egg-info
+	rm -rf .venv .venv-test .venv-plan $(DEMO_RUN) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist m2m_jax.egg-info
 	find m2m_jax configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,<environment>,<pip arguments>,<what to expect>). An environment of another Python version is

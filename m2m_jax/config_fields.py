@@ -133,9 +133,13 @@ def options_of(name: str, help: str) -> Any:
     return dataclasses.field(default_factory=dict, metadata={"about": About(help, options_of=name)})
 
 
-@functools.cache
 def fields_of(cls: type) -> dict[str, Field]:
-    """{name: field} of a dataclass, in its order."""
+    """Return {name: field} of a dataclass, in its order."""
+    return _fields_of(cls)
+
+
+@functools.cache
+def _fields_of(cls: type) -> dict[str, Field]:
     kinds = get_type_hints(cls)
     return {
         one.name: Field(kinds[one.name], one.default, one.metadata.get("about", About("")))
@@ -147,6 +151,7 @@ class UnknownField(UserError, AttributeError):
     """A config has no field of that name."""
 
 
+@dataclasses.dataclass
 class Group:
     """A group of a configuration's fields: a base of dataclasses. `prefix` stands before its fields' names.
 

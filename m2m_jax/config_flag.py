@@ -123,9 +123,10 @@ def load_config(file: str) -> Config:
     return config
 
 
-def _parted(argv: Sequence[str]) -> tuple[list[str], str | None, dict[str, str | None]]:
-    """Return what is not the config's, FILE[:PRESET], and {field: text}; the text None for --config.NAME alone."""
-    rest, file, overrides = list(argv[:1]), None, {}
+def _parted(argv: Sequence[str]) -> tuple[list[str], str | None, dict[str, str]]:
+    """Return what is not the config's, FILE[:PRESET], and {field: text}; of --config.NAME alone the text is True."""
+    rest, file = list(argv[:1]), None
+    overrides: dict[str, str] = {}
     arguments = iter(argv[1:])
     for argument in arguments:
         if argument == "--":
@@ -161,7 +162,7 @@ def _field(name: str) -> Field | None:
 def _override(config: Config, name: str, text: str) -> None:
     """Set a field, or one of the options of what a group chooses, to the value that a text means."""
     *groups, last = name.split(".")
-    group = config
+    group: Group = config
     for depth, part in enumerate(groups, 1):
         one = fields_of(type(group)).get(part)
         if one and one.about.options_of and depth == len(groups):

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from m2m_jax.config_fields import Group, chosen, field, fields_of, names_of, options_of, unknown_field
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import nearest
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 MAX_IMAGES_PER_SET = 25  # the paper's sets; a record holds no more
 
 

@@ -1,12 +1,11 @@
 """The executions of image-set attention. Each gets its mask from `SetLayout.mask_qk`, and none falls back silently."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from m2m_jax.attention.cudnn import prefix_cudnn
 from m2m_jax.attention.layout import SetLayout
@@ -42,12 +41,12 @@ class Backend:
 
     def __call__(
         self,
-        q_bqthd: jax.Array,
-        k_bkshd: jax.Array,
-        v_bkshd: jax.Array,
+        q_bqthd: Float[jax.Array, "b q t h d"],
+        k_bkshd: Float[jax.Array, "b k s h d"],
+        v_bkshd: Float[jax.Array, "b k s h d"],
         layout: SetLayout,
-        keep_bk: jax.Array | None = None,
-    ) -> jax.Array:
+        keep_bk: Bool[jax.Array, "b k"] | None = None,
+    ) -> Float[jax.Array, "b q t h d"]:
         """Attend under the layout's mask.
 
         Args:
@@ -68,7 +67,7 @@ class Backend:
                 "set model.attention_backend='prefix'"
             )
         out_bqthd = self.function(q_bqthd, k_bkshd, v_bkshd, layout, keep_bk)
-        sees_bq = (layout.mask_qk()[None] & keep_bk[:, None, :]).any(-1)
+        sees_bq = jnp.any(layout.mask_qk()[None] & keep_bk[:, None, :], axis=-1)
         return jnp.where(sees_bq[:, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
 
 

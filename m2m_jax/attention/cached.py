@@ -4,12 +4,11 @@ A sampler makes one image a set at a time, so all that is left of the mask (`lay
 images each row sees and, where it is a clean image, itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from m2m_jax.core.registry import Registry
 
@@ -20,12 +19,12 @@ CACHED_BACKENDS = Registry[CachedAttention]("backend of attention to kept images
 
 @CACHED_BACKENDS.register("plain")
 def plain(
-    q_bgthd: jax.Array,
-    k_bmshd: jax.Array,
-    v_bmshd: jax.Array,
-    sees_bgm: jax.Array,
-    own: tuple[jax.Array, jax.Array] | None = None,
-) -> jax.Array:
+    q_bgthd: Float[jax.Array, "b g t h d"],
+    k_bmshd: Float[jax.Array, "b m s h d"],
+    v_bmshd: Float[jax.Array, "b m s h d"],
+    sees_bgm: Bool[jax.Array, "b g m"],
+    own: tuple[Float[jax.Array, "b own h d"], Float[jax.Array, "b own h d"]] | None = None,
+) -> Float[jax.Array, "b g t h d"]:
     """Attend from each row to those of the m kept images of its set that it sees; zeros where it sees nothing.
 
     The softmax is accumulated image by image (Milakov & Gimelshein, arXiv 1805.02867), in float32, up to the last image

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Bool
 
 CLEAN_SEES = ("preceding", "itself")
 
@@ -60,14 +61,14 @@ class SetLayout:
         """Images in the stack."""
         return len(self.stacked_clean) + len(self.noised)
 
-    def mask_qk(self) -> np.ndarray:
+    def mask_qk(self) -> Bool[np.ndarray, "q k"]:
         """Return the mask between images: bool [images of the stack, clean], True where a query sees a key image."""
         query_is_noised = np.arange(self.num_images)[:, None] >= len(self.stacked_clean)
         query_position = np.asarray(self.stacked_clean + self.noised, int)[:, None]
         key_position = np.asarray(self.clean, int)[None, :]
         return allowed(query_is_noised, query_position, key_position, self.clean_sees)
 
-    def token_mask_qk(self, tokens_per_query: int, tokens_per_key: int) -> np.ndarray:
+    def token_mask_qk(self, tokens_per_query: int, tokens_per_key: int) -> Bool[np.ndarray, "qt ks"]:
         """Return `mask_qk` at token granularity, for so many tokens an image, for backends that take no coarser one."""
         return self.mask_qk().repeat(tokens_per_query, 0).repeat(tokens_per_key, 1)
 

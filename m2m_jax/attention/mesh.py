@@ -58,13 +58,14 @@ def axes_of_heads_and_tokens(
     Heads where an axis divides them, for then each device has its keys and values alone; else tokens, as `context`
     splits rows. An axis that divides neither is in none: all devices along it compute the same.
     """
-    of_heads, of_tokens = (), ()
+    of_heads: tuple[str, ...] = ()
+    of_tokens: tuple[str, ...] = ()
     for axis in ("tensor", "context"):
         size = mesh.shape.get(axis, 1)
         if size == 1:
             continue
         if num_heads % size == 0:
-            of_heads += (axis,)
+            of_heads = (*of_heads, axis)
             num_heads //= size
         elif tokens % size == 0:
             of_tokens = (axis, *of_tokens)  # rows first: they lie so in memory

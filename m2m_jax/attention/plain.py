@@ -1,12 +1,11 @@
 """Attention in plain XLA, which runs everywhere; a call without a mask for each run of key images that is seen."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.errors import UserError
@@ -16,12 +15,12 @@ Attend = Callable[..., jax.Array]
 
 
 def attend(
-    q_bthd: jax.Array,
-    k_bthd: jax.Array,
-    v_bthd: jax.Array,
-    mask_qk: np.ndarray | None = None,
-    keep_bk: jax.Array | None = None,
-) -> jax.Array:
+    q_bthd: Float[jax.Array, "b q h d"],
+    k_bthd: Float[jax.Array, "b k h d"],
+    v_bthd: Float[jax.Array, "b k h d"],
+    mask_qk: Bool[np.ndarray, "q k"] | None = None,
+    keep_bk: Bool[jax.Array, "b k"] | None = None,
+) -> Float[jax.Array, "b q h d"]:
     """Return scaled dot-product attention with a float32 softmax.
 
     Args:
@@ -39,29 +38,30 @@ def attend(
 
 
 def dense(
-    q_bqthd: jax.Array,
-    k_bkshd: jax.Array,
-    v_bkshd: jax.Array,
+    q_bqthd: Float[jax.Array, "b q t h d"],
+    k_bkshd: Float[jax.Array, "b k s h d"],
+    v_bkshd: Float[jax.Array, "b k s h d"],
     layout: SetLayout,
-    keep_bk: jax.Array | None = None,
-) -> jax.Array:
+    keep_bk: Bool[jax.Array, "b k"] | None = None,
+) -> Float[jax.Array, "b q t h d"]:
     """Attend by the reference: one attention over all tokens under the dense mask. Works on forbidden blocks too."""
     b, q, t, h, d = q_bqthd.shape
     s = k_bkshd.shape[2]
-    flat = (jax.lax.collapse(x, 1, 3) for x in (q_bqthd, k_bkshd, v_bkshd))
+    q_bthd, k_bthd, v_bthd = (jax.lax.collapse(x, 1, 3) for x in (q_bqthd, k_bkshd, v_bkshd))
     keep_tokens_bk = None if keep_bk is None else jnp.repeat(keep_bk, s, axis=1)
-    out_bqthd = attend(*flat, layout.token_mask_qk(t, s), keep_tokens_bk).reshape(b, q, t, h, d)
-    sees_something_q = layout.mask_qk().any(1)
+    out_bthd = attend(q_bthd, k_bthd, v_bthd, layout.token_mask_qk(t, s), keep_tokens_bk)
+    out_bqthd = out_bthd.reshape(b, q, t, h, d)
+    sees_something_q = np.any(layout.mask_qk(), axis=1)
     return jnp.where(sees_something_q[None, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
 
 
 def prefix(
-    q_bqthd: jax.Array,
-    k_bkshd: jax.Array,
-    v_bkshd: jax.Array,
+    q_bqthd: Float[jax.Array, "b q t h d"],
+    k_bkshd: Float[jax.Array, "b k s h d"],
+    v_bkshd: Float[jax.Array, "b k s h d"],
     layout: SetLayout,
-    keep_bk: jax.Array | None = None,
-) -> jax.Array:
+    keep_bk: Bool[jax.Array, "b k"] | None = None,
+) -> Float[jax.Array, "b q t h d"]:
     """Attend by calls over slices of the keys: no work on forbidden blocks, and no mask but `keep_bk` in memory.
 
     Raises:
@@ -72,12 +72,12 @@ def prefix(
 
 def over_slices(
     attend: Attend,
-    q_bqthd: jax.Array,
-    k_bkshd: jax.Array,
-    v_bkshd: jax.Array,
+    q_bqthd: Float[jax.Array, "b q t h d"],
+    k_bkshd: Float[jax.Array, "b k s h d"],
+    v_bkshd: Float[jax.Array, "b k s h d"],
     layout: SetLayout,
-    keep_bk: jax.Array | None = None,
-) -> jax.Array:
+    keep_bk: Bool[jax.Array, "b k"] | None = None,
+) -> Float[jax.Array, "b q t h d"]:
     """Return what `attend` gives for each run of key images that is seen.
 
     Query images that see the same run of key images share one call: with `clean_sees="preceding"` clean i and
@@ -88,7 +88,7 @@ def over_slices(
     """
     b, _, t, h, d = q_bqthd.shape
     groups = _contiguous_runs(layout)
-    out_q: list[jax.Array | None] = [None] * layout.num_images
+    out_of: dict[int, jax.Array] = {}
     for (start, stop), queries in groups.items():
         if start == stop:
             shares = [jnp.zeros((b, t, h, d), v_bkshd.dtype)] * len(queries)
@@ -100,8 +100,8 @@ def over_slices(
                 kept["keep_bk"] = jnp.repeat(keep_bk[:, start:stop], k_bkshd.shape[2], axis=1)
             shares = jnp.split(attend(q_bthd, keys, values, **kept), len(queries), axis=1)
         for i, share in zip(queries, shares, strict=True):
-            out_q[i] = share
-    return jnp.stack(out_q, axis=1)
+            out_of[i] = share
+    return jnp.stack([out_of[i] for i in range(layout.num_images)], axis=1)
 
 
 def _contiguous_runs(layout: SetLayout) -> dict[tuple[int, int], list[int]]:

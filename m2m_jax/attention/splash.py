@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +73,12 @@ def _of_one_device(
     # Rows of the mask without a key are undefined in the kernel: it is not given them.
     q_bqthd = jnp.concatenate([q_bqthd[:, start:stop] for start, stop in seeing], axis=1) * d**-0.5
     num_queries = q_bqthd.shape[1]
-    sequences = [_sequence(q_bqthd), _sequence(k_bkshd), _sequence(v_bkshd)]
+    q_bhtd, k_bhtd, v_bhtd = _sequence(q_bqthd), _sequence(k_bkshd), _sequence(v_bkshd)
+    segments = []
     if keep_bk is not None:
-        sequences.append(_segments(keep_bk, k_bkshd.shape[2], sequences[0].shape[2], sequences[1].shape[2]))
-    out_bhtd = jax.vmap(_kernel(layout, t, k_bkshd.shape[2], interpret))(*sequences)
+        segments.append(_segments(keep_bk, k_bkshd.shape[2], q_bhtd.shape[2], k_bhtd.shape[2]))
+    attend: Any = jax.vmap(_kernel(layout, t, k_bkshd.shape[2], interpret))
+    out_bhtd = attend(q_bhtd, k_bhtd, v_bhtd, *segments)
     out_bqthd = out_bhtd[:, :, : num_queries * t].reshape(b, h, num_queries, t, d).transpose(0, 2, 3, 1, 4)
 
     pieces, used = [], 0
@@ -131,7 +134,7 @@ def block_size(tokens: int) -> int:
 
 def visited_pairs(layout: SetLayout, t: int, s: int) -> int:
     """Count the pairs of a query's and a key's token in the blocks that the kernel computes, of one set and head."""
-    block_mask = _kernel(layout, t, s, False).fwd_mask_info.block_mask
+    block_mask: Any = _kernel(layout, t, s, False).fwd_mask_info.block_mask
     return int(np.count_nonzero(block_mask)) * block_size(t) * block_size(s)
 
 
@@ -178,7 +181,7 @@ def _kernel(layout: SetLayout, t: int, s: int, interpret: bool) -> kernels.Splas
 
 def _runs(layout: SetLayout) -> list[tuple[int, int, bool]]:
     """Return [(first image of the stack, one past the last, whether they see any key)], in order, as long as can be."""
-    sees_q = layout.mask_qk().any(1)
+    sees_q = np.any(layout.mask_qk(), axis=1)
     bounds = [0, *(np.flatnonzero(np.diff(sees_q)) + 1).tolist(), layout.num_images]
     return [(start, stop, bool(sees_q[start])) for start, stop in itertools.pairwise(bounds)]
 

@@ -126,7 +126,7 @@ def _read_splits(
 ) -> tuple[dict[str, list[tuple[int, str]]], dict[str, int]]:
     """({split: (row, caption) of its captions, in order}, {rule: captions that it dropped})."""
     kept, dropped = clean_captions(read_captions(options.captions), rules)
-    captions = {split: [] for split in mis.SPLITS}
+    captions: dict[str, list[tuple[int, str]]] = {split: [] for split in mis.SPLITS}
     for row, caption in kept:
         captions[mis.split_of(caption, options.validation_share, options.test_share)].append((row, caption))
     report(f"{len(kept)} captions ({'; '.join(f'{len(of)} {split}' for split, of in captions.items())})")

@@ -56,14 +56,14 @@ class SetMaker:
             latents_nhwc = latents_nhwc.astype(self.latents_dtype)
         if not np.isfinite(latents_nhwc).all():
             raise UserError(
-                f"row {slot.index} of the captions, {slot.caption!r:.60}: its latents are not finite as "
+                f"row {slot.row} of the captions, {slot.caption!r:.60}: its latents are not finite as "
                 f"{self.latents_dtype}; is this the generator?"
             )
         kept, dropped = clean_set(images_nhwc, slot.caption, self.rules, self.safety_filter)
         if len(kept) < self.rules.min_images:
             return MadeSet(None, 0, dropped, "min_images")
         record = records.ImageSetRecord(
-            set_id=f"{mis.KIND}-{slot.index:08d}",
+            set_id=f"{mis.KIND}-{slot.row:08d}",
             kind=mis.KIND,
             caption=slot.caption,
             images=() if self.store == "latents" else tuple(self._encoded(images_nhwc[number]) for number in kept),
@@ -79,12 +79,12 @@ class Slot(NamedTuple):
     """A set to be made.
 
     Attributes:
-      index: the row of its caption in the file, which its noise depends on.
+      row: of its caption in the file, which its noise depends on.
       ends_shard: whether it is the last of its shard.
     """
 
     shard: Shard
-    index: int
+    row: int
     caption: str
     ends_shard: bool
 
@@ -135,7 +135,8 @@ class Batching:
             if not in_flight:
                 return
             batch, is_last, arrays = in_flight.popleft()
-            parts.append(tuple(map(np.asarray, arrays)))
+            latents, images = arrays
+            parts.append((np.asarray(latents), np.asarray(images)))
             if is_last:
                 # Before anybody works on what is yielded, the devices get theirs.
                 in_flight.extend(itertools.islice(calls, _CALLS_IN_FLIGHT - len(in_flight)))
@@ -150,10 +151,11 @@ class Batching:
         size = self.sets_at_once * generator.num_devices
         while batch := list(itertools.islice(slots, size)):
             batch += [None] * (size - len(batch))
-            captions, indices = [], []
+            captions: list[str] = []
+            indices: list[int] = []
             for slot in batch:  # what stands for nothing is the set before it once more
                 captions.append(slot.caption if slot else captions[-1])
-                indices.append(slot.index if slot else indices[-1])
+                indices.append(slot.row if slot else indices[-1])
             for first in range(0, self.images_per_set, self.images_at_once):
                 end = first + self.images_at_once
                 numbers_n = np.arange(first, end, dtype=np.uint32)

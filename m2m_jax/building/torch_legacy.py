@@ -9,7 +9,6 @@ tensors is made of. It imports nothing, calls nothing and takes no memory that t
 import math
 import pickletools
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +56,7 @@ class _Reader:
             del stack[at:]
             return items
 
+        argument: Any
         for opcode, argument, _ in pickletools.genops(self._file):
             name = opcode.name
             if name in ("PROTO", "STOP"):
@@ -110,7 +110,7 @@ class _Reader:
         return key
 
 
-def _require(value: Any, kind: Callable) -> Any:
+def _require(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{type(value).__name__} in the place of {kind.__name__}")
     return value

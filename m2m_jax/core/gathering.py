@@ -1,6 +1,7 @@
 """What the processes of a launch do together: find one another, wait, and gather what each has made."""
 
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,4 +60,5 @@ def wait_for_all() -> None:
     if jax.process_count() > 1:
         from jax._src import distributed  # private: a single process, perhaps with another JAX, needs none of it
 
-        distributed.global_state.client.wait_at_barrier(f"m2m_jax {next(_numbers)}", 1000 * LONGEST)
+        service: Any = distributed.global_state.client
+        service.wait_at_barrier(f"m2m_jax {next(_numbers)}", 1000 * LONGEST)

@@ -48,7 +48,9 @@ class Unused:
     """
 
     def __init__(self, root: Path):
-        self._root, self._counts, self._examples = root, collections.Counter(), {}
+        self._root = root
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._examples: dict[str, Path] = {}
 
     def add(self, kind: str, path: Path) -> None:
         """Count `path` as one of `kind`, a noun in the plural."""

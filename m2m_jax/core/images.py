@@ -154,7 +154,8 @@ def write_png(path: str | os.PathLike[str], image: np.ndarray | Image.Image) -> 
     """Writes uint8 [H, W, 3] (or a Pillow image) as PNG; the file appears whole or not at all."""
     if not isinstance(image, Image.Image):
         image = as_pillow(image)
-    with disk.errors(path), disk.new_file(pathlib.Path(path)) as aside:
+    path = pathlib.Path(path)
+    with disk.errors(path), disk.new_file(path) as aside:
         image.save(aside, format="PNG")
 
 
@@ -187,7 +188,7 @@ def _refuse_several_frames(image: Image.Image, name: str) -> None:
     try:
         if image.format == "MPO" or not getattr(image, "is_animated", False):
             return
-        frames = image.n_frames
+        frames = getattr(image, "n_frames")  # noqa: B009 (of formats that have several alone)
     except Exception as error:  # a header that is cut off: each decoder has its own
         raise UserError(_damaged(name, error)) from error
     what = f"a document of {frames} pages" if image.format == "TIFF" else f"an animation of {frames} frames"
@@ -200,9 +201,10 @@ def _scale_transparent_colour(image: Image.Image) -> None:
     Pillow stretches samples of 1, 2 and 4 bits to 8, cuts those of RGB from 16 to 8, and leaves that colour as it was.
     """
     colour = image.info.get("transparency")
-    if image.format != "PNG" or not image.tile or colour is None or isinstance(colour, bytes):
+    tiles = getattr(image, "tile", None)  # of an image from a file alone
+    if image.format != "PNG" or not tiles or colour is None or isinstance(colour, bytes):
         return
-    rawmode = image.tile[0][3]
+    rawmode = tiles[0][3]
     rawmode = rawmode if isinstance(rawmode, str) else rawmode[0]
     if isinstance(colour, tuple):
         image.info["transparency"] = tuple(part >> 8 if rawmode == "RGB;16B" else part & 255 for part in colour)

@@ -98,7 +98,8 @@ def refuse_lost_output() -> None:
     sys.stdout.flush()
     if isinstance(sys.stdout, SafeStream) and sys.stdout.lost:
         error = sys.stdout.error
-        refuse(UserError(f"standard output could not be written: {error.strerror or error}; all else is done"))
+        why = (error and error.strerror) or error
+        refuse(UserError(f"standard output could not be written: {why}; all else is done"))
 
 
 def say(line: str) -> None:

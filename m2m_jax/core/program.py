@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 from absl import app, flags, logging
 
@@ -25,7 +25,7 @@ from m2m_jax.core.errors import UserError, refuse, tell
 from m2m_jax.core.printing import refuse_lost_output, safe_streams
 
 flags.disclaim_key_flags()  # --help of a program lists what `define_flags` defines for it
-T = TypeVar("T")
+T = TypeVar("T", bound=options.Options)
 GOODBYE = 10  # seconds that a process which failed waits for the others of its launch
 
 
@@ -79,7 +79,7 @@ def define_flags(kind: type[T], renamed: Mapping[str, str] | None = None) -> Cal
     Args:
       renamed: {field: its flag}, where the names differ.
     """
-    names = {field.name: (renamed or {}).get(field.name, field.name) for field in dataclasses.fields(kind)}
+    names = {field.name: (renamed or {}).get(field.name, field.name) for field, _ in options.fields(kind)}
     holders = {field.name: _define(names[field.name], field, what) for field, what in options.fields(kind)}
     return lambda: kind(**{name: holder.value for name, holder in holders.items()})
 
@@ -92,8 +92,12 @@ def _define(name: str, field: dataclasses.Field, kind: options.Kind) -> flags.Fl
         return flags.DEFINE_list(name, default and list(default), help, required=required)
     if field.metadata["choices"]:
         return flags.DEFINE_enum(name, default, list(field.metadata["choices"]), help, required=required)
-    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
-    return define.get(kind.type, flags.DEFINE_string)(name, default, help, required=required)
+    numbers: dict[Any, Callable[..., flags.FlagHolder]] = {
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+    }
+    return numbers.get(kind.type, flags.DEFINE_string)(name, default, help, required=required)
 
 
 def command_line(module: str, without: Sequence[str] = ()) -> str:
@@ -112,8 +116,8 @@ def _refused_by_jax(error: Exception) -> bool:
     return isinstance(error, ValueError) and "jax._src" in sys.modules and "jax" not in sys.modules
 
 
-def _refused_by_system(error: Exception) -> bool:
-    """Whether a path cannot be looked at, wherever that was: not for us to mend, nor by starting again."""
+def _refused_by_system(error: Exception) -> TypeGuard[OSError]:
+    """Say whether a path cannot be looked at, wherever that was: not for us to mend, nor by starting again."""
     codes = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
     return isinstance(error, OSError) and error.filename is not None and error.errno in codes
 
@@ -148,7 +152,7 @@ def _parse_flags(argv: Sequence[str], take: Callable[[Sequence[str]], list[str]]
         refuse(error)
     # Below absl's default, or Orbax reports every file it touches between our own lines.
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING
+        flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]  # absl gives all flags one type
     return rest
 
 

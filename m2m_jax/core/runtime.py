@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,14 +46,12 @@ def start() -> None:
 
 def _keep_compiled_programs() -> None:
     """Choose the user's cache folder. Without a home folder, as in some containers, nothing is kept."""
-    folder = os.environ.get("XDG_CACHE_HOME")
-    if not folder:
-        try:
-            folder = Path.home() / ".cache"
-        except RuntimeError:
-            warn("there is no home folder to keep compiled programs in; name one in JAX_COMPILATION_CACHE_DIR")
-            return
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder) / "m2m_jax"))
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        warn("there is no home folder to keep compiled programs in; name one in JAX_COMPILATION_CACHE_DIR")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder / "m2m_jax"))
 
 
 def _find_devices() -> list[jax.Device]:
@@ -91,7 +90,8 @@ def _join_processes() -> None:
     processes = os.environ.get("M2M_PROCESSES")
     if processes is None:
         return
-    who, seconds = {}, os.environ.get("M2M_JOIN_TIMEOUT", str(JOIN_TIMEOUT))
+    who: dict[str, Any] = {}
+    seconds = os.environ.get("M2M_JOIN_TIMEOUT", str(JOIN_TIMEOUT))
     if not seconds.isdecimal() or int(seconds) < 1:
         raise UserError(f"M2M_JOIN_TIMEOUT={seconds}: it must be a number of seconds")
     if processes != "auto":

@@ -35,12 +35,12 @@ class SharedWork(Options):
         index, count = self.process_index, self.process_count
         if (index is None) != (count is None):
             raise UserError("--process_index and --process_count belong together: give both or neither")
-        if count is not None and not 0 <= index < count:
+        if index is not None and count is not None and not 0 <= index < count:
             raise UserError(f"--process_index={index} must be 0 to --process_count - 1 = {count - 1}")
 
     def process(self) -> tuple[int, int]:
         """Return index and count of the processes that share the shards."""
-        if self.process_count is None:
+        if self.process_index is None or self.process_count is None:
             import jax
 
             return jax.process_index(), jax.process_count()

@@ -169,9 +169,9 @@ class SetExamples:
             try:
                 return {
                     **self._content(index, record, images),
-                    "example_index": np.int64(index),
-                    "record_index": np.int64(record),
-                    "substituted": np.bool_(attempt > 0),
+                    "example_index": np.array(index, np.int64),
+                    "record_index": np.array(record, np.int64),
+                    "substituted": np.array(attempt > 0),
                 }
             except BadRecord as error:
                 if not self._skip:
@@ -185,7 +185,7 @@ class SetExamples:
 
     def _content(self, index: int, record: int, images: np.ndarray) -> dict[str, np.ndarray]:
         """Raises BadRecord."""
-        content = {}
+        content: dict[str, np.ndarray] = {}
         if self._latents:
             content["latents_nhwc"] = self._fetch.latents(record, images)
         if self._images:

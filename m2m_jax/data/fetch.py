@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,20 +33,21 @@ class HostFetch:
         self._source, self._image_size = source, image_size
         self._start_caches()
 
-    def images(self, record: int, images: Sequence[int]) -> np.ndarray:
+    def images(self, record: int, images: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return images of a record, whole and centred in squares: uint8 RGBA [n, S, S, 4] with straight alpha."""
         return np.stack([self.image(record, int(image)) for image in images])
 
-    def latents(self, record: int, images: Sequence[int]) -> np.ndarray:
+    def latents(self, record: int, images: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return latents of images of a record: float32 [n, h, w, c]."""
-        return self.record(record).latents[images].astype(np.float32)
+        of_set: Any = self.record(record).latents  # which a source has that is asked for them
+        return of_set[images].astype(np.float32)
 
-    def captions(self, record: int, images: Sequence[int]) -> list[str]:
+    def captions(self, record: int, images: Sequence[int] | np.ndarray) -> list[str]:
         """Return the caption of each image or, where there is none, of its set."""
         of_set = self.record(record)
         return [of_set.image_captions[image] if of_set.image_captions else of_set.caption for image in images]
 
-    def attributes(self, record: int, images: Sequence[int]) -> dict[str, np.ndarray]:
+    def attributes(self, record: int, images: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Return what the source says that it knows of every image besides: {name: float32 [n, c]}."""
         expected = self._source.attributes
         if not expected:

@@ -10,11 +10,11 @@ import numpy as np
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square, on_white
-from m2m_jax.data.records import BadRecord, ImageSetRecord
+from m2m_jax.data.records import BadRecord
 
 THUMBNAIL = 48  # pixels a side
 THUMBNAILS = 12  # of a set
-_MISSING = np.broadcast_to(np.uint8((200, 30, 30)), (THUMBNAIL, THUMBNAIL, 3))  # in the place of a damaged image
+_MISSING = np.full((THUMBNAIL, THUMBNAIL, 3), (200, 30, 30), np.uint8)  # in the place of a damaged image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,8 @@ def inspect_set(source, index: int, wanted: int) -> SetReport:
         record = source[index]
     except BadRecord as error:
         return SetReport("", source.kinds[index], 0, 0, (str(error),), thumbnails=(_MISSING,))
-    problems, sizes, thumbnails, seen, num_bytes = [], [], [], {}, 0
+    problems, sizes, thumbnails, num_bytes = [], [], [], 0
+    seen: dict[bytes, str] = {}  # digest of the pixels, and the first image that has them
     if record.num_images < wanted:
         where = f"{record.origin}, set {record.set_id!r}"
         problems.append(f"{where}: {record.num_images} images, fewer than data.images_per_set={wanted}")
@@ -67,15 +68,15 @@ def inspect_set(source, index: int, wanted: int) -> SetReport:
         record.set_id, record.kind, record.num_images, num_bytes, tuple(problems), tuple(sizes),
         tuple(thumbnails[:THUMBNAILS]),
     )  # fmt: skip
-    return report if record.latents is None else _with_latents(report, record)
+    return report if record.latents is None else _with_latents(report, record.latents)
 
 
-def _with_latents(report: SetReport, record: ImageSetRecord) -> SetReport:
-    values = record.latents.astype(np.float64)
+def _with_latents(report: SetReport, latents_nhwc: np.ndarray) -> SetReport:
+    values = latents_nhwc.astype(np.float64)
     shown = report.thumbnails or tuple(_as_colours(latents_hwc) for latents_hwc in values[:THUMBNAILS])
     return dataclasses.replace(
         report,
-        num_bytes=report.num_bytes + record.latents.nbytes,
+        num_bytes=report.num_bytes + latents_nhwc.nbytes,
         thumbnails=shown,
         latent_shape=values.shape[1:],
         moments=(float(values.size), float(values.sum()), float((values**2).sum())),
@@ -83,15 +84,15 @@ def _with_latents(report: SetReport, record: ImageSetRecord) -> SetReport:
 
 
 def _as_colours(latents_hwc: np.ndarray) -> np.ndarray:
-    """The first three channels, two standard deviations either way, as uint8 [h, w, 3]."""
+    """Return the first three channels, two standard deviations either way, as uint8 [h, w, 3]."""
     channels = np.resize(np.moveaxis(latents_hwc, -1, 0), (3, *latents_hwc.shape[:2]))
-    return np.uint8(np.clip(127.5 + 63.75 * np.moveaxis(channels, 0, -1), 0, 255))
+    return np.clip(127.5 + 63.75 * np.moveaxis(channels, 0, -1), 0, 255).astype(np.uint8)
 
 
 class Summary:
     """What a whole data set holds. notes: lines about all of it, for the report."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.notes: list[str] = []
         self.sets = self.images = self.num_bytes = 0
         self.problems: dict[str, int] = {}  # what, and how often

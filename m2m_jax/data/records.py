@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,7 +64,7 @@ class ImageSetRecord:
     set_id: str
     kind: str
     caption: str
-    images: tuple[bytes, ...]
+    images: Sequence[bytes]
     image_captions: tuple[str, ...] = ()
     latents: np.ndarray | None = None
     attributes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)

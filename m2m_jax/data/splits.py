@@ -8,6 +8,7 @@ components that come or go later move no other.
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 
@@ -38,7 +39,7 @@ def split_by_component(
     components: item -> component, as from `connected_components`.
     largest: components of more items than this are training data, whatever their hash; None: no limit.
     """
-    sizes = defaultdict(int)
+    sizes: dict[Any, int] = defaultdict(int)
     for component in components.values():
         sizes[component] += 1
 

@@ -12,8 +12,6 @@ A guidance is a function that makes such a table on the host, in float64, and re
 outputs are combined, where a weighted sum is not meant, is a function in `COMBINATIONS`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect
@@ -24,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import Registry, nearest
@@ -78,7 +77,7 @@ class GuidanceTable:
         if not np.allclose(self.weights_sg.sum(1), 1.0, rtol=0, atol=1e-9):
             raise ValueError(f"the weights of each step must sum to 1, not {self.weights_sg.sum(1)}")
 
-    def reduce(self, *, reads_images: bool, reads_text: bool) -> GuidanceTable:
+    def reduce(self, *, reads_images: bool, reads_text: bool) -> "GuidanceTable":
         """Return the table for a model that reads a part of the conditions: equal branches are made one.
 
         The guided output stays the same. Branches that never weigh anything are left out.
@@ -112,7 +111,7 @@ SCHEDULES.register("cosine")(lambda noise_s: 0.5 + 0.5 * np.cos(np.pi * noise_s)
 
 @GUIDANCES.register("cfg")
 def classifier_free(
-    noise_s: np.ndarray,
+    noise_s: Float[np.ndarray, " s"],
     *,
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
@@ -131,7 +130,9 @@ def classifier_free(
     return GuidanceTable((EVERYTHING, NOTHING), fade(noise_s, (scale, 1.0 - scale), interval, schedule))
 
 
-def fade(noise_s: np.ndarray, weights: Sequence[float], interval: tuple[float, float], schedule: str) -> np.ndarray:
+def fade(
+    noise_s: Float[np.ndarray, " s"], weights: Sequence[float], interval: tuple[float, float], schedule: str
+) -> Float[np.ndarray, "s g"]:
     """Return weights [S, g] that go from the first branch alone to `weights`.
 
     Args:
@@ -187,10 +188,10 @@ def weighted_sum(outputs: Sequence[jax.Array], weights: Sequence[jax.Array]) -> 
 def guide(
     table: GuidanceTable,
     evaluate: Callable[[tuple[Branch, ...]], jax.Array],
-    row: jax.Array,
+    row: Int[jax.Array, ""],
     *,
     rescale: float = 0.0,
-) -> jax.Array:
+) -> Float[jax.Array, "b ..."]:
     """Return the guided output of the network at one step, [b, ...].
 
     Args:
@@ -218,7 +219,9 @@ def guide(
     return jax.lax.switch(jnp.asarray(choice_s.reshape(-1), jnp.int32)[row], branches)
 
 
-def rescaled(guided: jax.Array, conditional: jax.Array, amount: float) -> jax.Array:
+def rescaled(
+    guided: Float[jax.Array, "*image"], conditional: Float[jax.Array, "*image"], amount: float
+) -> Float[jax.Array, "*image"]:
     """Bring an output [b, ...] back to the standard deviation of the conditional one, wholly (1) or in part.
 
     Lin et al. 2023, arXiv:2305.08891, section 3.4. It is of the network's output, whatever that predicts.

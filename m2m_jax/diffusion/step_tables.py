@@ -286,7 +286,7 @@ def _weights(rows: int, **columns: np.ndarray | float) -> np.ndarray:
     return weights
 
 
-def _table(levels: Levels, start: float = 1.0, **columns: np.ndarray) -> StepTable:
+def _table(levels: Levels, start: np.ndarray | float = 1.0, **columns: np.ndarray) -> StepTable:
     """The table of a stepper that keeps nothing but clean images."""
     rows = len(levels.timestep)
     return _round(

@@ -6,19 +6,21 @@ Each is a table of steps, and one loop walks them all, as a whole or a part at a
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.step_tables import TERMS, StepTable
 
 # What a walk has so far; all shaped like the image.
-Carry = dict[str, jax.Array]
+Carry = dict[str, Float[jax.Array, "*image"]]
 
 
-def begin(table: StepTable, noise: jax.Array) -> Carry:
-    """Before the first row of the table.
+def begin(table: StepTable, noise: Float[jax.Array, "*image"]) -> Carry:
+    """Return what a walk has before the first row of the table.
 
     Args:
       noise: standard normal, of any shape.
@@ -28,7 +30,7 @@ def begin(table: StepTable, noise: jax.Array) -> Carry:
     """
     # Clean images of before the first row weigh 0, and so does what it finds kept: any finite value will do.
     carry = {term: jnp.zeros_like(noise) for term in ("kept", "before_previous") if term in _used(table)}
-    return carry | {"x": table.start.astype(noise.dtype) * noise, "previous": jnp.zeros_like(noise)}
+    return carry | {"x": jnp.asarray(table.start, noise.dtype) * noise, "previous": jnp.zeros_like(noise)}
 
 
 def advance(
@@ -40,7 +42,7 @@ def advance(
     first: int | jax.Array,
     end: int | jax.Array,
 ) -> Carry:
-    """Walks the table's rows from `first` to before `end`.
+    """Walk the table's rows from `first` to before `end`.
 
     Args:
       schedule: what the output of `denoise` means.
@@ -50,7 +52,8 @@ def advance(
         Deterministic steppers never call it.
     """
     used, dtype = _used(table), carry["x"].dtype
-    rows = jax.tree.map(jnp.asarray, table._replace(start=None))
+    columns: dict[str, Any] = {**table._asdict(), "start": None}  # which no row has
+    rows: StepTable = jax.tree.map(jnp.asarray, StepTable(**columns))
 
     def weigh(weights: jax.Array, terms: Carry) -> jax.Array:
         products = (weights[i].astype(dtype) * terms[term] for i, term in enumerate(TERMS) if term in terms)

@@ -123,7 +123,7 @@ def evaluate_context(config: Config, options: ContextEvaluation) -> ContextRepor
         examples.require_attributes(sampler.global_widths)
     warn_of_one_set(examples.num_sets, options.split)
 
-    runs = {}
+    runs: dict[str, dict[str, Any]] = {}
     for path, sampler in samplers.items():
         runs[path] = {"step": sampler.step, "parameters": sum(x.size for x in sampler.unet_params.values())}
         runs[path] |= _losses(sampler, dataset, options.batches, config, mesh)

@@ -73,8 +73,8 @@ def find_copies(config: Config, options: CopySearch) -> CopyReport:
         to_training.extend(similarity_gn.max(1))
         if given:
             to_context.extend(likeness(np.stack(new), np.stack(given)).max(1))
-        found = list(training_nhwc[similarity_gn.argmax(1)])
-        rows.append(Row(record.parent.name, [context(given), generated(new), nearest(found)]))
+        nearest_ghwc = training_nhwc[similarity_gn.argmax(1)]
+        rows.append(Row(record.parent.name, [context(given), generated(new), nearest(nearest_ghwc)]))
     write_png(options.output, contact_sheet(rows))
     found = {"nearest in training": to_training, "nearest in the context": to_context}
     return CopyReport({name: np.array(values) for name, values in found.items() if values})

@@ -14,16 +14,15 @@ Its parameters (kernel, bias, scale, embedding or tokens by their last name, whi
 rules for) are `attn_pose.*` and `norm_pose.*` of every block.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
 
 from m2m_jax.attention.backends import BACKENDS
 from m2m_jax.attention.cached import CACHED_BACKENDS
@@ -58,20 +57,21 @@ class Attention(nnx.Module):
         self.to_out = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x_btc: jax.Array, conditioning: Conditioning, address: Address
-    ) -> tuple[jax.Array, KeysValues | None]:
+        self, x_btc: Float[jax.Array, "b t c"], conditioning: Conditioning, address: Address
+    ) -> tuple[Float[jax.Array, "b t c"], KeysValues | None]:
         raise NotImplementedError
 
-    def heads(self, x: jax.Array) -> jax.Array:
+    def heads(self, x: Float[jax.Array, "*rows t c"]) -> Float[jax.Array, "*rows t h d"]:
         """Return [..., t, c] as [..., t, h, d]."""
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
-    def output(self, out: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def output(self, out: Float[jax.Array, "*rows t h d"], shape: tuple[int, ...]) -> Float[jax.Array, "b t c"]:
         """Project what the heads found, [..., t, h, d], to tokens of `shape`."""
         return self.to_out(checkpoint_name(out, CHECKPOINT_NAME).reshape(shape))
 
 
-ATTENTIONS = Registry[type[Attention]]("attention of a transformer block", package="m2m_jax.models")
+# Made of (channels, num_heads, config, dtype=..., rngs=...).
+ATTENTIONS = Registry[Callable[..., Attention]]("attention of a transformer block", package="m2m_jax.models")
 # Diffusers' names of an attention and of the norm before it, where another kind has not taken them.
 _PARAMETERS = {"self": ("attn1", "norm1"), "set": ("attn2", "norm2"), "text": ("attn2", "norm2")}
 
@@ -98,33 +98,39 @@ class SelfAttention(Attention):
     At 64x64 tokens the weights of one image and layer take 0.3 GB: without a kernel they are most of what moves.
     """
 
-    def __init__(self, channels: int, num_heads: int, config: UNetConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, num_heads: int, config: "UNetConfig", *, dtype, rngs: nnx.Rngs):
         super().__init__(channels, num_heads, dtype=dtype, rngs=rngs)
         self.backend = config.attention_backend
 
-    def __call__(self, x_btc: jax.Array, conditioning: Conditioning, address: Address) -> tuple[jax.Array, KeysValues]:
-        q_bthd, *own = (self.heads(project(x_btc)) for project in (self.to_q, self.to_k, self.to_v))
-        seen = join(own, conditioning.references[address]) if address in conditioning.references else own
+    def __call__(
+        self, x_btc: Float[jax.Array, "b t c"], conditioning: Conditioning, address: Address
+    ) -> tuple[Float[jax.Array, "b t c"], KeysValues]:
+        q_bthd = self.heads(self.to_q(x_btc))
+        own = self.heads(self.to_k(x_btc)), self.heads(self.to_v(x_btc))
+        k_bshd, v_bshd = join(own, conditioning.references[address]) if address in conditioning.references else own
         # A set of one image, whose keys may be more than its queries.
-        out_b1thd = BACKENDS.choose(self.backend)(q_bthd[:, None], *(x[:, None] for x in seen), ONE_IMAGE)
-        return self.output(out_b1thd, x_btc.shape), tuple(own)
+        backend = BACKENDS.choose(self.backend)
+        out_b1thd = backend(q_bthd[:, None], k_bshd[:, None], v_bshd[:, None], ONE_IMAGE)
+        return self.output(out_b1thd, x_btc.shape), own
 
 
 @ATTENTIONS.register("text")
 class CrossAttention(Attention):
     """Attention of the tokens of an image to those of its text, as in Stable Diffusion."""
 
-    def __init__(self, channels: int, num_heads: int, config: UNetConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, num_heads: int, config: "UNetConfig", *, dtype, rngs: nnx.Rngs):
         super().__init__(channels, num_heads, key_channels=config.cross_attention_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_btc: jax.Array, conditioning: Conditioning, address: Address) -> tuple[jax.Array, KeysValues]:
+    def __call__(
+        self, x_btc: Float[jax.Array, "b t c"], conditioning: Conditioning, address: Address
+    ) -> tuple[Float[jax.Array, "b t c"], KeysValues]:
         text_bsc = conditioning.text_bsc
         if text_bsc is None:
             raise UserError(f"{address} attends to text, and Conditioning.text_bsc is None; give the tokens of a text")
         q_bthd, k_bshd, v_bshd = self.heads(self.to_q(x_btc)), *self.keys_and_values(text_bsc)
         return self.output(attend(q_bthd, k_bshd, v_bshd), x_btc.shape), (k_bshd, v_bshd)
 
-    def keys_and_values(self, text_bsc: jax.Array) -> KeysValues:
+    def keys_and_values(self, text_bsc: Float[jax.Array, "b s c"]) -> KeysValues:
         """Return those of tokens of a text encoder, [b, s, h, d]."""
         return self.heads(self.to_k(text_bsc)), self.heads(self.to_v(text_bsc))
 
@@ -142,7 +148,7 @@ class ImageSetAttention(Attention):
     added is the bias of the output.
     """
 
-    def __init__(self, channels: int, num_heads: int, config: UNetConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, num_heads: int, config: "UNetConfig", *, dtype, rngs: nnx.Rngs):
         super().__init__(channels, num_heads, key_channels=config.context_dim, dtype=dtype, rngs=rngs)
         self.clean_sees = config.clean_sees
         self.backend = config.attention_backend
@@ -151,8 +157,8 @@ class ImageSetAttention(Attention):
         self.order = order(ORDER_CHANNELS, width) if config.order_embedding else None
 
     def __call__(
-        self, x_btc: jax.Array, conditioning: Conditioning, address: Address
-    ) -> tuple[jax.Array, KeysValues | None]:
+        self, x_btc: Float[jax.Array, "b t c"], conditioning: Conditioning, address: Address
+    ) -> tuple[Float[jax.Array, "b t c"], KeysValues | None]:
         if conditioning.cached is not None:
             out, keys_values = self._to_cached(x_btc, conditioning.cached, address)
         elif conditioning.sets is not None and conditioning.sets.layout.clean:
@@ -161,7 +167,9 @@ class ImageSetAttention(Attention):
             out, keys_values = jnp.zeros_like(x_btc), None
         return self.output(out, x_btc.shape), keys_values
 
-    def keys_and_values(self, source_bksc: jax.Array, position_bk: jax.Array) -> KeysValues:
+    def keys_and_values(
+        self, source_bksc: Float[jax.Array, "b k s c"], position_bk: Int[jax.Array, "b k"]
+    ) -> KeysValues:
         """Return [b, k, s, h, d] of clean images: of their features at this layer, or of an image encoder's tokens."""
         source_bksc = source_bksc.astype(self.to_k.dtype)
         if self.order is not None:
@@ -169,10 +177,16 @@ class ImageSetAttention(Attention):
             source_bksc = source_bksc + self.order(features_kc).reshape(*position_bk.shape, 1, -1)
         return self.heads(self.to_k(source_bksc)), self.heads(self.to_v(source_bksc))
 
-    def _within_sets(self, x_btc: jax.Array, sets: ImageSets) -> tuple[jax.Array, KeysValues]:
+    def _within_sets(
+        self, x_btc: Float[jax.Array, "r t c"], sets: ImageSets
+    ) -> tuple[Float[jax.Array, "b q t h d"], KeysValues]:
         layout = sets.layout
         x_bqtc = x_btc.reshape(-1, layout.num_images, *x_btc.shape[1:])
-        source_bksc = sets.tokens_bmsc if layout.encoded else x_bqtc[:, : len(layout.clean)]
+        source_bksc = x_bqtc[:, : len(layout.clean)]
+        if layout.encoded:
+            if sets.tokens_bmsc is None:
+                raise ValueError("the layout says that images are encoded, and ImageSets.tokens_bmsc is None")
+            source_bksc = sets.tokens_bmsc
         position_bk = jnp.broadcast_to(jnp.asarray(layout.clean)[None], source_bksc.shape[:2])
         keys_values = self.keys_and_values(source_bksc, position_bk)
         backend = BACKENDS.choose(self.backend)
@@ -184,13 +198,14 @@ class ImageSetAttention(Attention):
         return out_bqthd, keys_values
 
     def _to_cached(
-        self, x_btc: jax.Array, cached: CachedContext, address: Address
-    ) -> tuple[jax.Array, KeysValues | None]:
+        self, x_btc: Float[jax.Array, "r t c"], cached: CachedContext, address: Address
+    ) -> tuple[Float[jax.Array, "*rows t h d"], KeysValues | None]:
         q_bthd = self.heads(self.to_q(x_btc))
         b, seeing = cached.sees_bgm.shape[:2]
         own = None
         if cached.position_b is not None:
-            own = tuple(x_b1shd[:, 0] for x_b1shd in self.keys_and_values(x_btc[:, None], cached.position_b[:, None]))
+            k_b1shd, v_b1shd = self.keys_and_values(x_btc[:, None], cached.position_b[:, None])
+            own = k_b1shd[:, 0], v_b1shd[:, 0]
             if self.clean_sees == "itself" or address not in cached.k_bmshd:
                 return attend(q_bthd, *own), own
         q_bgthd = q_bthd.reshape(b, -1, *q_bthd.shape[1:])

@@ -67,7 +67,8 @@ class Level(nnx.Module):
     def __init__(self, in_channels: int, out_channels: int, num_layers: int, resnet):
         inputs = [in_channels] + [out_channels] * (num_layers - 1)
         self.resnets = nnx.List([resnet(channels, out_channels) for channels in inputs])
-        self.downsamplers, self.upsamplers = nnx.List([]), nnx.List([])
+        self.downsamplers: nnx.List[Downsample] = nnx.List([])
+        self.upsamplers: nnx.List[Upsample] = nnx.List([])
 
 
 class MidBlock(nnx.Module):

@@ -7,16 +7,16 @@ made alone. Guidance may want the same images noised as well (`diffusion.guidanc
 clean ones, each noise level as if it were alone.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Real
 
 from m2m_jax.diffusion.guidance import EVERYTHING, NONE, Branch
 from m2m_jax.models.conditioning import Address, CachedContext, Conditioning, KeysValues
@@ -33,8 +33,8 @@ class Text:
       empty_1sc: tokens of the empty text.
     """
 
-    caption_bsc: jax.Array
-    empty_1sc: jax.Array
+    caption_bsc: Float[jax.Array, "b s c"]
+    empty_1sc: Float[jax.Array, "1 s c"]
 
 
 @functools.partial(
@@ -65,7 +65,7 @@ class ContextCache:
         """Return how many images of a set fit in; 0 where the network has no Image-Set Attention to read them."""
         return next((x.shape[1] // self.levels for x in self.k_bmshd.values()), 0)
 
-    def sees_bm(self, branch: Branch, level: int) -> jax.Array:
+    def sees_bm(self, branch: Branch, level: int) -> Bool[jax.Array, "b m"]:
         """Return which slots a branch sees: bool. level: number of the branch's noise level."""
         slot_m, count_b1 = jnp.arange(self.size * self.levels), self.count_b[:, None]
 
@@ -111,10 +111,10 @@ def empty_cache(
 def append_image(
     unet: UNet,
     cache: ContextCache,
-    image: jax.Array,
+    image: Float[jax.Array, "b ..."],
     *,
     clean_timestep: jax.Array | int,
-    append_b: jax.Array,
+    append_b: Bool[jax.Array, " b"],
     slide: bool = False,
     conditioning: Conditioning = NOTHING,
     noised: Sequence[tuple[jax.Array, jax.Array | int]] = (),
@@ -161,15 +161,15 @@ def append_image(
 
 def denoise_next(
     unet: UNet,
-    noised_bhwc: jax.Array,
-    timestep: jax.Array,
+    noised_bhwc: Float[jax.Array, "b h w c"],
+    timestep: Real[jax.Array, ""],
     branches: Sequence[Branch],
     *,
     cache: ContextCache | None = None,
     levels: Sequence[float] = (0.0,),
     text: Text | None = None,
     globals_bc: Mapping[str, jax.Array] = MappingProxyType({}),
-) -> jax.Array:
+) -> Float[jax.Array, "b g h w c"]:
     """Return what the U-Net gives for the next image of each set, under each branch: [b, g, h, w, c].
 
     All branches stand in one batch, those of a set one after another. Branches share the keys and values of a set, and
@@ -219,7 +219,8 @@ def _keys_and_values(
     conditioning: Conditioning,
 ) -> Mapping[Address, KeysValues]:
     """Return keys and values [b, s, h, d] of one more image of each set at a level, of every Image-Set Attention."""
-    attentions, position_b = unet.attentions("set"), cache.position_b
+    attentions: dict[Address, Any] = unet.attentions("set")  # ImageSetAttention, or what is registered in its place
+    position_b = cache.position_b
     if unet.config.attends_to_encoded:
         pairs = {
             address: attention.keys_and_values(image[:, None], position_b[:, None])

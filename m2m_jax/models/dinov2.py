@@ -219,6 +219,7 @@ class Block(nnx.Module):
         self.attention = Attention(c.hidden_size, c.num_attention_heads, dtype=dtype, rngs=rngs)
         self.layer_scale1 = LayerScale(c.hidden_size, rngs=rngs)
         self.norm2 = LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp: SwiGLU | MLP
         if c.use_swiglu_ffn:
             self.mlp = SwiGLU(c.hidden_size, c.mlp_channels, dtype=dtype, rngs=rngs)
         else:

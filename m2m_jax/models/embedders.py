@@ -41,6 +41,12 @@ class Embedder(nnx.Module):
 
     width: ClassVar[int]
 
+    def __init__(self, time_embed_dim: int, *, rngs: nnx.Rngs):
+        raise NotImplementedError
+
+    def __call__(self, value_bc: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
 
 EMBEDDERS = Registry[type[Embedder]]("global embedding", package="m2m_jax.models")
 
@@ -74,7 +80,7 @@ class CameraEmbedder(Perceptron):
         return super().__call__(jnp.stack(features, axis=-1))
 
 
-def embed_globals(embedders: Mapping[str, nnx.Module], values: Mapping[str, jax.Array]) -> jax.Array | float:
+def embed_globals(embedders: Mapping[str, Embedder], values: Mapping[str, jax.Array]) -> jax.Array | float:
     """Return the sum [b, time_embed_dim] of what each value is embedded as; 0 where there is none.
 
     Raises:

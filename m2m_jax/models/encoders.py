@@ -14,7 +14,8 @@ from m2m_jax.models import folder as folders
 class Kind(Protocol):
     """A kind of encoder. config: the class of its configs, a dataclass with a field `hidden_size`."""
 
-    config: type
+    @property
+    def config(self) -> type: ...
 
 
 K = TypeVar("K", bound=Kind)
@@ -33,7 +34,7 @@ class EncoderRegistry(Registry[K]):
           UserError: it holds none of these.
         """
         name = folders.read_config(folder, "transformers").get("model_type")
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise UserError(f"{folder}/config.json describes a {name}; {self.kind}s are {' and '.join(self)}")
         return self[name]
 

@@ -133,7 +133,7 @@ def load_params(folder: str | Path, form: Format) -> Params:
       UserError: there are no safetensors, or damaged ones, or numbers that are not plain floats. Pickled weights are
         never opened.
     """
-    params = {}
+    params: Params = {}
     for file in _weight_files(Path(folder), form):
         try:
             with safe_open(file, framework="np") as tensors:
@@ -259,8 +259,8 @@ def _to_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndarr
     return name, np.ascontiguousarray(value)
 
 
-def from_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndarray]:
-    """A parameter of a torch model under this project's name, in its layout, float32."""
+def from_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, Any]:
+    """Return a parameter of a torch model under this project's name, in its layout, float32; still in NumPy."""
     stem, _, leaf = name.rpartition(".")
     if leaf == "weight" and stem.endswith(("_embedding", "_embeddings")):
         name = f"{stem}.embedding"

@@ -4,17 +4,16 @@ They decide what the clean images of a set are to the U-Net: latents that stand 
 to; and what a caption is.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
+from jaxtyping import Float, Int, UInt8
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.parameters import Params, abstract, merge
+from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.models import diffusers_folder, text_encoders
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.folder import config_from, require_same
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 # The keys of their parameters: {AUTOENCODER: {name: array}, IMAGE_ENCODER: ...}.
 AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER = "autoencoder", "image_encoder", "text_encoder"
-FrozenParams = dict[str, Params]
+FrozenParams = dict[str, dict[str, Any]]  # of JAX; of NumPy, as they are read from folders
 
 
 def of_models(params: FrozenParams) -> FrozenParams:
@@ -61,7 +60,7 @@ class FrozenModels:
         require_one_of(self, precision=PRECISIONS)
 
     @classmethod
-    def load(cls, config: Config) -> tuple[FrozenModels, FrozenParams]:
+    def load(cls, config: "Config") -> tuple["FrozenModels", FrozenParams]:
         """Read those of a run from the folders that `autoencoder`, `image_encoder` and `text_encoder` in `config` name.
 
         Raises:
@@ -83,14 +82,14 @@ class FrozenModels:
             models = cls(autoencoder, encoder, size)
             params[IMAGE_ENCODER] = kind.load_params(folder)
         if config.text_encoder.path:
-            encoder, params[TEXT_ENCODER] = text_encoders.load_text_encoder(config.text_encoder.path)
-            models = dataclasses.replace(models, text_encoder=encoder)
+            text_encoder, params[TEXT_ENCODER] = text_encoders.load_text_encoder(config.text_encoder.path)
+            models = dataclasses.replace(models, text_encoder=text_encoder)
         models = dataclasses.replace(models, precision=config.model.precision)
         models.require_params(params, {name: getattr(config, name).path for name in params})
         return models, params
 
     @classmethod
-    def from_metadata(cls, values: dict[str, Any]) -> FrozenModels:
+    def from_metadata(cls, values: dict[str, Any]) -> "FrozenModels":
         """Return those of a checkpoint, from what `metadata` gave."""
         encoder = values["image_encoder"]
         return cls(
@@ -146,19 +145,21 @@ class FrozenModels:
         side = image_size // self.autoencoder.downsampling
         return side, side, self.autoencoder.latent_channels
 
-    def encode(self, params: FrozenParams, images_bnhwc: jax.Array) -> jax.Array:
+    def encode(
+        self, params: FrozenParams, images_bnhwc: UInt8[jax.Array, "b n H W 3"]
+    ) -> Float[jax.Array, "b n h w c"]:
         """Return scaled latents of uint8 images."""
         autoencoder = merge(self._autoencoder_and_shapes[0], params[AUTOENCODER])
         with products_in(self.precision):
             return autoencoder.encode(pixels_to_float(images_bnhwc))
 
-    def decode(self, params: FrozenParams, latents_bnhwc: jax.Array) -> jax.Array:
+    def decode(self, params: FrozenParams, latents_bnhwc: Float[jax.Array, "*b h w c"]) -> UInt8[jax.Array, "*b H W 3"]:
         """Return uint8 images of scaled latents."""
         autoencoder = merge(self._autoencoder_and_shapes[0], params[AUTOENCODER])
         with products_in(self.precision):
             return pixels_to_uint8(autoencoder.decode(latents_bnhwc))
 
-    def context(self, params: FrozenParams, images_bmhwc: jax.Array) -> jax.Array:
+    def context(self, params: FrozenParams, images_bmhwc: UInt8[jax.Array, "b m H W 3"]) -> Float[jax.Array, "b m ..."]:
         """Return what the U-Net is given of uint8 images: latents, or tokens [b, m, s, c] of the image encoder."""
         if self.image_encoder is None:
             return self.encode(params, images_bmhwc)
@@ -168,7 +169,7 @@ class FrozenModels:
             tokens_bsc = encoder(self._image_encoder.preprocess(flat_bhwc, self.image_encoder_size))
         return tokens_bsc.reshape(*images_bmhwc.shape[:2], *tokens_bsc.shape[1:])
 
-    def encode_text(self, params: FrozenParams, token_ids_bs: jax.Array) -> jax.Array:
+    def encode_text(self, params: FrozenParams, token_ids_bs: Int[jax.Array, "b s"]) -> Float[jax.Array, "b s c"]:
         """Return the tokens [b, s, c] that the U-Net attends to, of ids of captions."""
         encoder = merge(self._text_encoder_and_shapes[0], params[TEXT_ENCODER])
         with products_in(self.precision):
@@ -179,7 +180,7 @@ class FrozenModels:
         return IMAGE_ENCODERS.of_config(self.image_encoder)
 
     @functools.cached_property
-    def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef[AutoencoderKL], dict[str, jax.ShapeDtypeStruct]]:
         return abstract(lambda: AutoencoderKL(self.autoencoder, rngs=nnx.Rngs(0)))
 
     @functools.cached_property

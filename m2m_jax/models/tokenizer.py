@@ -21,7 +21,7 @@ class Tokenizer:
         self.text = text
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
-            padding, truncation = self._tokenizer.padding, self._tokenizer.truncation
+            padding, truncation = self._tokenizer.padding or {}, self._tokenizer.truncation or {}
             self.length = int(padding["length"])
             if not 0 < self.length == truncation["max_length"]:
                 raise ValueError("it fills up to another length than it cuts to")

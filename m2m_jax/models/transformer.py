@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -65,7 +66,7 @@ class SpatialTransformer(nnx.Module):
 
     def __init__(self, channels: int, num_heads: int, config: UNetConfig, *, dtype, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, config.norm_num_groups, epsilon=1e-6, dtype=dtype, rngs=rngs)
-        project = functools.partial(nnx.Linear, channels, channels)
+        project: Callable[..., nnx.Linear | nnx.Conv] = functools.partial(nnx.Linear, channels, channels)
         if not config.use_linear_projection:
             project = functools.partial(nnx.Conv, channels, channels, (1, 1))
         self.proj_in = project(dtype=dtype, rngs=rngs)
@@ -84,7 +85,8 @@ class SpatialTransformer(nnx.Module):
     ) -> tuple[jax.Array, dict[Address, KeysValues]]:
         """Return the feature map, and the keys and values that each attention made. address: of this module."""
         h = self.proj_in(self.norm(x_bhwc))
-        h_btc, keys_values = h.reshape(h.shape[0], -1, h.shape[-1]), {}
+        h_btc = h.reshape(h.shape[0], -1, h.shape[-1])
+        keys_values: dict[Address, KeysValues] = {}
         for block_address, block in self.blocks(address).items():
             h_btc, made = block(h_btc, conditioning, block_address)
             keys_values |= made

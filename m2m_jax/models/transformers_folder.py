@@ -134,7 +134,7 @@ def save_bert(folder: str | Path, config: BertConfig, params: Params, dtype=np.f
 
 
 def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params, dtype=np.float32) -> None:
-    """Writes a DINOv2 folder."""
+    """Write a DINOv2 folder."""
     architecture, model_type = "Dinov2Model", DINOV2
     values = _only(DINOV2_FIXED) | dataclasses.asdict(config)
     for name in ("layer", "dtype"):
@@ -142,7 +142,8 @@ def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params, dtype=
     if config.num_register_tokens:
         architecture, model_type = "Dinov2WithRegistersModel", DINOV2_WITH_REGISTERS
         # transformers has no such model without one.
-        params = {**params, "embeddings.mask_token": np.zeros((1, config.hidden_size), np.float32)}
+        mask: Any = np.zeros((1, config.hidden_size), np.float32)
+        params = {**params, "embeddings.mask_token": mask}
     else:
         del values["num_register_tokens"]
         values["use_mask_token"] = False

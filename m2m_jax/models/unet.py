@@ -1,19 +1,19 @@
 """The Stable Diffusion U-Net over sets of images. Structure and names follow diffusers' UNet2DConditionModel."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Real
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.parameters import abstract
 from m2m_jax.models.attentions import Attention
 from m2m_jax.models.conditioning import Address, Conditioning, ImageSets, KeysValues
-from m2m_jax.models.embedders import EMBEDDERS, embed_globals
+from m2m_jax.models.embedders import EMBEDDERS, Embedder, embed_globals
 from m2m_jax.models.layers import (
     Conv3x3,
     Downsample,
@@ -26,7 +26,7 @@ from m2m_jax.models.layers import (
 )
 from m2m_jax.models.precision import products_in
 from m2m_jax.models.remat import REMAT
-from m2m_jax.models.transformer import SpatialTransformer
+from m2m_jax.models.transformer import SpatialTransformer, TransformerBlock
 from m2m_jax.models.unet_config import UNetConfig
 
 # Modules that compute in float32 whatever `UNetConfig.dtype` is: what bfloat16 rounds off the output at a high noise
@@ -44,7 +44,8 @@ class UNetLevel(nnx.Module):
     def __init__(self, in_channels: list[int], out_channels: int, attends: list[bool], *, resnet, transformer):
         self.resnets = nnx.List([resnet(channels, out_channels) for channels in in_channels])
         self.attentions = nnx.List([transformer() for attend in attends if attend])
-        self.downsamplers, self.upsamplers = nnx.List([]), nnx.List([])
+        self.downsamplers: nnx.List[Downsample] = nnx.List([])
+        self.upsamplers: nnx.List[Upsample] = nnx.List([])
 
 
 class UNet(nnx.Module):
@@ -105,19 +106,18 @@ class UNet(nnx.Module):
             up_blocks.append(block)
         self.up_blocks = nnx.List(up_blocks)
 
-        in_float32 = {"dtype": jnp.float32, "rngs": rngs}
+        in_float32: dict[str, Any] = {"dtype": jnp.float32, "rngs": rngs}
         self.conv_norm_out = GroupNorm(previous, c.norm_num_groups, epsilon=c.norm_eps, **in_float32)
         self.conv_out = Conv3x3(previous, c.out_channels, kernel_init=zeros, **in_float32)
-        self.global_embedders = nnx.Dict(
-            {name: EMBEDDERS.choose(name)(time_embed_dim, rngs=rngs) for name in c.global_embeddings}
-        )
+        embedders = {name: EMBEDDERS.choose(name)(time_embed_dim, rngs=rngs) for name in c.global_embeddings}
+        self.global_embedders: nnx.Dict[Embedder] = nnx.Dict(embedders)
 
     def attentions(self, kind: str) -> dict[Address, Attention]:
         """Return {address: attention} of one kind, in the order in which a pass meets them."""
         levels = {f"down_blocks.{i}": level for i, level in enumerate(self.down_blocks)}
         levels["mid_block"] = self.mid_block
         levels |= {f"up_blocks.{i}": level for i, level in enumerate(self.up_blocks)}
-        blocks = {}
+        blocks: dict[Address, TransformerBlock] = {}
         for path, level in levels.items():
             for i, transformer in enumerate(level.attentions):
                 blocks |= transformer.blocks(f"{path}.attentions.{i}")
@@ -126,12 +126,12 @@ class UNet(nnx.Module):
 
     def __call__(
         self,
-        x_bhwc: jax.Array,
-        timestep_b: jax.Array,
+        x_bhwc: Float[jax.Array, "b h w c"],
+        timestep_b: Real[jax.Array, " b"],
         conditioning: Conditioning = NOTHING,
         *,
         return_keys_values: bool = False,
-    ) -> tuple[jax.Array, dict[Address, KeysValues]]:
+    ) -> tuple[Float[jax.Array, "b h w c_out"], dict[Address, KeysValues]]:
         """Run one pass over a flat batch of latents.
 
         Args:
@@ -189,7 +189,8 @@ class UNet(nnx.Module):
                 h = convolve(resnet, jnp.concatenate([h, skips.pop()], axis=-1))
                 h = attend(level, i, f"up_blocks.{index}", h)
             for upsample in level.upsamplers:
-                h = upsample(h, size=skips[-1].shape[1:3])
+                height, width = skips[-1].shape[1:3]
+                h = upsample(h, size=(height, width))
 
         return self.conv_out(jax.nn.silu(self.conv_norm_out(h))), keys_values
 
@@ -202,24 +203,24 @@ class UNet(nnx.Module):
 
 
 @functools.cache
-def unet_structure(config: UNetConfig) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+def unet_structure(config: UNetConfig) -> tuple[nnx.GraphDef[UNet], dict[str, jax.ShapeDtypeStruct]]:
     """Return what `parameters.abstract` says of it: structure and shapes. Kept, for at full size it takes seconds."""
     return abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))
 
 
 def denoise_sets(
     unet: UNet,
-    context: jax.Array | None,
-    noised_bnhwc: jax.Array,
-    timestep_bn: jax.Array,
+    context: Float[jax.Array, "b m ..."] | None,
+    noised_bnhwc: Float[jax.Array, "b n h w c"],
+    timestep_bn: Real[jax.Array, "b n"],
     layout: SetLayout,
     *,
     clean_timestep: jax.Array | int,
-    keep_context_b: jax.Array | None = None,
-    keep_bm: jax.Array | None = None,
-    text_bsc: jax.Array | None = None,
-    globals_bq: Mapping[str, jax.Array] | None = None,
-) -> jax.Array:
+    keep_context_b: Bool[jax.Array, " b"] | None = None,
+    keep_bm: Bool[jax.Array, "b m"] | None = None,
+    text_bsc: Float[jax.Array, "b s c_text"] | None = None,
+    globals_bq: Mapping[str, Real[jax.Array, "b q ..."]] | None = None,
+) -> Float[jax.Array, "b n h w c_out"]:
     """Run the M2M forward pass: all images of all sets in one call of the U-Net.
 
     Args:
@@ -239,6 +240,8 @@ def denoise_sets(
     b, q, m = noised_bnhwc.shape[0], layout.num_images, len(layout.stacked_clean)
     stack_bqhwc, timestep_bq = noised_bnhwc, timestep_bn
     if m:
+        if context is None:
+            raise ValueError(f"the layout has {m} clean images, and the context is None")
         stack_bqhwc = jnp.concatenate([context, noised_bnhwc], axis=1)
         clean_timestep_bm = jnp.broadcast_to(jnp.asarray(clean_timestep, timestep_bn.dtype), (b, m))
         timestep_bq = jnp.concatenate([clean_timestep_bm, timestep_bn], axis=1)

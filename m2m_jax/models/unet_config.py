@@ -9,6 +9,7 @@ from typing import Any
 from m2m_jax.attention.backends import BACKENDS
 from m2m_jax.attention.layout import CLEAN_SEES
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.registry import Registry
 from m2m_jax.models.attentions import ATTENTIONS
 from m2m_jax.models.embedders import EMBEDDERS
 from m2m_jax.models.limits import BLOCKS, CHANNELS, LAYERS, require_between, require_levels, require_one_of
@@ -65,7 +66,8 @@ class UNetConfig:
     precision: str = "default"
 
     def __post_init__(self):
-        for name, registry in {"attentions": ATTENTIONS, "global_embeddings": EMBEDDERS}.items():
+        registries: dict[str, Registry[Any]] = {"attentions": ATTENTIONS, "global_embeddings": EMBEDDERS}
+        for name, registry in registries.items():
             for item in getattr(self, name):
                 registry.choose(item)
             if len(set(getattr(self, name))) < len(getattr(self, name)):

@@ -183,8 +183,8 @@ def _iota(dims: str, order: str | None) -> list[int]:
 
 def _mesh_groups(axes: str, devices: str | None, grouped: str) -> tuple[tuple[int, ...], ...]:
     """Return the groups of mesh['a'=2,'b'=8] {'b':(2)4}: axes that vary in a group, or parts: (size before it)size."""
-    names, sizes = zip(*(axis.split("=") for axis in axes.split(",")), strict=True)
-    names, sizes = [name.strip(" '\"") for name in names], [int(size) for size in sizes]
+    named = [axis.split("=") for axis in axes.split(",")]
+    names, sizes = [name.strip(" '\"") for name, _ in named], [int(size) for _, size in named]
     numbers = list(range(math.prod(sizes)))
     if devices and (iota := _TRANSPOSED.match(devices + ")")):
         numbers = _iota(*iota.groups())

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import time
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -114,7 +115,7 @@ def get_machine(topology: str, slices: int = 1) -> Machine:
     chip = chip_of(topology)
     options = dict(chip.options) | ({"num_slices": slices} if slices > 1 else {})
     try:
-        devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
+        devices: list[Any] = topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except RuntimeError as error:
         if "not installed" in str(error):
             raise UserError(
@@ -147,11 +148,13 @@ def make_plan(config: Config, machine: Machine, workload: Workload) -> tuple[Pla
         for name, x in batch_shapes(config, task, batch_size).items()
     }
     started = time.monotonic()
+    compiled: Any = None
+    text = message = ""
     try:
         compiled = setup.step.lower(setup.state, frozen, batch).compile()
-        text, message = compiled.as_text(), ""
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        compiled, text, message = None, "", str(error)
+        message = str(error)
     sizes = memory.parse_out_of_memory(message)
     if compiled is None and sizes is None:
         raise UserError(f"XLA does not compile this step for {machine.topology}: {message[:2000]}")

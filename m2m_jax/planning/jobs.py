@@ -96,7 +96,7 @@ def _planned(found: Plan, options: Planning, workload: Workload, overrides: list
 
 
 def _say_progress(overrides: str, found: Plan) -> None:
-    said = f"{found.work.images_per_second:.1f} images/s at most" if found.fits else "does not fit"
+    said = f"{found.work.images_per_second:.1f} images/s at most" if found.work and found.fits else "does not fit"
     _say(f"{overrides}: {gib(found.memory.needed)}, {said}; compiled in {found.compile_seconds:.0f} s")
 
 

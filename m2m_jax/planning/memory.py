@@ -109,17 +109,17 @@ def advice(
     (own, *stronger) = kept
     saved = {remat: memory.rest * (1 - kept[remat] / kept[own]) for remat in stronger if kept[remat] < kept[own]}
     if saved:
-        remat = next((remat for remat in saved if saved[remat] >= excess), max(saved, key=saved.get))
+        remat = next((remat for remat in saved if saved[remat] >= excess), max(saved, key=lambda remat: saved[remat]))
         lines.append(
             f"--config.model.remat={remat}: activations take about {gib(saved[remat])} less, and are computed again"
             + ("" if saved[remat] >= excess else "; alone not enough")
         )
-    saved = {n: memory.state - state for n, state in state_at_fsdp.items() if n > fsdp and state < memory.state}
-    enough = [n for n in sorted(saved) if saved[n] >= excess]
-    if saved and max(saved.values()) > 0.05 * excess:
-        n = enough[0] if enough else max(saved)
+    split = {n: memory.state - state for n, state in state_at_fsdp.items() if n > fsdp and state < memory.state}
+    enough = [n for n in sorted(split) if split[n] >= excess]
+    if split and max(split.values()) > 0.05 * excess:
+        n = enough[0] if enough else max(split)
         lines.append(
-            f"--config.mesh.fsdp={n} (and data to match): the state takes {gib(saved[n])} less"
+            f"--config.mesh.fsdp={n} (and data to match): the state takes {gib(split[n])} less"
             + ("" if enough else ", which alone is not enough")
         )
     # Activations are about proportional to the sets that are computed at once.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from m2m_jax.planning.compile import Plan
+from m2m_jax.planning.compile import Plan, Work
 from m2m_jax.planning.memory import gib
 from m2m_jax.training.workload import Workload
 
@@ -57,12 +57,12 @@ def as_text(plan: Plan, topology: str, workload: Workload, overrides: list[str])
         lines.append(f"too large by {gib(m.needed - m.limit)}; what would help:")
         lines += [f"  {line}" for line in plan.advice]
     if plan.work:
-        lines += _work_lines(plan, workload)
+        lines += _work_lines(plan, plan.work, workload)
     return "\n".join(lines)
 
 
-def _work_lines(plan: Plan, workload: Workload) -> list[str]:
-    work, times = plan.work, plan.work.times
+def _work_lines(plan: Plan, work: Work, workload: Workload) -> list[str]:
+    times = work.times
     model = workload.model_flops * plan.batch_size / plan.devices
     lines = [
         "work of a device in a step",

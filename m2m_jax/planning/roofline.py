@@ -22,7 +22,7 @@ class Roofline:
 
     @property
     def limiter(self) -> str:
-        return max(self._known, key=self._known.get)
+        return max(self._known, key=lambda resource: self._known[resource])
 
     @property
     def step_seconds(self) -> float:

@@ -21,6 +21,7 @@ from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import bytes_per_device, gib, parse_out_of_memory
 from m2m_jax.planning.roofline import Roofline, roofline
 from m2m_jax.sampling.programs import UNET, Programs, compiled
+from m2m_jax.tasks.set_diffusion import SetDiffusion
 from m2m_jax.training.attention_flops import attentions
 from m2m_jax.training.workload import make_task
 
@@ -91,6 +92,7 @@ def plan_sampling(config: Config, machine: Machine, sets_per_device: int) -> Sam
     if config.task != "set_diffusion":
         raise UserError(f"--job=sample plans sampling, and task={config.task} trains no sampler")
     task, notes = make_task(config)
+    assert isinstance(task, SetDiffusion)  # as its name says
     context_images = max(config.data.images_per_set - 1, 1)
     static = task.sampler({}, step=0).static
     static = dataclasses.replace(static, settings=dataclasses.replace(static.settings, cache_size=context_images))
@@ -184,7 +186,7 @@ def _compile(name: str, static: Programs, mesh: Mesh, arguments: tuple, machine:
         if sizes is None:
             raise UserError(f"XLA does not compile {name} for {machine.topology}: {str(error)[:2000]}") from error
         return Program(sizes[0] - bytes_per_device(arguments), float("nan"), "memory")
-    memory = executable.memory_analysis()
+    memory: Any = executable.memory_analysis()
     scratch = max(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, 0)
     times = _times(executable, machine)
     return Program(scratch, times.step_seconds, times.limiter)

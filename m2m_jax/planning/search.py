@@ -27,7 +27,8 @@ def search(
     if config.mesh.tensor != 1 or config.mesh.context != 1:
         raise UserError("--search tries data and fsdp alone; leave config.mesh.tensor and config.mesh.context at 1")
     sizes = fsdp_sizes(len(machine.devices) // machine.slices)
-    fitting, others = [], []
+    fitting: list[tuple[float, Plan, list[str]]] = []  # images a second, plan, overrides
+    others: list[tuple[Plan, list[str]]] = []
     for fsdp in sorted({1, min(8, sizes[-1]), sizes[-1]}):
         fits, too_many = 0, None  # sets a device, times `accumulation`
         while (sets := _next(fits, too_many)) is not None:
@@ -38,13 +39,14 @@ def search(
             plan, _ = make_plan(tried, machine, workload)
             shown = [f"--config.{name}={value}" for name, value in overrides.items()]
             progress(" ".join(shown), plan)
-            (fitting if plan.fits else others).append((plan, shown))
-            if plan.fits:
+            if plan.work and plan.fits:
                 fits = sets
+                fitting.append((plan.work.images_per_second, plan, shown))
             else:
                 too_many = sets
+                others.append((plan, shown))
     if fitting:
-        return max(fitting, key=lambda found: found[0].work.images_per_second)
+        return max(fitting, key=lambda found: found[0])[1:]
     return min(others, key=lambda found: found[0].memory.needed)
 
 

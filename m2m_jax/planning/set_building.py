@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def plan_build(config: Config, topology: str, slices: int, captions: int, mfu: f
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         unet_flops = _unet_flops(config, models, latent_shape)
         decoder_flops = _decoder_flops(models, latent_shape)
-    stored = {"latents, float16": math.prod(latent_shape) * LATENT_BYTES}
+    stored: dict[str, float] = {"latents, float16": math.prod(latent_shape) * LATENT_BYTES}
     stored |= {name: bits * size**2 / 8 for name, bits in WEBP_BITS_A_PIXEL.items()}
     return BuildPlan(
         captions=captions,
@@ -161,4 +162,5 @@ def _decoder_flops(models: FrozenModels, latent_shape: tuple[int, int, int]) -> 
 
 def _flops(function, params: dict, *shapes: tuple[int, ...]) -> float:
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.jit(function).lower(params, *inputs).cost_analysis()["flops"]
+    cost: Any = jax.jit(function).lower(params, *inputs).cost_analysis()
+    return cost["flops"]

@@ -41,8 +41,17 @@ def program_file(name: str) -> str:
 class Bundle(SetSampler):
     """The sampler of a bundle, on JAX's first device. Its settings were chosen when it was exported."""
 
+    image_size: int
+    num_steps: int
+    cache_size: int
+    slide: bool
+    encodes_generated: bool
+    reads_context: bool
+    global_widths: Mapping[str, int]
+    programs: Mapping[str, Callable]
+
     def __init__(self, folder: str | Path):
-        """Reads and checks all of it.
+        """Read and check all of it.
 
         Raises:
           UserError: no bundle, one of a newer format or for other platforms, or a file that is not the one exported.
@@ -165,7 +174,8 @@ def _load(folder: Path, name: str, manifest: Mapping[str, Any]) -> Callable:
 def _read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """{model: {name: float32 array}}, mapped into memory. The format is 8 bytes of header length, a JSON header with
     dtype, shape and place of each tensor, and the data (its own library is one more thing to install)."""
-    params, size = {}, path.stat().st_size
+    params: dict[str, dict[str, np.ndarray]] = {}
+    size = path.stat().st_size
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from m2m_jax.core.errors import UserError, refuse
 from m2m_jax.core.options import fields, split_list
@@ -17,7 +18,7 @@ def main() -> None:
     for field, kind in fields(Job):
         required = field.default is dataclasses.MISSING
         if kind.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
             how = {"type": split_list if kind.several else str if kind.type is Path else kind.type}
         default = None if required else field.default

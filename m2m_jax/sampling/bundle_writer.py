@@ -77,7 +77,7 @@ def export_programs(sampler: Sampler) -> dict[str, jax.export.Exported]:
 
     cache = jax.eval_shape(empty, params, seed_b)
     carry = jax.eval_shape(begin, params, cache, seed_b)
-    calls = {
+    calls: dict[str, tuple[Any, ...]] = {
         "empty_cache": (empty, seed_b),
         "encode": (static.encode, images),
         "append": (append, cache, seed_b, jax.eval_shape(static.encode, params, images), append_b, *told),

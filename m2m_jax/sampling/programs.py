@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ class Programs:
           "x" is the image so far, "previous" the clean image that the network predicted last; latents [b, h, w, c].
         """
         unet, guidance, levels = self._unet(params), self.guidance, self.levels
-        told = {"cache": cache, "levels": levels, "text": text, "globals_bc": globals_bc}
+        told: dict[str, Any] = {"cache": cache, "levels": levels, "text": text, "globals_bc": globals_bc}
         fresh_b = _part(key_b, FRESH)
 
         def network(noised_bhwc: jax.Array, timestep: jax.Array, row: jax.Array) -> jax.Array:
@@ -149,8 +150,8 @@ class Programs:
         told = Conditioning(globals=self.global_shapes(seed_b.shape[0]))
         return empty_cache(self._unet(params), image, size, dtype, told, levels=len(self.levels))
 
-    def global_shapes(self, b: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return {global embedding: shape of its values} of an image of each of b sets."""
+    def global_shapes(self, b: Any) -> dict[str, Any]:
+        """Return {global embedding: ShapeDtypeStruct of its values} of an image of b sets, a number or a symbol."""
         widths = self.unet_config.global_widths
         return {name: jax.ShapeDtypeStruct((b, width), jnp.float32) for name, width in widths.items()}
 
@@ -215,7 +216,7 @@ class Programs:
 
 
 @functools.cache
-def compiled(programs: Programs, mesh: Mesh) -> dict[str, Callable]:
+def compiled(programs: Programs, mesh: Mesh) -> dict[str, jax.stages.Wrapped]:
     """Return {name in `PROGRAMS`: the compiled method}, once for all samplers that are alike.
 
     Sets are split over the devices of `mesh`, each of which runs a program by itself: nothing is sent. (Left to XLA,
@@ -223,7 +224,7 @@ def compiled(programs: Programs, mesh: Mesh) -> dict[str, Callable]:
     """
     shared, split = PartitionSpec(), PartitionSpec("data")
 
-    def of(name: str) -> Callable:
+    def of(name: str) -> jax.stages.Wrapped:
         def run(params, *arguments, **static):
             by_set = jax.tree.map(lambda x: split if jnp.ndim(x) else shared, arguments)
             # Loops begin with zeros, which vary between devices only from the second round on: not checked.

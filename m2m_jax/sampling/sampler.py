@@ -149,6 +149,7 @@ class Sampler(SetSampler):
 
     @property
     def about(self) -> dict[str, Any]:
+        """What is to be known of the images."""
         return {"step": self.step, "settings": dataclasses.asdict(self.settings)}
 
     @functools.cached_property

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from m2m_jax.core.options import MAX_SEED
 PROGRAMS = ("empty_cache", "encode", "append", "begin", "denoise", "decode")
 ContextImage = np.ndarray | Image.Image | str | Path
 # {global embedding: of each set, float32 [m + num_images, c]}: of its m context images, then of those to be made.
-Globals = Mapping[str, Sequence[np.ndarray]]
+Globals = Mapping[str, Sequence[np.ndarray] | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +73,28 @@ class SetSampler(abc.ABC):
         images = sampler.sample_sets(contexts, num_images=4, seed_b=np.array([0, 1]))  # uint8 [2, 4, size, size, 3]
     """
 
-    image_size: int
-    num_steps: int
-    cache_size: int
-    slide: bool
-    encodes_generated: bool
-    programs: Mapping[str, Callable]
-    reads_context: bool = True
-    num_devices: int = 1
-    global_widths: Mapping[str, int] = MappingProxyType({})
+    if TYPE_CHECKING:  # only read here: a subclass may have them as attributes or as properties
+
+        @property
+        def image_size(self) -> int: ...
+        @property
+        def num_steps(self) -> int: ...
+        @property
+        def cache_size(self) -> int: ...
+        @property
+        def slide(self) -> bool: ...
+        @property
+        def encodes_generated(self) -> bool: ...
+        @property
+        def programs(self) -> Mapping[str, Callable]: ...
+        @property
+        def reads_context(self) -> bool: ...
+        @property
+        def num_devices(self) -> int: ...
+        @property
+        def global_widths(self) -> Mapping[str, int]: ...
+    else:
+        reads_context, num_devices, global_widths = True, 1, MappingProxyType({})
 
     def place(self, tree: Any) -> Any:
         """Return arrays with a leading axis of sets where the programs want them."""
@@ -146,14 +159,14 @@ class SetSampler(abc.ABC):
 
     def sample_sets(
         self,
-        contexts: Sequence[np.ndarray],
+        contexts: Sequence[np.ndarray] | np.ndarray,
         num_images: int,
         seed_b: np.ndarray,
         on_step: OnStep | None = None,
         *,
         globals: Globals | None = None,
     ) -> np.ndarray:
-        """`__call__` for b sets at once, each with a seed of its own.
+        """Return what `__call__` does, for b sets at once, each with a seed of its own.
 
         Args:
           contexts: of each set, uint8 [m, image_size, image_size, 3]; m may differ.
@@ -166,7 +179,7 @@ class SetSampler(abc.ABC):
 
     def stream_sets(
         self,
-        contexts: Sequence[np.ndarray],
+        contexts: Sequence[np.ndarray] | np.ndarray,
         num_images: int,
         seed_b: np.ndarray,
         on_step: OnStep | None = None,
@@ -185,8 +198,9 @@ class SetSampler(abc.ABC):
         values_bnc = self._check_globals(globals or {}, lengths_b, num_images)
         missing = -len(contexts) % self.num_devices
         # Devices get equally many sets: what is missing is sampled without context and thrown away.
-        padded, lengths_b = [*contexts, *[()] * missing], np.append(lengths_b, np.zeros(missing, int))
-        seed_b = self.place(np.append(np.asarray(seed_b, np.uint32), np.zeros(missing, np.uint32)))
+        padded: list[Any] = [*contexts, *[()] * missing]
+        lengths_b = np.append(lengths_b, np.zeros(missing, int))
+        placed_b = self.place(np.append(np.asarray(seed_b, np.uint32), np.zeros(missing, np.uint32)))
         values_bnc = {name: np.pad(x_bnc, ((0, missing), (0, 0), (0, 0))) for name, x_bnc in values_bnc.items()}
         everyone = self.place(np.ones(len(padded), bool))
 
@@ -196,20 +210,20 @@ class SetSampler(abc.ABC):
             return (self.place(of_image),) if of_image else ()
 
         run = self.programs
-        cache = self.empty_cache(seed_b, max(room, int(lengths_b.max()) + num_images - 1))
+        cache = self.empty_cache(placed_b, max(room, int(lengths_b.max()) + num_images - 1))
         blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
         for i in range(lengths_b.max()):
             images_bhwc = np.stack([context[i] if i < len(context) else blank for context in padded])
             image, append_b = run["encode"](self.place(images_bhwc)), self.place(i < lengths_b)
-            cache = run["append"](cache, seed_b, image, append_b, *told(np.full(len(padded), i)))
+            cache = run["append"](cache, placed_b, image, append_b, *told(np.full(len(padded), i)))
         for i in range(num_images):
             told_of_it = told(lengths_b + i)
-            latents_bhwc = self._next_image(cache, seed_b, told_of_it, i, num_images, len(contexts), on_step)
+            latents_bhwc = self._next_image(cache, placed_b, told_of_it, i, num_images, len(contexts), on_step)
             images_bhwc = run["decode"](latents_bhwc)
             yield np.asarray(images_bhwc)[: len(contexts)]
             if i + 1 < num_images:
                 image = run["encode"](images_bhwc) if self.encodes_generated else latents_bhwc
-                cache = run["append"](cache, seed_b, image, everyone, *told_of_it)
+                cache = run["append"](cache, placed_b, image, everyone, *told_of_it)
 
     def _next_image(
         self,
@@ -236,7 +250,7 @@ class SetSampler(abc.ABC):
                 on_step(Progress(image, num_images, first + 1, self.num_steps, preview))
         return carry["x"]
 
-    def _check(self, contexts: Sequence[np.ndarray], num_images: int, seed_b: np.ndarray) -> np.ndarray:
+    def _check(self, contexts: Sequence[np.ndarray] | np.ndarray, num_images: int, seed_b: np.ndarray) -> np.ndarray:
         """Return how many context images each set has."""
         if num_images < 1:
             raise UserError(f"num_images must be at least 1, not {num_images}")

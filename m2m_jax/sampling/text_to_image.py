@@ -32,6 +32,8 @@ from m2m_jax.models.unet_config import UNetConfig, with_todays_names
 from m2m_jax.sampling.programs import UNET, AllParams, Programs
 from m2m_jax.sampling.settings import SamplingSettings
 
+Numbers = Sequence[int] | np.ndarray
+
 if TYPE_CHECKING:
     from m2m_jax.checkpoints.saved_model import SavedModel
 
@@ -132,9 +134,9 @@ class TextToImage:
         return self._programs.models.latent_shape(self.image_size)
 
     def generate(
-        self, captions: Sequence[str], index_b: Sequence[int], images_n: Sequence[int], seed: int
+        self, captions: Sequence[str], index_b: Numbers, images_n: Numbers, seed: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Images number `images_n` of each caption. Returns at once, before the device has made them.
+        """Return images number `images_n` of each caption, at once, before the device has made them.
 
         Args:
           captions: b of them, a multiple of `num_devices`.
@@ -146,9 +148,9 @@ class TextToImage:
         return self.generate_from_ids(self._tokenizer(captions), index_b, images_n, seed)
 
     def generate_from_ids(
-        self, token_ids_bs: np.ndarray, index_b: Sequence[int], images_n: Sequence[int], seed: int
+        self, token_ids_bs: np.ndarray, index_b: Numbers, images_n: Numbers, seed: int
     ) -> tuple[jax.Array, jax.Array]:
-        """`generate` of captions that are token ids already."""
+        """Return what `generate` does, of captions that are token ids already."""
         numbers = (np.asarray(x, np.uint32) for x in (index_b, images_n, seed))
         return self._generate(self._params, token_ids_bs, self._empty_ids_1s, *numbers)
 

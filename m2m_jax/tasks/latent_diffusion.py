@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -36,7 +36,6 @@ class LatentDiffusion:
     """
 
     tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None  # captions are not read
-    needs_images = False  # where the data set holds latents
 
     def __init__(self, config: Config, platform: str | None = None, models: FrozenModels | None = None):
         """Read the frozen models that `config` names.
@@ -53,7 +52,7 @@ class LatentDiffusion:
             self.models, self.frozen = FrozenModels.load(config)
             require_autoencoder(config.data, config.autoencoder.path, self.models.autoencoder, self.frozen[AUTOENCODER])
         else:
-            self.models, self.frozen = models, models.shapes
+            self.models, self.frozen = models, cast(FrozenParams, models.shapes)
         self.schedule = NoiseSchedule.from_config(vars(config.schedule))
         channels = self.models.autoencoder.latent_channels
         text_encoder, image_encoder = self.models.text_encoder, self.models.image_encoder
@@ -84,6 +83,11 @@ class LatentDiffusion:
     def attributes(self) -> dict[str, int]:
         """What the data must say of every image: the values of the network's global embeddings."""
         return self.unet_config.global_widths
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether images are wanted also where the data set holds latents."""
+        return False
 
     @property
     def summary(self) -> str:
@@ -142,5 +146,5 @@ class LatentDiffusion:
 
     def latents_shape(self, batch: dict) -> tuple[int, int, int, int, int]:
         """Return the shape of `latents` without encoding anything."""
-        sets_bnhwc = batch.get("latents_bnhwc", batch.get("images_bnhwc"))
+        sets_bnhwc = batch["latents_bnhwc"] if "latents_bnhwc" in batch else batch["images_bnhwc"]
         return *sets_bnhwc.shape[:2], *self.models.latent_shape(self.config.data.image_size)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.core.keys import Domain, Stream, stream_key
@@ -58,12 +59,12 @@ def squared_error(
     unet: UNet,
     schedule: NoiseSchedule,
     told: Told,
-    target_bnhwc: jax.Array,
-    noise_bnhwc: jax.Array,
-    timestep_bn: jax.Array,
+    target_bnhwc: Float[jax.Array, "b n h w c"],
+    noise_bnhwc: Float[jax.Array, "b n h w c"],
+    timestep_bn: Int[jax.Array, "b n"],
     *,
     clean_timestep: int,
-) -> jax.Array:
+) -> Float[jax.Array, "b n"]:
     """Return the mean squared error of the prediction for each noised image, [b, n]. Nothing is random here.
 
     Args:
@@ -117,7 +118,9 @@ def draw(schedule: NoiseSchedule, shape: tuple[int, ...], *, seed: int, step: ja
     )
 
 
-def weighted_loss(schedule: NoiseSchedule, error_bn: jax.Array, timestep_bn: jax.Array, config: Any) -> jax.Array:
+def weighted_loss(
+    schedule: NoiseSchedule, error_bn: Float[jax.Array, "b n"], timestep_bn: Int[jax.Array, "b n"], config: Any
+) -> Float[jax.Array, ""]:
     """Return the mean of errors, weighted by their noise levels as `config.diffusion.loss_weight` says.
 
     Args:

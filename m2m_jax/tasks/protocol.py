@@ -36,7 +36,7 @@ class Objective(Protocol):
     """
 
     compute_dtype: str
-    shapes: Params
+    shapes: dict[str, jax.ShapeDtypeStruct]
     frozen: FrozenParams
 
     def init(self) -> Params:
@@ -61,9 +61,12 @@ class Reader(Protocol):
       attributes: {name: numbers an image} of what else the data must say of every image.
     """
 
-    tokenizer: Callable[[Sequence[str]], np.ndarray] | None
-    needs_images: bool
-    attributes: Mapping[str, int]
+    @property
+    def tokenizer(self) -> Callable[[Sequence[str]], np.ndarray] | None: ...
+    @property
+    def needs_images(self) -> bool: ...
+    @property
+    def attributes(self) -> Mapping[str, int]: ...
 
 
 class Evaluator(Protocol):
@@ -106,5 +109,7 @@ class Task(Objective, Reader, Evaluator, Previewer, Protocol):
       metadata: what a checkpoint must say so that it can be sampled from alone; can be written as JSON.
     """
 
-    summary: str
-    metadata: dict[str, Any]
+    @property
+    def summary(self) -> str: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...

@@ -39,7 +39,7 @@ def gather(samples: Samples | None, num_sets: int) -> Samples | None:
     if jax.process_count() == 1:
         return samples
     gathering.wait_for_all()
-    if not multihost_utils.process_allgather(np.bool_(samples is not None)).all():
+    if not multihost_utils.process_allgather(np.bool_(samples is not None)).all() or samples is None:
         return None
     return {name: gathering.gather(x)[:num_sets] for name, x in sorted(samples.items())}
 

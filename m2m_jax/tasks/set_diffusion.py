@@ -109,7 +109,7 @@ class SetDiffusion(LatentDiffusion):
           number_b: the number of each set in the grid, on which its noise depends.
           step: of the parameters.
         """
-        b, n = batch.get("images_bnhwc", batch.get("latents_bnhwc")).shape[:2]
+        b, n = self.latents_shape(batch)[:2]
         num_context, num_new = n - 1, max(n - 1, 1)
         sampler = self.sampler(params, step)
         settings = dataclasses.replace(sampler.settings, cache_size=max(num_context + num_new - 1, 1))
@@ -117,8 +117,8 @@ class SetDiffusion(LatentDiffusion):
         context_bmhwc, seed_b = self._context_images(sampler, batch), np.asarray(number_b)
         at_once = pieces(b, sampler.image_size, sampler.num_devices)
         of_image = np.arange(num_context + num_new) % n
-        values = global_values(self.unet_config.global_embeddings, batch)
-        values = {name: np.asarray(value_bnc)[:, of_image] for name, value_bnc in values.items()}
+        held_out = global_values(self.unet_config.global_embeddings, batch)
+        values = {name: np.asarray(value_bnc)[:, of_image] for name, value_bnc in held_out.items()}
         generated_bnhwc = [
             sampler.sample_sets(
                 context_bmhwc[k], num_new, seed_b[k], globals={name: x[k] for name, x in values.items()}

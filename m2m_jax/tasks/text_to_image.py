@@ -18,7 +18,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
-from m2m_jax.models.tokenizer import load_tokenizer
+from m2m_jax.models.tokenizer import Tokenizer, load_tokenizer
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.sampling.text_to_image import TextPrograms, TextToImage
 from m2m_jax.tasks.evaluation import another, stratified_timesteps
@@ -37,6 +37,8 @@ class TextToImageTask(LatentDiffusion):
         task = TextToImageTask(config)
         loss, metrics = task.loss(task.init(), task.frozen, batch, task.draw(batch, step))
     """
+
+    tokenizer: Tokenizer
 
     def __init__(self, config: Config, platform: str | None = None, models: FrozenModels | None = None):
         super().__init__(config, platform, models)

@@ -86,7 +86,7 @@ def _computed_pairs(config: UNetConfig, layout: SetLayout, t: int, s: int) -> fl
         jax.ShapeDtypeStruct((1, images, n, 1, 1), jnp.float32)
         for images, n in ((layout.num_images, t), (len(layout.clean), s), (len(layout.clean), s))
     ]
-    return _sum_of_products(jax.make_jaxpr(lambda *qkv: backend(*qkv, layout))(*shapes).jaxpr) / 4
+    return _sum_of_products(jax.make_jaxpr(lambda q, k, v: backend(q, k, v, layout))(*shapes).jaxpr) / 4
 
 
 def _sum_of_products(jaxpr: Any) -> float:

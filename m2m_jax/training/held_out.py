@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +61,13 @@ class HeldOut:
         self._grid_data = make_dataset(examples, batch_size=size, rows=self._grid_rows, threads=threads)
 
         self._metrics = {name: METRICS.choose(name)(task) for name in config.eval.metrics}
-        self._score = {"task": task, **self._metrics}[config.eval.score].score
+        judges: dict[str, Any] = {"task": task, **self._metrics}
+        self._score = judges[config.eval.score].score
 
         def of_batch(params: Params, averages: Params, *arguments) -> dict[str, jax.Array]:
             own = sharding.gathered(trained.effective(params, averages), mesh, task.compute_dtype)
-            figures = [metric.evaluate(own, *arguments) for metric in self._metrics.values()]
-            figures = _joined(task.evaluate(own, *arguments), *figures)
+            of_metrics = [metric.evaluate(own, *arguments) for metric in self._metrics.values()]
+            figures = _joined(task.evaluate(own, *arguments), *of_metrics)
             return {name: jnp.mean(value) for name, value in figures.items()}
 
         self._of_batch = jax.jit(sharding.traced_on(mesh, of_batch))
@@ -80,8 +81,8 @@ class HeldOut:
         held_out = list(batches(self._data, 0, self._config.data.prefetch, self._config.eval.batches))
         placed = (sharding.make_global_batch(self._mesh, held_out_inputs(batch), size) for batch in held_out)
         results = [self._of_batch(state.params, state.ema_params, frozen, batch, i) for i, batch in enumerate(placed)]
-        means = {name: np.mean([float(r[name]) for r in results]) for name in results[0]}
-        substituted = {}
+        means = {name: float(np.mean([float(r[name]) for r in results])) for name in results[0]}
+        substituted: dict[str, float] = {}
         if self._config.data.on_error == "skip":
             found = sum(int(batch["substituted_b"].sum()) for batch in held_out)
             read = sum(len(batch["substituted_b"]) for batch in held_out)
@@ -128,7 +129,7 @@ class HeldOut:
 
 def _joined(*figures: dict) -> dict:
     """Return the figures of a task and of metrics in one. Raises ValueError for two of one name."""
-    joined = {}
+    joined: dict = {}
     for some in figures:
         if twice := sorted(joined.keys() & some.keys()):
             raise ValueError(f"two metrics, or one and the task, name a figure {', '.join(twice)}: rename one")
@@ -144,5 +145,6 @@ def sets_of_all_processes(found: int, read: int, sets: int) -> int:
     Args:
       found, read: of this process: sets that count, and all that it read.
     """
-    found, read = multihost_utils.process_allgather(np.int32([found, read])).reshape(-1, 2).sum(axis=0)
+    counts = np.array([found, read], np.int32)
+    found, read = multihost_utils.process_allgather(counts).reshape(-1, 2).sum(axis=0)
     return int(found) * sets // int(read)

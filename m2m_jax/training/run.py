@@ -75,7 +75,7 @@ class Run:
     Attributes:
       config, workdir: what and where.
       mesh, task, setup, frozen: devices, what is trained on them, and how; parameters of the models that do not train.
-      state: all that a step changes. None while it is rolled back.
+      state: all that a step changes. Not there while it is rolled back.
       step: how many steps were taken; known without waiting for the device.
       skipped_batches: how many batches no step has seen.
       checkpoints, writer, example_log: what is written.
@@ -127,7 +127,8 @@ class Run:
         self.throughput = Throughput(config, self.task.compute_dtype)
         self.profiler = Profiler(config.profile.steps, workdir / "profile" / str(jax.process_index()))
         stack.callback(self.profiler.close)
-        self._compiled = None
+        self._compiled: jax.stages.Compiled | None = None
+        self._substituted = 0  # sets of this process since the last line of the log
         self._read_on()
 
     def finish(self, interruption: Interruption) -> int:
@@ -148,7 +149,7 @@ class Run:
             self.divergence.add(self.step, metrics)
             bad_step = self.divergence.look(until=self.step if logs or evaluates or saves else self.step - 1)
             if bad_step:
-                metrics = None  # there is no room for two states, and what belongs to them
+                del metrics  # there is no room for two states, and what belongs to them
                 self.roll_back(bad_step)
                 stopping = False  # asked again after the next step, which can be saved
                 continue
@@ -170,7 +171,7 @@ class Run:
         with self.throughput.waiting():
             batch = self._next_batch()
         if self._compiled is None:
-            self._compile(batch)
+            self._compiled = self._compile(batch)
         self.profiler.begin(self.step)
         with jax.transfer_guard("disallow"):  # what the loop does not place itself would stall every step
             self.state, metrics = self._compiled(self.state, self.frozen, batch)
@@ -210,7 +211,7 @@ class Run:
     def roll_back(self, bad_step: int) -> None:
         """Go back to the last checkpoint, or the start, and on with the batch after that of the bad step."""
         with self.watchdog.allowing("the rollback"):
-            self.state = None  # first, for there is no room for two
+            del self.state  # first, for there is no room for two
             self.checkpoints.wait()
             self.state = self._start()
             self.step = int(self.state.step)
@@ -260,7 +261,7 @@ class Run:
     def _read_on(self) -> None:
         """Begin to read the batches after those that were trained on or left out."""
         self._stream = batches(self._data, self.step + self.skipped_batches, self.config.data.prefetch)
-        self._substituted = 0  # sets of this process since the last line of the log
+        self._substituted = 0
 
     def _next_batch(self) -> dict[str, jax.Array]:
         host_batch = next(self._stream)
@@ -269,13 +270,14 @@ class Run:
             self.example_log.write(self.step, host_batch["example_index_b"], host_batch["record_index_b"])
         return sharding.make_global_batch(self.mesh, inputs(host_batch), self.config.data.batch_size)
 
-    def _compile(self, batch: dict[str, jax.Array]) -> None:
+    def _compile(self, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
         """Compile the step, once: a batch of another shape is an error, and not a second compilation."""
         began = time.monotonic()
         with self.watchdog.allowing("compilation"):
-            self._compiled = self.setup.step.lower(self.state, self.frozen, batch).compile()
+            compiled = self.setup.step.lower(self.state, self.frozen, batch).compile()
         self.writer.message(f"compiled in {time.monotonic() - began:.0f} s")
         self.throughput.restart()
+        return compiled
 
     def _close(self) -> None:
         with self.watchdog.allowing("saving"):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
-from jax.sharding import Mesh
 
 from m2m_jax.configuration import Config
 from m2m_jax.core.parameters import Params
@@ -41,7 +40,7 @@ class Setup:
     trained: Trained
 
 
-def set_up(task: Objective, config: Config, mesh: Mesh) -> Setup:
+def set_up(task: Objective, config: Config, mesh: sharding.AnyMesh) -> Setup:
     """Return what training `task` on `mesh` consists of. Computes nothing, and asks no device for anything."""
     optimizer, learning_rate = make_optimizer(config.optimizer, config.train.steps)
     trained = PARAMETERS.choose(config.train.parameters)

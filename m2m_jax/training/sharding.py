@@ -31,6 +31,8 @@ from m2m_jax.core.parameters import Params
 from m2m_jax.models.unet import IN_FLOAT32
 from m2m_jax.training.state import TrainState
 
+AnyMesh = Mesh | AbstractMesh  # of devices, or of none
+
 AXES = ("slice", "data", "fsdp", "tensor", "context")
 BATCH_AXES = AXES[:3]
 
@@ -96,7 +98,7 @@ def abstract_mesh(config: configuration.Mesh, num_devices: int) -> AbstractMesh:
     return AbstractMesh(mesh_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def parameter_spec(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """Return how one parameter is split. Raises ValueError for a name that no rule matches."""
     rule = _rule(name)
     if rule is None:
@@ -105,7 +107,7 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     spec: list[str | None] = [None] * len(shape)
     for mesh_axis in AXES:
         size = mesh.shape[mesh_axis]
-        candidates = [i for i, axis in enumerate(logical) if MESH_AXIS.get(axis) == mesh_axis]
+        candidates = [i for i, axis in enumerate(logical) if axis and MESH_AXIS.get(axis) == mesh_axis]
         candidates = [i for i in candidates if size > 1 and shape[i] % size == 0]
         if candidates:
             # Among equals the last, which is contiguous.
@@ -113,12 +115,12 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*spec)
 
 
-def parameter_shardings(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
+def parameter_shardings(params: Params, mesh: AnyMesh) -> dict[str, NamedSharding]:
     """Return the sharding of every parameter of a flat dict (arrays or ShapeDtypeStructs)."""
     return {name: NamedSharding(mesh, parameter_spec(name, value.shape, mesh)) for name, value in params.items()}
 
 
-def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
+def gathered(params: Params, mesh: AnyMesh, dtype: jax.typing.DTypeLike) -> Params:
     """Return parameters as layers use them: whole along `fsdp`, which only keeps them apart. For compiled code.
 
     XLA, when it is left to decide, gathers now a kernel and now the images of the whole batch, and sums every gradient
@@ -149,7 +151,7 @@ def gathered(params: Params, mesh: Mesh, dtype: jax.typing.DTypeLike) -> Params:
     return {name: whole(name, value) for name, value in params.items()}
 
 
-def summed_in_float32(gradients_of: Callable, mesh: Mesh) -> Callable:
+def summed_in_float32(gradients_of: Callable, mesh: AnyMesh) -> Callable:
     """Return `gradients_of`, computed by each device of its own rows, and then summed in float32.
 
     XLA sums a product that is split over devices where it stands, in the product's dtype, and casts the sum: no cast in
@@ -202,7 +204,7 @@ def summed_in_float32(gradients_of: Callable, mesh: Mesh) -> Callable:
     return run
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: AnyMesh) -> TrainState:
     """Return a TrainState of shardings: optimizer state and EMA follow their parameters; all else is on every device.
 
     Args:
@@ -220,7 +222,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """Return the sharding of what is the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -247,7 +249,7 @@ def on_this_process(params: Params, mesh: Mesh) -> Params:
     devices = set(mesh.devices.flat)
     own = Mesh(np.array([device for device in jax.local_devices() if device in devices]), ("data",))
 
-    def whole(x: jax.Array) -> jax.Array | np.ndarray:
+    def whole(x: jax.Array) -> Any:
         if not x.is_fully_replicated:
             return np.asarray(_gather(mesh)(x).addressable_data(0))
         shards = [shard.data for shard in x.addressable_shards]  # as they lie: nothing is copied
@@ -271,7 +273,7 @@ def batch_sharding(mesh: Mesh, name: str) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(ARRAY_AXES[letter] or None for letter in letters)))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
+def check_batch_size(batch_size: int, mesh: AnyMesh, field: str, parts: int = 1) -> None:
     """Raise UserError where a batch cannot be split over the devices.
 
     Args:
@@ -289,7 +291,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) ->
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Return which rows of a batch lie, in whole or in part, on devices of this process."""
     shares = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).addressable_devices_indices_map((batch_size,))
-    return sorted({row for (share,) in shares.values() for row in range(*share.indices(batch_size))})
+    return sorted({row for share in shares.values() if share for row in range(*share[0].indices(batch_size))})
 
 
 def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
@@ -301,7 +303,7 @@ def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray], batch_size:
     position = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
 
     def place(name: str, value: np.ndarray) -> jax.Array:
-        def share(index: tuple[slice, ...]) -> np.ndarray:
+        def share(index: Any) -> np.ndarray:
             rows = [position[row] for row in range(*index[0].indices(batch_size))]
             return value[rows][:, *index[1:]] if len(index) > 1 else value[rows]
 
@@ -311,7 +313,7 @@ def make_global_batch(mesh: Mesh, host_batch: dict[str, np.ndarray], batch_size:
     return {name: place(name, value) for name, value in host_batch.items()}
 
 
-def traced_on(mesh: Mesh, function: Callable) -> Callable:
+def traced_on(mesh: AnyMesh, function: Callable) -> Callable:
     """Return `function`, to be compiled, with a mesh that it can ask for.
 
     A kernel (`attention/splash.py`), which XLA can't partition, finds the mesh by `jax.sharding.get_abstract_mesh`.
@@ -331,7 +333,8 @@ def describe(params: Params, mesh: Mesh) -> str:
     for name, value in params.items():
         spec = parameter_spec(name, value.shape, mesh)
         split = f"[{', '.join(axis or '-' for axis in spec)}]"
-        rows.setdefault((_rule(name)[0], split), []).append(math.prod(value.shape))
+        pattern, _ = _rule(name) or ("", ())
+        rows.setdefault((pattern, split), []).append(math.prod(value.shape))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     lines = [f"mesh {axes}; parameters by rule and split axes:"]
     for (rule, split), sizes in sorted(rows.items()):

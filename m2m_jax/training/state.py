@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     import optax
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that a step changes.
 
     Attributes:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from m2m_jax.core.parameters import Params
 from m2m_jax.data import transform
@@ -25,14 +24,15 @@ if TYPE_CHECKING:
 # Of a parameter's name: the module, and which one of a list of modules.
 _OUTERMOST = re.compile(r"[^.]+(\.\d+)?")
 
-Step = Callable[[TrainState, FrozenParams, dict], tuple[TrainState, dict[str, jax.Array]]]
+# (state, parameters of the frozen models, batch) -> (next state, scalars for the log); can be lowered and compiled.
+Step = jax.stages.Wrapped
 
 
 def make_train_step(
     task: Objective,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
-    mesh: Mesh,
+    mesh: sharding.AnyMesh,
     ema_decay: float,
     trained: Trained = PARAMETERS["all"],
     accumulation: int = 1,
@@ -89,7 +89,8 @@ def gradient_norms(gradients: Params) -> dict[str, jax.Array]:
     """Return {"gradient_norm": of everything, "gradient_norm/down_blocks.0": of one of the outermost modules, ...}."""
     squares: dict[str, jax.Array] = {}
     for name, gradient in gradients.items():
-        module = _OUTERMOST.match(name)[0]
+        outermost = _OUTERMOST.match(name)
+        module = outermost[0] if outermost else name
         squares[module] = squares.get(module, jnp.float32(0.0)) + jnp.sum(gradient.astype(jnp.float32) ** 2)
     norms = {f"gradient_norm/{module}": jnp.sqrt(square) for module, square in squares.items()}
     return {"gradient_norm": jnp.sqrt(sum(squares.values())), **norms}

@@ -62,7 +62,7 @@ class Watchdog:
     def step(self, step: int) -> None:
         """Note that a step begins; the last one, if nothing else was done in it, has shown how long one takes."""
         now = time.monotonic()
-        if self._in_step:
+        if self._in_step and self._doing is not None:
             self._seconds.append(now - self._doing.since)
         limit = ELSE
         if len(self._seconds) >= KNOWN_AFTER:

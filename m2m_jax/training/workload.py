@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def make_task(config: Config) -> tuple[Task, list[str]]:
     Raises:
       UserError: of text-to-image a folder is missing, as in a run.
     """
-    kind, notes = TASKS.choose(config.task), []
+    kind = TASKS.choose(config.task)
+    notes: list[str] = []
+    task: Any  # a kind of LatentDiffusion has the rest of a Task, too
     if not issubclass(kind, LatentDiffusion) or config.text_encoder.path:
         task = kind(config)
     else:
@@ -72,7 +75,7 @@ def make_task(config: Config) -> tuple[Task, list[str]]:
 
 def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
     """Return what the config's folders hold, by their config.json or, without one, by what is published; and notes."""
-    notes = []
+    notes: list[str] = []
     folder = config.autoencoder.path
     if (Path(folder) / "config.json").is_file():
         autoencoder = diffusers_folder.load_autoencoder_config(folder)
@@ -82,7 +85,7 @@ def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
     folder = config.image_encoder.path
     if not folder:
         return FrozenModels(autoencoder), notes
-    options = {"layer": config.image_encoder.layer, "dtype": config.model.dtype}
+    options: dict[str, Any] = {"layer": config.image_encoder.layer, "dtype": config.model.dtype}
     if (Path(folder) / "config.json").is_file():
         encoder = IMAGE_ENCODERS.of_folder(folder).load_config(folder, **options)
     else:
@@ -92,7 +95,7 @@ def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
     return FrozenModels(autoencoder, encoder, config.image_encoder.image_size), notes
 
 
-def batch_shapes(config: Config, task: Task, batch_size: int) -> dict:
+def batch_shapes(config: Config, task: Any, batch_size: int) -> dict:
     """Return a batch as it reaches the devices, as shapes; see `data.loader.make_dataset` and `inputs`."""
     sets, size = (batch_size, config.data.images_per_set), config.data.image_size
     shapes = {}
@@ -126,7 +129,8 @@ def count_model_flops(config: Config, remat: str = "none") -> float:
     """
     # An accelerator's client counts nothing; the CPU's is asked, whatever the model runs on.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return _lowered_gradient(_plain_task(config, remat), config).cost_analysis()["flops"]
+        cost: Any = _lowered_gradient(_plain_task(config, remat), config).cost_analysis()
+        return cost["flops"]
 
 
 def _lowered_gradient(task: Task, config: Config) -> jax.stages.Lowered:
@@ -162,7 +166,7 @@ def kept_bytes(config: Config, task: Task, sets: int) -> int:
     step = jax.ShapeDtypeStruct((), jnp.int32)
     jaxpr = jax.make_jaxpr(kept)(task.shapes, task.frozen, batch_shapes(config, task, sets), step).jaxpr
     inputs = {*jaxpr.invars, *jaxpr.constvars}
-    arrays = {x for x in jaxpr.outvars if isinstance(x, Var)} - inputs
+    arrays: set[Any] = {x for x in jaxpr.outvars if isinstance(x, Var)} - inputs
     return sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
 
 
@@ -185,7 +189,7 @@ def count_flops(config: Config, devices: int, platform: str = PLATFORM) -> Workl
     """
     mesh = abstract_mesh(config.mesh, devices)
     task, flops = _plain_task(config, "none"), count_model_flops(config)
-    if config.task == "autoencoder":
+    if not isinstance(task, LatentDiffusion):
         return Workload(flops, AttentionFlops())
     backend = resolve(config.model.attention_backend, platform, config.model.dtype)
     unet_config = dataclasses.replace(task.unet_config, attention_backend=backend)

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from m2m_jax.core.images import as_pillow
 
 Colour = tuple[int, int, int]
+Images = Sequence[np.ndarray] | np.ndarray
 
 CONTEXT_COLOUR: Colour = (29, 62, 138)
 GENERATED_COLOUR: Colour = (214, 106, 32)
@@ -47,7 +48,7 @@ class Group:
     """
 
     title: str
-    images: Sequence[np.ndarray]
+    images: Images
     colour: Colour = OTHER_COLOUR
     framed: bool = False
 
@@ -60,15 +61,15 @@ class Row:
     groups: Sequence[Group]
 
 
-def context(images: Sequence[np.ndarray]) -> Group:
+def context(images: Images) -> Group:
     return Group("context", images, CONTEXT_COLOUR, framed=True)
 
 
-def generated(images: Sequence[np.ndarray]) -> Group:
+def generated(images: Images) -> Group:
     return Group("generated", images, GENERATED_COLOUR)
 
 
-def nearest(images: Sequence[np.ndarray]) -> Group:
+def nearest(images: Images) -> Group:
     return Group("nearest in training", images, OTHER_COLOUR)
 
 
@@ -171,7 +172,7 @@ def _draw_tile(
 
 
 def _scaled(image: Image.Image, tile: int) -> Image.Image:
-    """The image to fit a tile: crisp pixels at a whole factor, else smooth."""
+    """Return the image to fit a tile: crisp pixels at a whole factor, else smooth."""
     longest = max(image.size)
     if tile % longest == 0:
         factor = tile // longest
@@ -180,8 +181,8 @@ def _scaled(image: Image.Image, tile: int) -> Image.Image:
     return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text on one line, with its end left off where it is wider than `width`."""
+def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Return the text on one line, with its end left off where it is wider than `width`."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

@@ -153,7 +153,7 @@ def build_sets(subjects: list[Subject], drawn: Artwork) -> list[records.ImageSet
 
 def _parts(row: list[tuple[Variant, str]], drawn: Artwork) -> list[list[tuple[Variant, str]]]:
     """What of a row can be drawn and differs, dealt out evenly to the fewest sets; [] if too little."""
-    distinct = {}
+    distinct: dict[bytes, tuple[Variant, str]] = {}
     for variant, style in row:
         png = drawn.get((variant.codepoints, style))
         if png is not None:
@@ -181,7 +181,7 @@ def _record(
 
 
 def _limit(subjects: tuple[Subject, ...], max_subjects: int | None) -> list[Subject]:
-    seen = collections.Counter()
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
     kept = []
     for subject in subjects:
         seen[subject.subgroup, subject.split] += 1

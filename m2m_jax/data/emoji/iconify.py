@@ -150,4 +150,7 @@ def _read_json(archive: tarfile.TarFile, name: str) -> Any:
     member = archive.getmember(f"{_FOLDER}/{name}")
     if not member.isfile() or member.size > _MAX_BYTES:
         raise ValueError(f"{name} is no file of a package")
-    return json.load(archive.extractfile(member))
+    file = archive.extractfile(member)
+    if file is None:
+        raise ValueError(f"{name} is no file of a package")
+    return json.load(file)

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from m2m_jax.data.emoji.iconify import Family
 from m2m_jax.data.emoji.subjects import (
@@ -62,8 +63,10 @@ class NamedSubject:
 def name_subjects(families: Sequence[Family]) -> list[NamedSubject]:
     """Gathers the subjects of families, without skin tones, in the order of their names."""
     known = _codepoints_by_key(families)
-    names = collections.defaultdict(collections.Counter)  # subject's key -> name -> number of families
-    groups, kin = {}, {}
+    # Subject's key -> name -> number of families.
+    names: dict[Any, collections.Counter] = collections.defaultdict(collections.Counter)
+    groups: dict[Any, tuple[str, str]] = {}
+    kin: dict[Any, str] = {}
     subgroups = _subgroups()
     for family in families:
         of_icon = collections.defaultdict(list)
@@ -87,7 +90,8 @@ def name_subjects(families: Sequence[Family]) -> list[NamedSubject]:
         # The most common name; of equals the longest, which says most.
         name, *others = sorted(counts, key=lambda name: (-counts[name], -len(name), name))
         codepoints = subject if isinstance(subject, tuple) else ()
-        made.append(NamedSubject(name, tuple(sorted(others)), codepoints, *groups[subject], kin[subject]))
+        category, subgroup = groups[subject]
+        made.append(NamedSubject(name, tuple(sorted(others)), codepoints, category, subgroup, kin[subject]))
     made = [subject for subject in made if subject.category != _NO_EMOJI]
     return sorted(made, key=lambda subject: subject.name)
 

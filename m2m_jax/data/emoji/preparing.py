@@ -80,7 +80,8 @@ def summary(builder: Emoji | EmojiHands) -> str:
     """Return sets and images of each split and kind, one line each."""
     lines = []
     for split, kinds in builder.info.metadata["kinds"].items():
-        sets, images = collections.Counter(kinds), collections.Counter()
+        sets: collections.Counter[str] = collections.Counter(kinds)
+        images: collections.Counter[str] = collections.Counter()
         for kind, num_images in zip(kinds, builder.info.metadata["num_images"][split], strict=True):
             images[kind] += num_images
         parts = [f"{sets[kind]:5d} {kind} sets ({images[kind]:6d} images)" for kind in KINDS]

@@ -55,7 +55,7 @@ def moved_subjects() -> dict[str, str]:
     drawn = builder.draw_artwork(list(everyone), SIZES[0])
     owners = {(variant.codepoints, style): one.subject_id for one in everyone for variant in one.variants
               for style in builder.artwork.STYLES}  # fmt: skip
-    images = on_white(np.stack([decode_image(png, str(job)) for job, png in drawn.items()]))
+    images = on_white(np.stack([np.asarray(decode_image(png, str(job))) for job, png in drawn.items()]))
     links = link_alike([owners[job] for job in drawn], images)
     old = {one.subject_id: one.split for one in everyone}
     mended = splits.mend_split(old, splits.connected_components(old, links))

@@ -129,7 +129,8 @@ def load_subjects(*, mended: bool = True) -> tuple[Subject, ...]:
     subgroup_members = collections.defaultdict(list)
     for codepoints, entries in grouped.items():
         # The neutral one first; sorting is stable, so the others stay in Unicode's order.
-        entries.sort(key=lambda entry, subject=codepoints: not _is_neutral(parse_codepoints(entry["unified"]), subject))
+        keyed = [(not _is_neutral(parse_codepoints(entry["unified"]), codepoints), entry) for entry in entries]
+        entries[:] = [entry for _, entry in sorted(keyed, key=lambda pair: pair[0])]
         subgroup_members[entries[0]["subcategory"]].append(codepoints)
 
     subjects = []

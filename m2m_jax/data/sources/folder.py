@@ -15,6 +15,7 @@ import concurrent.futures
 import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from m2m_jax.configuration import Data
 from m2m_jax.core.errors import UserError, warn
@@ -34,7 +35,7 @@ _PERSON = b"m2m sets 251"
 _THREADS = 16  # that read headers
 
 
-class Files(Sequence):
+class Files(Sequence[bytes]):
     """The contents of files, each read when it is asked for. Raises BadRecord for one that is gone."""
 
     def __init__(self, paths: Sequence[pathlib.Path]):
@@ -43,7 +44,8 @@ class Files(Sequence):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: Any) -> Any:
+        """Return the content of the file of a number. Slices are not asked for."""
         path = self._paths[index]
         if not path.is_file():
             raise BadRecord(f"{path}: no such file")
@@ -73,6 +75,7 @@ class FolderRecords(RecordSource):
         self.kinds = [KIND] * len(sets)
         self.num_images = [0 if isinstance(caption, BadRecord) else len(one.files) for one, caption in sets]
         self._sets = sets
+        self.fingerprint = _fingerprint(sets)
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:
         one, caption = self._sets[index]
@@ -87,14 +90,14 @@ class FolderRecords(RecordSource):
             files=tuple(map(str, one.files)),
         )
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the names of sets and files and of the captions: whether a resumed run finds the same listing."""
-        listing = hashlib.sha256()
-        for one, caption in self._sets:
-            for text in (one.name, str(caption), *(file.name for file in one.files), ""):
-                listing.update(_bytes(text) + b"\0")
-        return listing.hexdigest()
+
+def _fingerprint(sets: Sequence[tuple[SetFolder, str | BadRecord]]) -> str:
+    """Return a hash of the names of sets and files and of the captions, by which a resumed run knows its listing."""
+    listing = hashlib.sha256()
+    for one, caption in sets:
+        for text in (one.name, str(caption), *(file.name for file in one.files), ""):
+            listing.update(_bytes(text) + b"\0")
+    return listing.hexdigest()
 
 
 def load(
