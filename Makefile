@@ -35,6 +35,9 @@ SPACE := $(subst ,, )
 ROAD_EVALUATE := $(RUN) m2m_jax.evaluate --config configs/emoji.py:road --split=test --batches=23 \
   --checkpoints=$(subst $(SPACE),$(COMMA),$(addprefix $(ROAD)/,$(ROAD_RUNS)))
 
+# For the loop of changing and trying: less than a minute on 2 quiet cores.
+FAST := attention configuration contact_sheet disk guidance images keys layers metrics schedule shape_checks
+
 # The sampler binary: the part of m2m_jax that a bundle needs, as one file.
 SAMPLER ?= dist/m2m-sample.pyz
 SAMPLER_PYTHON ?= $(PYTHON)
@@ -43,12 +46,13 @@ SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix co
   runtime) $(addprefix view/,contact_sheet html_page) $(addprefix sampling/,bundle bundle_program job program_check \
   run_job set_sampler)))
 
-.PHONY: help demo road test test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
+.PHONY: help demo road test test-fast test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
 	@echo 'make road       the road of the paper, small: text-to-image, synthetic sets, M2M on them, tried on real ones; hours'
 	@echo 'make test       lint, then every test but the slow ones'
+	@echo 'make test-fast  what is tested in a minute: layers, configuration, images, schedules, guidance, attention, shapes'
 	@echo 'make test-full  lint, then every test'
 	@echo 'make fuzz       23,000 damaged captions, images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
 	@echo 'make parity     only the comparisons with PyTorch and diffusers (Python 3.11)'
@@ -100,6 +104,9 @@ road: $(ROAD_ENV)
 
 test: lint
 	$(TEST) pytest $(PYTEST_ARGS)
+
+test-fast: $(TEST_ENV)
+	$(TEST) pytest $(PYTEST_ARGS) $(patsubst %,tests/test_%.py,$(FAST))
 
 test-full: lint
 	$(TEST) pytest $(PYTEST_ARGS) -m 'slow or not slow'

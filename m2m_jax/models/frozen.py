@@ -175,9 +175,10 @@ class FrozenModels:
 
     @functools.cached_property
     def _encoder_and_shapes(self) -> tuple[nnx.GraphDef[DINOv2], dict[str, jax.ShapeDtypeStruct]]:
-        if self.image_encoder is None:
+        config = self.image_encoder
+        if config is None:
             raise ValueError("these models have no image encoder")
-        return abstract(functools.partial(DINOv2, self.image_encoder, rngs=nnx.Rngs(0)))
+        return abstract(lambda: DINOv2(config, rngs=nnx.Rngs(0)))
 
     @functools.cached_property
     def _text_encoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
