@@ -5,11 +5,12 @@ import importlib.abc
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, get_args
 
 import beartype
 import jaxtyping
 
-# The modules whose signatures name axes. Those of the others would be checked too, as far as types go.
+# The modules whose signatures name axes.
 MODULES = (
     "m2m_jax.attention.backends",
     "m2m_jax.attention.cached",
@@ -26,8 +27,6 @@ MODULES = (
 
 # What they import in turn. jaxtyping would compile it anew, too, in every process, without the bytecode that is there.
 LIBRARIES = ("flax.nnx", "jax.experimental.pallas.ops.tpu.splash_attention")
-
-_beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float, too
 
 
 def install() -> None:
@@ -46,9 +45,19 @@ class _LibrariesFirst(importlib.abc.MetaPathFinder):
 
 
 def check(function: Callable) -> Callable:
-    """Return `function` with its arguments and result checked.
+    """Return `function` with those of its arguments and results checked whose annotations name axes.
 
-    Not constructors: JAX calls those of its trees with shapes and shardings in the place of arrays, and those of
-    networks name a type that only a type checker imports.
+    Not other types: tests put doubles in the place of networks. And not constructors: JAX calls those of its trees with
+    shapes and shardings in the place of arrays.
     """
-    return function if function.__name__ == "__init__" else _beartype(function)
+    hints = {name: hint for name, hint in function.__annotations__.items() if _names_axes(hint)}
+    if not hints or function.__name__ == "__init__":
+        return function
+    function.__annotations__ = hints
+    return beartype.beartype(function)
+
+
+def _names_axes(hint: Any) -> bool:
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(map(_names_axes, get_args(hint)))

@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         """Return [..., t, c] as [..., t, h, d]."""
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
-    def output(self, out: Float[jax.Array, "*rows t h d"], shape: tuple[int, ...]) -> Float[jax.Array, "b t c"]:
+    def output(self, out: Float[jax.Array, "..."], shape: tuple[int, ...]) -> Float[jax.Array, "b t c"]:
         """Project what the heads found, [..., t, h, d], to tokens of `shape`."""
         return self.to_out(checkpoint_name(out, CHECKPOINT_NAME).reshape(shape))
 
