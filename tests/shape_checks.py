@@ -1,14 +1,19 @@
 """Checks of the shapes in signatures, while tests run. M2M_CHECK_SHAPES=0 goes without, to time them."""
 
+import functools
 import importlib
 import importlib.abc
+import operator
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import beartype
+import jax
 import jaxtyping
+import numpy as np
 
 # The modules whose signatures name axes.
 MODULES = (
@@ -50,7 +55,7 @@ def check(function: Callable) -> Callable:
     Not other types: tests put doubles in the place of networks. And not constructors: JAX calls those of its trees with
     shapes and shardings in the place of arrays.
     """
-    hints = {name: hint for name, hint in function.__annotations__.items() if _names_axes(hint)}
+    hints = {name: _of_any_array(hint) for name, hint in function.__annotations__.items() if _names_axes(hint)}
     if not hints or function.__name__ == "__init__":
         return function
     function.__annotations__ = hints
@@ -61,3 +66,15 @@ def _names_axes(hint: Any) -> bool:
     if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
         return True
     return any(map(_names_axes, get_args(hint)))
+
+
+def _of_any_array(hint: Any) -> Any:
+    """Return a hint that takes NumPy's arrays where JAX's are named: JAX does, too."""
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return hint.dtype[jax.Array | np.ndarray, hint.dim_str]
+    if not _names_axes(hint):
+        return hint
+    arguments = tuple(map(_of_any_array, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return functools.reduce(operator.or_, arguments)
+    return get_origin(hint)[arguments]
