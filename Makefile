@@ -35,8 +35,9 @@ SPACE := $(subst ,, )
 ROAD_EVALUATE := $(RUN) m2m_jax.evaluate --config configs/emoji.py:road --split=test --batches=23 \
   --checkpoints=$(subst $(SPACE),$(COMMA),$(addprefix $(ROAD)/,$(ROAD_RUNS)))
 
-# For the loop of changing and trying: less than a minute on 2 quiet cores.
-FAST := attention configuration contact_sheet disk guidance images keys layers metrics schedule shape_checks
+# Emoji families as npm packages, which `npm pack` checks against the registry's sums; licences in each.
+NPM_EMOJI := noto@1.2.9 noto-v1@1.2.5 twemoji@1.2.5 openmoji@1.2.29 emojione@1.2.3 emojione-v1@1.2.3 fxemoji@1.2.2 \
+  fluent-emoji@1.2.7 fluent-emoji-flat@1.2.6 streamline-emojis@1.2.4
 
 # The sampler binary: the part of m2m_jax that a bundle needs, as one file.
 SAMPLER ?= dist/m2m-sample.pyz
@@ -46,15 +47,17 @@ SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix co
   runtime) $(addprefix view/,contact_sheet html_page) $(addprefix sampling/,bundle bundle_program job program_check \
   run_job set_sampler)))
 
-.PHONY: help demo road test test-fast test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
+.PHONY: help demo npm-emoji hands road test test-fast test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
+	@echo 'make npm-emoji  fetch ten emoji families as npm packages (29 MB, needs npm) into data/npm'
+	@echo 'make hands      the emoji sets of many hands, 64 px and 32 px, of those families or, without them, of three'
 	@echo 'make road       the road of the paper, small: text-to-image, synthetic sets, M2M on them, tried on real ones; hours'
+	@echo 'make test-fast  what needs no training: the inner loop'
 	@echo 'make test       lint, then every test but the slow ones'
-	@echo 'make test-fast  what is tested in a minute: layers, configuration, images, schedules, guidance, attention, shapes'
 	@echo 'make test-full  lint, then every test'
-	@echo 'make fuzz       23,000 damaged captions, images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
+	@echo 'make fuzz       27,000 damaged captions, images, records, bundles, models and configs: each handled or refused; docs/fuzzing.md'
 	@echo 'make parity     only the comparisons with PyTorch and diffusers (Python 3.11)'
 	@echo 'make bench      the U-Net here and in diffusers, side by side: seconds a forward pass and a training step (likewise)'
 	@echo 'make plan       what training at full size needs and can reach on TPUs, compiled without one: docs/planning.md'
@@ -75,6 +78,14 @@ demo: $(DEMO_ENV)
 	@echo
 	@echo 'Contact sheet (context images framed in blue, generated ones beside them):'
 	@echo "$(CURDIR)/$(DEMO_SAMPLES)/contact_sheet.png"
+
+npm-emoji:
+	mkdir -p data/npm
+	cd data/npm && for package in $(NPM_EMOJI); do test -f iconify-json-$${package/@/-}.tgz || npm pack --silent @iconify-json/$$package || exit; done
+
+hands: $(DEMO_ENV)
+	$(RUN) m2m_jax.data.prepare --hands --size=64 --directory=data
+	$(RUN) m2m_jax.data.prepare --hands --size=32 --directory=data
 
 # Each line is skipped, or costs seconds, where it is done; docs/road.md has the hours and what comes out.
 road: $(ROAD_ENV)
@@ -102,11 +113,14 @@ road: $(ROAD_ENV)
 	@echo 'Synthetic sets: $(ROAD)/mis.png; losses on real sets: $(ROAD)/recoloured.json, as_drawn.json; contact sheets:'
 	@ls $(ROAD)/*/test_samples/contact_sheet.png
 
+# No model is trained. FAST="tests/test_x.py" names others.
+FAST ?= $(addprefix tests/test_,$(addsuffix .py,layers keys configuration attention schedule steppers guidance sharding \
+  data_records contact_sheet disk metrics))
+test-fast: $(TEST_ENV)
+	$(TEST) pytest -n 2 -q -x $(FAST)
+
 test: lint
 	$(TEST) pytest $(PYTEST_ARGS)
-
-test-fast: $(TEST_ENV)
-	$(TEST) pytest $(PYTEST_ARGS) $(patsubst %,tests/test_%.py,$(FAST))
 
 test-full: lint
 	$(TEST) pytest $(PYTEST_ARGS) -m 'slow or not slow'

@@ -107,6 +107,19 @@ class Autoencoder(Group, prefix="autoencoder."):
     latent_channels: int = field(4, "Channels of a latent.", low=1)
     norm_num_groups: int = field(16, "Groups of the group norms.", low=1)
     kl_weight: float = field(1e-4, "Weight of the divergence from a unit normal, beside the errors of pixels.", low=0)
+    perceptual_path: str = field(
+        "", "Folder of m2m_jax.data.prepare_stlpips, for a perceptual loss beside it; empty: without.", path=True
+    )
+    perceptual_weight: float = field(0.5, "Weight of the distance by ST-LPIPS, beside the errors of pixels.", low=0)
+    perceptual_slices: int = field(
+        3,
+        "Slices of that network that the loss reads, of five; the first see detail, and cost the least.",
+        low=1,
+        high=5,
+    )
+    perceptual_share: float = field(
+        0.125, "Share of each batch that is compared so: it costs more than the autoencoder.", low=0, high=1
+    )
 
 
 @dataclasses.dataclass
@@ -137,6 +150,11 @@ class Model(Group, prefix="model."):
         "Attentions of a transformer block, in order: self,set for M2M; self,text for task=text_to_image; self for a "
         "model of single images.",
         choices="m2m_jax.models.attentions:ATTENTIONS",
+    )
+    global_embeddings: tuple[str, ...] = field(
+        (),
+        "What the network is told of each image as a whole, beside its timestep: attributes of the data set's images.",
+        choices="m2m_jax.models.embedders:EMBEDDERS",
     )
     order_embedding: bool = field(False, "Whether Image-Set Attention is told the positions of images in their set.")
     clean_sees: str = field(
@@ -172,7 +190,9 @@ class Model(Group, prefix="model."):
 class ImageEncoder(Group, prefix="image_encoder."):
     """M2M-DINO: preceding images enter as tokens of this frozen encoder. With an empty path M2M-Self: as latents."""
 
-    path: str = field("", "Folder of a DINOv2 in transformers' layout; empty: M2M-Self.", path=True)
+    path: str = field(
+        "", "Folder of a DINOv2, or of another image encoder, in transformers' layout; empty: M2M-Self.", path=True
+    )
     image_size: int = field(
         224, "Width and height of the images that it is shown, in pixels; a multiple of its patch size.", low=1
     )
@@ -293,6 +313,23 @@ class Eval(Group, prefix="eval."):
     batches: int = field(4, "Batches in each evaluation.", low=1)
     batch_size: int = field(16, "Sets in a batch, over all processes; each serves another as foreign context.", low=2)
     augment: bool = field(True, "Whether held-out sets are augmented, too, as data.augment says.")
+    metrics: tuple[str, ...] = field(
+        (), "Figures that are computed beside those of the task.", choices="m2m_jax.tasks.metrics:METRICS"
+    )
+    score: str = field(
+        "task",
+        "What checkpoint.keep_best judges by: the task's own score, or that of one of eval.metrics.",
+        choices="m2m_jax.tasks.metrics:METRICS",
+        also=("task",),
+    )
+
+    def check(self) -> None:
+        if self.score == "task":
+            return
+        if self.score not in self.metrics:
+            raise UserError(f"config.eval.score is {self.score}; set --config.eval.metrics={self.score}, too")
+        if not hasattr(chosen(self, "score"), "score"):
+            raise UserError(f"config.eval.score is {self.score}, a metric that ranks nothing: it has no score")
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from m2m_jax.configuration import Data
+from m2m_jax.core.images import decode_image, on_white
 from m2m_jax.data import precomputed
 from m2m_jax.data.emoji.preparing import prepare_emoji
 from m2m_jax.data.records import ImageSetRecord
@@ -33,6 +34,12 @@ def build_emoji(tmp_path_factory) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         prepare_emoji(IMAGE_SIZE, str(directory), verbose=False)
     return str(directory)
+
+
+def distinct_images(sets) -> np.ndarray:
+    """Every different image of some records, on white: uint8 [n, size, size, 3]."""
+    encoded = dict.fromkeys(data for record in sets for data in record.images)
+    return on_white(np.stack([np.asarray(decode_image(data, "an image")) for data in encoded]))
 
 
 def data_config(**changes) -> Data:

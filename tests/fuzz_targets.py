@@ -5,9 +5,11 @@ Anything else that it raises, and every broken promise that it finds (`assert`),
 
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 import shutil
+import tarfile
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +26,12 @@ from mis_fixtures import set_name, write_mis
 from program_fixtures import CALL, PLACES, arithmetic, composite, custom_call, infeed, nested, write_program
 from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
+from torch_fixtures import write_legacy
 
 from m2m_jax import config_flag
 from m2m_jax.building.caption_rules import CaptionRules
 from m2m_jax.building.captions import clean_captions, read_captions
+from m2m_jax.building.torch_legacy import read_legacy_torch
 from m2m_jax.checkpoints.saved_model import SavedModel
 from m2m_jax.config_fields import fields_of, flatten, groups_in
 from m2m_jax.config_rules import validate
@@ -37,6 +41,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import check_header, read_image, write_png
 from m2m_jax.core.parameters import abstract, split
 from m2m_jax.data import mis, pipeline, precomputed, records
+from m2m_jax.data.emoji import iconify, naming
 from m2m_jax.data.sources.mis import MisRecords
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models import diffusers_folder, transformers_folder
@@ -500,6 +505,58 @@ def _config_json(good: dict, folder: pathlib.Path, changes):
 
 CONFIGS = Target(JSON_CHANGES, lambda folder: to_json(default_config()), _config_json, 60, 800)
 
+# What packages of others hold
+
+
+def _draw_package(good: dict, folder: pathlib.Path, example):
+    """A package of emoji whose JSON is damaged as a tree, or whose file is, as bytes."""
+    which, tree_changes, changes = example
+    files = {name: damaged_json(json.loads(json.dumps(x)), tree_changes) if which % 3 == i else x
+             for i, (name, x) in enumerate(good.items())}  # fmt: skip
+    path = iconify.package_file(folder, "noto")
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            data = json.dumps(content).encode()
+            member = tarfile.TarInfo(f"package/{name}.json")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    if which % 4 == 3:
+        path.write_bytes(damaged(path.read_bytes(), changes))
+    iconify.load_family.cache_clear()
+    family = iconify.load_family(str(folder), "noto")
+    for icon in [*family.icons, *family.aliases]:
+        pixels = family.draw(icon, 16)
+        assert pixels is None or (pixels.shape == (16, 16, 4) and pixels.dtype == np.uint8)
+    naming.name_subjects([family])
+
+
+def _package(folder):
+    body = '<path fill="#f00" d="M4 4h8v8h-8z"/>'
+    icons = {"width": 16, "icons": {"sun": {"body": body}, "moon": {"body": body, "left": 2, "width": 12}}}
+    return {
+        "icons": icons | {"aliases": {"sunny": {"parent": "sun"}, "half": {"parent": "moon", "hFlip": True}}},
+        "metadata": {"categories": {"Travel & Places": ["sun", "moon"]}},
+        "chars": {"2600": "sun"},
+    }
+
+
+PACKAGES = Target(st.tuples(_WHICH, JSON_CHANGES, CHANGES), _package, _draw_package, 60, 1000)
+
+
+def _read_legacy(whole: bytes, folder: pathlib.Path, changes):
+    (folder / "weights.pth").write_bytes(damaged(whole, changes))
+    for x in read_legacy_torch(folder / "weights.pth").values():
+        assert isinstance(x, np.ndarray) and x.dtype.kind in "fi"
+
+
+def _legacy(folder):
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.ones(4, np.float32)}
+    return write_legacy(folder / "weights.pth", arrays).read_bytes()
+
+
+LEGACY = Target(CHANGES, _legacy, _read_legacy, 100, 3000)
+
+
 TARGETS = {
     "image files": IMAGES,
     "PNG files, checksums mended": PNGS,
@@ -514,6 +571,8 @@ TARGETS = {
     "bundles, programs by hand": PROGRAMS,
     "model folders": MODELS,
     "metadata of checkpoints": METADATA,
+    "emoji packages": PACKAGES,
+    "state dicts of old torch": LEGACY,
     "config: command line": ARGUMENTS,
     "config: JSON": CONFIGS,
 }

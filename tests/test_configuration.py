@@ -61,6 +61,8 @@ CONFIGS = {
     "emoji_base": {"", "tiny"},
     "emoji_vae": {"", "tiny"},
     "folder": {"", "demo", "road", "tiny"},
+    "sets_base": {"", "tiny"},
+    "sets_vae": {"", "tiny"},
     "mis_sd21_self": {""},
     "mis_sd21_dino": {""},
 }

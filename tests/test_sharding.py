@@ -90,6 +90,10 @@ def test_kernels_are_split_along_their_longest_divisible_axis():
     }
 
 
+def test_tokens_that_are_learnt_lie_whole():
+    assert sharding.parameter_spec("blocks.0.attn_memory.tokens", (8, 16), _mesh(2, 4)) == P(None, None)
+
+
 def test_a_parameter_that_no_rule_names_is_an_error():
     with pytest.raises(ValueError, match=r"position\.table"):
         sharding.parameter_spec("position.table", (4, 4), _mesh(-1, 1))

@@ -96,6 +96,13 @@ class ImageEncoderCopy(Options):
     output: Path = option("Folder to write; must not exist.", Path("data/vit_s14"))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerceptualNetworkCopy(Options):
+    """Where the perceptual network goes."""
+
+    output: Path = option("Folder to write; must not exist.", Path("data/stlpips_vgg"))
+
+
 def _require_folder(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; name a folder")

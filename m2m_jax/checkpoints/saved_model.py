@@ -98,7 +98,7 @@ def _restore_on_one_device(folder: Path, item: str, prefix: str = "", but: Conta
         for name, x in saved_leaves(folder, item).items()
         if name.startswith(prefix) and name.removeprefix(prefix) not in but
     }
-    return restore(folder, item, target)
+    return restore(folder, item, target) if target else {}  # all train, and have averages
 
 
 def choose(folder: Path, steps: Sequence[int], step: int | None) -> int:

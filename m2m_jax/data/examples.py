@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -31,6 +32,7 @@ def open_examples(
     tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
     with_images: bool = False,
     in_step: bool = False,
+    attributes: Mapping[str, int] = MappingProxyType({}),
 ) -> SetExamples:
     """Open the examples of a split of the data set that `config`, the `data` part of a configuration, names.
 
@@ -40,11 +42,12 @@ def open_examples(
       tokenizer: captions to ids, int32 [captions, s], where they are wanted.
       with_images: images are wanted also where `config` names latents.
       in_step: with data.augment.on_device, images are left for `transform.finish` in the step to augment.
+      attributes: {name: numbers an image} that the source must have.
 
     Raises:
       UserError: the data cannot be used as the configuration asks.
     """
-    return SetExamples(
+    examples = SetExamples(
         open_source(config, split),
         config,
         split=split,
@@ -55,6 +58,8 @@ def open_examples(
         with_images=with_images,
         in_step=in_step,
     )
+    examples.require_attributes(attributes)
+    return examples
 
 
 class SetExamples:
@@ -130,6 +135,17 @@ class SetExamples:
     def fingerprint(self) -> str:
         """Hash of the listing of the split: another one means that sets came or went, and examples are others."""
         return self._source.fingerprint
+
+    def require_attributes(self, widths: Mapping[str, int]) -> None:
+        """Raise UserError unless the source says all of these of every image. widths: {name: numbers an image}."""
+        has = self._source.attributes
+        for name, width in widths.items():
+            if has.get(name) != width:
+                found = f"{has[name]} numbers as its" if name in has else "no"
+                raise UserError(
+                    f"the model is told {name} of every image, {width} numbers, and {self._source.name} has {found} "
+                    f"attribute {name}: name other data, or leave it out of config.model.global_embeddings"
+                )
 
     def choose(self, index: int) -> tuple[int, np.ndarray]:
         """Return the record of example `index`, and which of its images in which order: int [N]."""

@@ -41,6 +41,15 @@ class EmojiDrawing(Options):
 
     size: int = option("Side of the images, pixels.", 32)
     directory: Path = option("Where prepared data sets live: data.directory.", Path("data"))
+    hands: bool = option("Whether it is the data set of many hands.", False)
+    packages: Path = option("Folder of npm packages, read with --hands.", Path("data/npm"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmojiSplits(Options):
+    """What the emoji splits are made of."""
+
+    packages: Path = option("Folder of npm packages, as make npm-emoji fills it.", Path("data/npm"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

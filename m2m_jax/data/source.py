@@ -117,7 +117,7 @@ def open_source(config: Data, split: str) -> RecordSource:
 
 
 def find_sources(path: str | Path, *, follow_links: bool = False) -> list[RecordSource]:
-    """Return every split of whatever data set lies at `path`, damaged or not.
+    """Return every split of whatever data sets lie at `path`, damaged or not.
 
     Raises:
       UserError: there is no such folder, or no data set in it.
@@ -126,7 +126,8 @@ def find_sources(path: str | Path, *, follow_links: bool = False) -> list[Record
     if not root.is_dir():
         raise UserError(f"{path}: no such folder")
     others = [source for name, source in SOURCES.items() if name != "folder"]
-    for source in (*others, SOURCES["folder"]):  # which takes any folder
-        if found := source.find(root, follow_links=follow_links):
-            return found
-    raise UserError(f"{path}: no data set")
+    found = [one for source in others for one in source.find(root, follow_links=follow_links)]
+    found = found or SOURCES["folder"].find(root, follow_links=follow_links)  # which takes any folder
+    if not found:
+        raise UserError(f"{path}: no data set")
+    return found

@@ -28,6 +28,7 @@ from m2m_jax.models.frozen import AUTOENCODER
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.tasks.evaluation import context_errors, mean_and_error, warn_of_one_set
+from m2m_jax.tasks.objective import global_values
 from m2m_jax.training import sharding
 
 _NAMED = 3  # sets, in the text of a report
@@ -118,6 +119,8 @@ def evaluate_context(config: Config, options: ContextEvaluation) -> ContextRepor
     dataset = make_dataset(examples, batch_size=config.eval.batch_size, rows=rows, threads=config.data.threads)
     samplers = {str(path): _load(str(path)) for path in options.checkpoints}
     _require_comparable(samplers, config.data.image_size)
+    for sampler in samplers.values():
+        examples.require_attributes(sampler.global_widths)
     warn_of_one_set(examples.num_sets, options.split)
 
     runs: dict[str, dict[str, Any]] = {}
@@ -187,6 +190,7 @@ def _losses(
             seed=config.seed,
             batch_index=batch_index,
             clean_timestep=sampler.clean_timestep,
+            globals_bnc=global_values(unet_config.global_embeddings, batch),
         )
         return error, batch["record_index_b"]
 

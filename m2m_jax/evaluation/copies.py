@@ -14,17 +14,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import Config, Data
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, fit_square, on_white, read_image, write_png
+from m2m_jax.data.likeness import COPY, likeness, likeness_to, shapes
 from m2m_jax.data.pipeline import open_source
 from m2m_jax.evaluation.options import CopySearch
 from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated, nearest
-
-COPY = 0.95  # a correlation above it is a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,32 +69,15 @@ def find_copies(config: Config, options: CopySearch) -> CopyReport:
     for record in records:
         given = [read_image(file, size) for file in _context_files(record)]
         new = [read_image(file, size) for file in sorted(record.parent.glob("[0-9]*.png"))]
-        similarity_gn = similarities(np.stack(new), training_shapes)
+        similarity_gn = likeness_to(np.stack(new), training_shapes)
         to_training.extend(similarity_gn.max(1))
         if given:
-            to_context.extend(similarities(np.stack(new), shapes(np.stack(given))).max(1))
+            to_context.extend(likeness(np.stack(new), np.stack(given)).max(1))
         nearest_ghwc = training_nhwc[similarity_gn.argmax(1)]
         rows.append(Row(record.parent.name, [context(given), generated(new), nearest(nearest_ghwc)]))
     write_png(options.output, contact_sheet(rows))
     found = {"nearest in training": to_training, "nearest in the context": to_context}
     return CopyReport({name: np.array(values) for name, values in found.items() if values})
-
-
-def similarities(images_ghwc: np.ndarray, shapes_nk: np.ndarray) -> np.ndarray:
-    """Return how alike images are to others, as they are or mirrored, whichever is more: float32 [g, n].
-
-    Args:
-      images_ghwc: uint8.
-      shapes_nk: of the others, by `shapes`.
-    """
-    return np.maximum(shapes(images_ghwc) @ shapes_nk.T, shapes(images_ghwc[:, :, ::-1]) @ shapes_nk.T)
-
-
-def shapes(images_nhwc: np.ndarray) -> np.ndarray:
-    """Return unit vectors [n, h * w] whose inner products are correlations of luminance."""
-    grey = np.stack([np.asarray(Image.fromarray(image).convert("L"), np.float32).ravel() for image in images_nhwc])
-    grey -= grey.mean(1, keepdims=True)
-    return grey / (np.linalg.norm(grey, axis=1, keepdims=True) + 1e-6)
 
 
 def training_images(data: Data) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The attentions that a transformer block may hold, each registered under the name that `model.attentions` gives it.
 
-A new one is a class in a file of its own:
+A new one is a class in a file of its own in this package:
 
     @ATTENTIONS.register("pose")
     class PoseAttention(Attention):
@@ -10,7 +10,8 @@ A new one is a class in a file of its own:
             ...
             return self.output(out_bthd, x_btc.shape), (k_bshd, v_bshd)
 
-imported where the U-Net is built. Its parameters are `attn_pose.*` and `norm_pose.*` of every block.
+Its parameters (kernel, bias, scale, embedding or tokens by their last name, which `training/sharding.py` has
+rules for) are `attn_pose.*` and `norm_pose.*` of every block.
 """
 
 import functools
@@ -70,7 +71,7 @@ class Attention(nnx.Module):
 
 
 # Made of (channels, num_heads, config, dtype=..., rngs=...).
-ATTENTIONS = Registry[Callable[..., Attention]]("attention of a transformer block")
+ATTENTIONS = Registry[Callable[..., Attention]]("attention of a transformer block", package="m2m_jax.models")
 # Diffusers' names of an attention and of the norm before it, where another kind has not taken them.
 _PARAMETERS = {"self": ("attn1", "norm1"), "set": ("attn2", "norm2"), "text": ("attn2", "norm2")}
 

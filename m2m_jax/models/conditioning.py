@@ -85,7 +85,7 @@ class Conditioning:
       references: {address of a self-attention: keys and values [b, s, h, d] that its rows see beside their own}.
 
     Example:
-        Conditioning(text_bsc=tokens, globals={"camera": camera_b4})
+        Conditioning(text_bsc=tokens, globals={"camera": camera_b3})
     """
 
     sets: ImageSets | None = None

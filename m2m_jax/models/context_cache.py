@@ -10,6 +10,7 @@ clean ones, each noise level as if it were alone.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -167,6 +168,7 @@ def denoise_next(
     cache: ContextCache | None = None,
     levels: Sequence[float] = (0.0,),
     text: Text | None = None,
+    globals_bc: Mapping[str, jax.Array] = MappingProxyType({}),
 ) -> Float[jax.Array, "b g h w c"]:
     """Return what the U-Net gives for the next image of each set, under each branch: [b, g, h, w, c].
 
@@ -179,6 +181,7 @@ def denoise_next(
       cache: finished images of each set, where the network attends to sets.
       levels: the noise level of the images in each of the cache's levels.
       text: where the network attends to text.
+      globals_bc: {name: value of the next image of each set}, the same under each branch.
     """
     b, g = noised_bhwc.shape[0], len(branches)  # b may be a symbol, in an export
     seeing = [branch for branch in branches if cache is not None and branch.images != NONE]
@@ -192,9 +195,15 @@ def denoise_next(
         empty_bsc = jnp.broadcast_to(text.empty_1sc, text.caption_bsc.shape)
         text_bgsc = jnp.stack([text.caption_bsc if branch.text else empty_bsc for branch in rows], axis=1)
         text_rsc = jax.lax.collapse(text_bgsc, 0, 2)
-    noised_rhwc = jax.lax.collapse(jnp.stack([noised_bhwc] * g, axis=1), 0, 2)
+
+    def in_each_branch(x: jax.Array) -> jax.Array:
+        return jax.lax.collapse(jnp.stack([x] * g, axis=1), 0, 2)
+
+    noised_rhwc = in_each_branch(noised_bhwc)
     timestep_r = jnp.full(noised_rhwc.shape[0], timestep)
-    out_rhwc, _ = unet(noised_rhwc, timestep_r, Conditioning(cached=cached, text_bsc=text_rsc))
+    globals_rc = {name: in_each_branch(value_bc) for name, value_bc in globals_bc.items()}
+    conditioning = Conditioning(cached=cached, text_bsc=text_rsc, globals=globals_rc)
+    out_rhwc, _ = unet(noised_rhwc, timestep_r, conditioning)
     out_bghwc = out_rhwc.reshape(b, g, *out_rhwc.shape[1:])
     if rows == list(branches):
         return out_bghwc

@@ -89,6 +89,17 @@ SIZES = {
 }
 
 
+def num_tokens(config: DINOv2Config, size: int) -> int:
+    """Return how many tokens an image of so many pixels a side has.
+
+    Raises:
+      UserError: the size is no multiple of the patches.
+    """
+    if size % config.patch_size:
+        raise UserError(f"it must be a multiple of the encoder's patches, {config.patch_size} pixels")
+    return 1 + config.num_register_tokens + (size // config.patch_size) ** 2
+
+
 def preprocess(images_bhwc: jax.Array, size: int) -> jax.Array:
     """Return this project's pixels, float [-1, 1], as `size` by `size` pixels in ImageNet's normalisation.
 

@@ -4,20 +4,24 @@
 sum with the timestep's embedding enters every residual block. The last layer of each begins at zero, so that a network
 which gets one computes what it did before.
 
-A new one is a class in a file of its own:
+A new one is a class in a file of its own in this package:
 
     @EMBEDDERS.register("pose")
-    class PoseEmbedder(nnx.Module):
+    class PoseEmbedder(Embedder):
+        width = 34
+
         def __init__(self, time_embed_dim: int, *, rngs: nnx.Rngs): ...
 
         def __call__(self, pose_bkc: jax.Array) -> jax.Array: ...  # [b, time_embed_dim], float32
 
-imported where the U-Net is built.
+In a run whose `config.model.global_embeddings` names it, its values are those of the
+data's attribute of that name (`RecordSource.attributes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +31,21 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import Registry
 from m2m_jax.models.layers import zeros
 
-# An embedder: [b, ...] -> [b, time_embed_dim]; made of (time_embed_dim, rngs=...).
-Embedder = Callable[[jax.Array], jax.Array]
-EMBEDDERS = Registry[Callable[..., Embedder]]("global embedding")
+
+class Embedder(nnx.Module):
+    """Turns one value a row, [b, width], into the global embedding, [b, time_embed_dim].
+
+    Attributes:
+      width: numbers of a value.
+    """
+
+    width: ClassVar[int]
 
 
-class Perceptron(nnx.Module):
+EMBEDDERS = Registry[type[Embedder]]("global embedding", package="m2m_jax.models")
+
+
+class Perceptron(Embedder):
     """Two layers from features [b, in_channels] to the global embedding; the second begins at zero."""
 
     def __init__(self, in_channels: int, time_embed_dim: int, *, rngs: nnx.Rngs):
@@ -49,6 +62,8 @@ class CameraEmbedder(Perceptron):
 
     Features as in Zero-1-to-3 (Liu et al., arXiv 2303.11328): the azimuth enters by sine and cosine.
     """
+
+    width = 3
 
     def __init__(self, time_embed_dim: int, *, rngs: nnx.Rngs):
         super().__init__(4, time_embed_dim, rngs=rngs)

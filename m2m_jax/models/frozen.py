@@ -14,13 +14,13 @@ from jaxtyping import Float, Int, UInt8
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import abstract, merge
-from m2m_jax.models import diffusers_folder, text_encoders, transformers_folder
+from m2m_jax.models import diffusers_folder, text_encoders
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
-from m2m_jax.models.dinov2 import DINOv2, DINOv2Config, preprocess
 from m2m_jax.models.folder import config_from, require_same
+from m2m_jax.models.image_encoders import IMAGE_ENCODERS, ImageEncoder, ImageEncoderConfig
 from m2m_jax.models.limits import require_one_of
 from m2m_jax.models.precision import PRECISIONS, products_in
-from m2m_jax.models.text_encoders import TextEncoderConfig
+from m2m_jax.models.text_encoders import TEXT_ENCODERS, TextEncoderConfig
 
 if TYPE_CHECKING:
     from m2m_jax.configuration import Config  # sampling does without
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 # The keys of their parameters: {AUTOENCODER: {name: array}, IMAGE_ENCODER: ...}.
 AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER = "autoencoder", "image_encoder", "text_encoder"
 FrozenParams = dict[str, dict[str, Any]]  # of JAX; of NumPy, as they are read from folders
+
+
+def of_models(params: FrozenParams) -> FrozenParams:
+    """Leave out what only a loss needs, and no checkpoint: the perceptual network of task=autoencoder."""
+    return {name: x for name, x in params.items() if name in (AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class FrozenModels:
     """
 
     autoencoder: AutoencoderConfig
-    image_encoder: DINOv2Config | None = None
+    image_encoder: ImageEncoderConfig | None = None
     image_encoder_size: int = 0
     text_encoder: TextEncoderConfig | None = None
     precision: str = "default"
@@ -68,16 +73,14 @@ class FrozenModels:
             models = cls(autoencoder)
         else:
             folder, size = config.image_encoder.path, config.image_encoder.image_size
-            encoder = transformers_folder.load_dinov2_config(
-                folder, layer=config.image_encoder.layer, dtype=config.model.dtype
-            )
-            if size % encoder.patch_size:
-                raise UserError(
-                    f"config.image_encoder.image_size is {size}; it must be a multiple of the patches of {folder}, "
-                    f"{encoder.patch_size} pixels"
-                )
+            kind = IMAGE_ENCODERS.of_folder(folder)
+            encoder = kind.load_config(folder, layer=config.image_encoder.layer, dtype=config.model.dtype)
+            try:
+                kind.num_tokens(encoder, size)
+            except UserError as error:
+                raise UserError(f"config.image_encoder.image_size is {size}; {error} ({folder})") from error
             models = cls(autoencoder, encoder, size)
-            params[IMAGE_ENCODER] = transformers_folder.load_params(folder)
+            params[IMAGE_ENCODER] = kind.load_params(folder)
         if config.text_encoder.path:
             text_encoder, params[TEXT_ENCODER] = text_encoders.load_text_encoder(config.text_encoder.path)
             models = dataclasses.replace(models, text_encoder=text_encoder)
@@ -91,17 +94,21 @@ class FrozenModels:
         encoder = values["image_encoder"]
         return cls(
             config_from(AutoencoderConfig, values["autoencoder"], {}),
-            config_from(DINOv2Config, encoder, {}) if encoder else None,
+            # Runs of before knew DINOv2 alone, and did not name it.
+            IMAGE_ENCODERS.from_metadata({"model_type": "dinov2", **encoder}) if encoder else None,
             values["image_encoder_size"],
-            text_encoders.from_metadata(values["text_encoder"]) if values["text_encoder"] else None,
+            TEXT_ENCODERS.from_metadata(values["text_encoder"]) if values["text_encoder"] else None,
             values.get("precision", "default"),  # runs of before had no choice
         )
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What they are, as JSON can hold it."""
-        text_encoder = text_encoders.to_metadata(self.text_encoder) if self.text_encoder else None
-        return dataclasses.asdict(self) | {"text_encoder": text_encoder}
+        encoders = {
+            IMAGE_ENCODER: IMAGE_ENCODERS.to_metadata(self.image_encoder) if self.image_encoder else None,
+            TEXT_ENCODER: TEXT_ENCODERS.to_metadata(self.text_encoder) if self.text_encoder else None,
+        }
+        return dataclasses.asdict(self) | encoders
 
     @property
     def shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -129,10 +136,9 @@ class FrozenModels:
     @property
     def context_tokens(self) -> int | None:
         """Tokens of an image by the image encoder; None: the U-Net attends to its own features."""
-        encoder = self.image_encoder
-        if encoder is None:
+        if self.image_encoder is None:
             return None
-        return 1 + encoder.num_register_tokens + (self.image_encoder_size // encoder.patch_size) ** 2
+        return self._image_encoder.num_tokens(self.image_encoder, self.image_encoder_size)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Return (h, w, c) of the latents of an image of so many pixels a side."""
@@ -160,7 +166,7 @@ class FrozenModels:
         encoder = merge(self._encoder_and_shapes[0], params[IMAGE_ENCODER])
         flat_bhwc = jax.lax.collapse(pixels_to_float(images_bmhwc), 0, 2)
         with products_in(self.precision):
-            tokens_bsc = encoder(preprocess(flat_bhwc, self.image_encoder_size))
+            tokens_bsc = encoder(self._image_encoder.preprocess(flat_bhwc, self.image_encoder_size))
         return tokens_bsc.reshape(*images_bmhwc.shape[:2], *tokens_bsc.shape[1:])
 
     def encode_text(self, params: FrozenParams, token_ids_bs: Int[jax.Array, "b s"]) -> Float[jax.Array, "b s c"]:
@@ -169,16 +175,17 @@ class FrozenModels:
         with products_in(self.precision):
             return text_encoders.encode_text(self.text_encoder, encoder, token_ids_bs)
 
+    @property
+    def _image_encoder(self) -> ImageEncoder:
+        return IMAGE_ENCODERS.of_config(self.image_encoder)
+
     @functools.cached_property
     def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef[AutoencoderKL], dict[str, jax.ShapeDtypeStruct]]:
         return abstract(lambda: AutoencoderKL(self.autoencoder, rngs=nnx.Rngs(0)))
 
     @functools.cached_property
-    def _encoder_and_shapes(self) -> tuple[nnx.GraphDef[DINOv2], dict[str, jax.ShapeDtypeStruct]]:
-        config = self.image_encoder
-        if config is None:
-            raise ValueError("these models have no image encoder")
-        return abstract(lambda: DINOv2(config, rngs=nnx.Rngs(0)))
+    def _encoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+        return abstract(lambda: self._image_encoder.model(self.image_encoder, rngs=nnx.Rngs(0)))
 
     @functools.cached_property
     def _text_encoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:

@@ -76,7 +76,7 @@ class Trained:
         return {name: value for name, value in params.items() if self.trains(name)}
 
 
-PARAMETERS = Registry[Trained]("choice of parameters that train")
+PARAMETERS = Registry[Trained]("choice of parameters that train", package="m2m_jax.models")
 
 PARAMETERS.register("all")(Trained(lambda name: True))
 PARAMETERS.register("attention")(Trained(is_attention))

@@ -97,6 +97,11 @@ class UNetConfig:
         """M2M-DINO: the clean images enter as tokens of an image encoder and not as images of the stack."""
         return "set" in self.attentions and self.context_dim is not None
 
+    @property
+    def global_widths(self) -> dict[str, int]:
+        """Return {global embedding: numbers of a value}."""
+        return {name: EMBEDDERS[name].width for name in self.global_embeddings}
+
 
 # What `attn2` said before blocks held named attentions.
 _ATTN2 = {"image_set": ["self", "set"], "text": ["self", "text"], "none": ["self"]}

@@ -166,12 +166,14 @@ def _arguments(static: Programs, params: Any, mesh: Mesh, num_sets: int) -> dict
     image = placed(jax.eval_shape(static.encode, params, images), "data")
     carry = placed(jax.eval_shape(static.begin, params, cache, seed_b), "data")
     number = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = static.global_shapes(num_sets)
+    told = (placed(shapes, "data"),) if shapes else ()
     return {
         "empty_cache": (params, seed_b),
         "encode": (params, images),
-        "append": (params, cache, seed_b, image, everyone),
+        "append": (params, cache, seed_b, image, everyone, *told),
         "begin": (params, cache, seed_b),
-        "denoise": (params, cache, seed_b, carry, number, number),
+        "denoise": (params, cache, seed_b, carry, number, number, *told),
         "decode": (params, carry["x"]),
     }
 

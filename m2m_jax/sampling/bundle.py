@@ -48,6 +48,7 @@ class Bundle(SetSampler):
     encodes_generated: bool
     reads_context: bool
     programs: Mapping[str, Callable]
+    global_widths: Mapping[str, int]
 
     def __init__(self, folder: str | Path):
         """Read and check all of it.
@@ -72,6 +73,7 @@ class Bundle(SetSampler):
         self.slide = manifest["slide"]
         self.encodes_generated = manifest["encodes_generated"]
         self.reads_context = manifest["reads_context"]
+        self.global_widths = manifest.get("global_widths", {})
         params = jax.device_put(_read_params(folder / PARAMS))
         self.programs = {name: functools.partial(_load(folder, name, manifest), params) for name in PROGRAMS}
 
@@ -115,6 +117,9 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     for name in ("slide", "encodes_generated", "reads_context"):
         if type(manifest[name]) is not bool:
             raise ValueError(f"{name} is {manifest[name]!r:.40}")
+    widths = manifest.get("global_widths", {})  # of models that have such
+    if not isinstance(widths, dict) or any(type(x) is not int or not 1 <= x < 2**31 for x in widths.values()):
+        raise ValueError(f"global_widths is {widths!r:.80}")
     if not isinstance(manifest["about"], dict) or not isinstance(manifest["jax"], str):
         raise ValueError("about, jax")
     if not isinstance(manifest["platforms"], list) or not all(isinstance(one, str) for one in manifest["platforms"]):

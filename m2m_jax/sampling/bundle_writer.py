@@ -41,6 +41,7 @@ def write_bundle(sampler: Sampler, folder: Path) -> None:
         "reads_context": sampler.reads_context,
         "about": sampler.about,
         "schedule": sampler.schedule.to_config(),
+        **({"global_widths": widths} if (widths := sampler.global_widths) else {}),
     }
     write_manifest(folder, fields)
 
@@ -52,6 +53,8 @@ def export_programs(sampler: Sampler) -> dict[str, jax.export.Exported]:
     seed_b, append_b = jax.ShapeDtypeStruct((b,), jnp.uint32), jax.ShapeDtypeStruct((b,), jnp.bool_)
     images = jax.ShapeDtypeStruct((b, sampler.image_size, sampler.image_size, 3), jnp.uint8)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = static.global_shapes(b)
+    told = (shapes,) if shapes else ()
 
     def fields(cache: ContextCache) -> dict[str, Any]:
         """What a program without this project's classes can hold: dicts with string keys."""
@@ -63,23 +66,23 @@ def export_programs(sampler: Sampler) -> dict[str, jax.export.Exported]:
     def empty(params, seed_b):
         return fields(static.empty_cache(params, seed_b))
 
-    def append(params, cache, seed_b, image, append_b):
-        return fields(static.append(params, cached(cache), seed_b, image, append_b))
+    def append(params, cache, seed_b, image, append_b, *told):
+        return fields(static.append(params, cached(cache), seed_b, image, append_b, *told))
 
     def begin(params, cache, seed_b):
         return static.begin(params, cached(cache), seed_b)
 
-    def denoise(params, cache, seed_b, carry, first, end):
-        return static.denoise(params, cached(cache), seed_b, carry, first, end)
+    def denoise(params, cache, seed_b, carry, first, end, *told):
+        return static.denoise(params, cached(cache), seed_b, carry, first, end, *told)
 
     cache = jax.eval_shape(empty, params, seed_b)
     carry = jax.eval_shape(begin, params, cache, seed_b)
     calls: dict[str, tuple[Any, ...]] = {
         "empty_cache": (empty, seed_b),
         "encode": (static.encode, images),
-        "append": (append, cache, seed_b, jax.eval_shape(static.encode, params, images), append_b),
+        "append": (append, cache, seed_b, jax.eval_shape(static.encode, params, images), append_b, *told),
         "begin": (begin, cache, seed_b),
-        "denoise": (denoise, cache, seed_b, carry, scalar, scalar),
+        "denoise": (denoise, cache, seed_b, carry, scalar, scalar, *told),
         "decode": (static.decode, carry["x"]),
     }
     assert tuple(calls) == PROGRAMS

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from m2m_jax.diffusion.guidance import GuidanceTable, guide
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.diffusion.step_tables import StepTable
 from m2m_jax.diffusion.steppers import Carry, advance, begin
+from m2m_jax.models.conditioning import Conditioning
 from m2m_jax.models.context_cache import ContextCache, Text, append_image, denoise_next, empty_cache
 from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.unet import UNet, unet_structure
@@ -31,6 +34,7 @@ from m2m_jax.sampling.settings import SamplingSettings
 UNET = "unet"
 # {UNET: {name: array}, and each frozen model likewise}.
 AllParams = dict[str, Params]
+NO_GLOBALS: Mapping[str, jax.Array] = MappingProxyType({})
 INITIAL, FRESH, CONTEXT = range(3)  # what an image's key is split for
 
 
@@ -102,6 +106,7 @@ class Programs:
         *,
         cache: ContextCache | None = None,
         text: Text | None = None,
+        globals_bc: Mapping[str, jax.Array] = NO_GLOBALS,
     ) -> Carry:
         """Take the steps from row `first` of the table to before row `end`.
 
@@ -110,16 +115,18 @@ class Programs:
           carry: of `start`, or of the rows before.
           cache: finished images of each set, where the network attends to sets.
           text: tokens, where it attends to text.
+          globals_bc: {global embedding: value of each image}, where it has such.
 
         Returns:
           "x" is the image so far, "previous" the clean image that the network predicted last; latents [b, h, w, c].
         """
         unet, guidance, levels = self._unet(params), self.guidance, self.levels
+        told = {"cache": cache, "levels": levels, "text": text, "globals_bc": globals_bc}
         fresh_b = _part(key_b, FRESH)
 
         def network(noised_bhwc: jax.Array, timestep: jax.Array, row: jax.Array) -> jax.Array:
             def evaluate(branches):
-                return denoise_next(unet, noised_bhwc, timestep, branches, cache=cache, levels=levels, text=text)
+                return denoise_next(unet, noised_bhwc, timestep, branches, **told)
 
             return guide(guidance, evaluate, row, rescale=self.settings.guidance_rescale)
 
@@ -138,17 +145,32 @@ class Programs:
         """Return a cache without images for as many sets as there are seeds. size: images of a set that fit in."""
         images = jax.ShapeDtypeStruct((seed_b.shape[0], self.image_size, self.image_size, 3), jnp.uint8)
         image = jax.eval_shape(self.encode, params, images)
-        size = size or self.settings.cache_size
-        return empty_cache(self._unet(params), image, size, self.settings.cache_dtype, levels=len(self.levels))
+        size, dtype = size or self.settings.cache_size, self.settings.cache_dtype
+        told = Conditioning(globals=self.global_shapes(seed_b.shape[0]))
+        return empty_cache(self._unet(params), image, size, dtype, told, levels=len(self.levels))
+
+    def global_shapes(self, b: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return {global embedding: shape of its values} of an image of each of b sets."""
+        widths = self.unet_config.global_widths
+        return {name: jax.ShapeDtypeStruct((b, width), jnp.float32) for name, width in widths.items()}
 
     def encode(self, params: AllParams, images_bhwc: jax.Array) -> jax.Array:
         """Return what the cache is given of uint8 images: latents [b, h, w, c] or tokens [b, s, c]."""
         return self.models.context(params, images_bhwc[:, None])[:, 0]
 
     def append(
-        self, params: AllParams, cache: ContextCache, seed_b: jax.Array, image: jax.Array, append_b: jax.Array
+        self,
+        params: AllParams,
+        cache: ContextCache,
+        seed_b: jax.Array,
+        image: jax.Array,
+        append_b: jax.Array,
+        globals_bc: Mapping[str, jax.Array] = NO_GLOBALS,
     ) -> ContextCache:
-        """Return the cache with one more image of the sets marked in `append_b`, at each level."""
+        """Return the cache with one more image of the sets marked in `append_b`, at each level.
+
+        globals_bc: {global embedding: value of that image of each set}, where the network has such.
+        """
         noised = []
         key_b = _part(_keys(cache, seed_b), CONTEXT)
         for number, level in enumerate(self.levels[1:]):
@@ -162,6 +184,7 @@ class Programs:
             clean_timestep=self.clean_timestep,
             append_b=append_b,
             slide=self.settings.slide,
+            conditioning=Conditioning(globals=globals_bc),
             noised=noised,
         )
 
@@ -170,10 +193,17 @@ class Programs:
         return self.start(_keys(cache, seed_b))
 
     def denoise(
-        self, params: AllParams, cache: ContextCache, seed_b: jax.Array, carry: Carry, first: jax.Array, end: jax.Array
+        self,
+        params: AllParams,
+        cache: ContextCache,
+        seed_b: jax.Array,
+        carry: Carry,
+        first: jax.Array,
+        end: jax.Array,
+        globals_bc: Mapping[str, jax.Array] = NO_GLOBALS,
     ) -> Carry:
         """Take steps of the next image of each set; see `walk`."""
-        return self.walk(params, _keys(cache, seed_b), carry, first, end, cache=cache)
+        return self.walk(params, _keys(cache, seed_b), carry, first, end, cache=cache, globals_bc=globals_bc)
 
     def _noise(self, key_b: jax.Array) -> jax.Array:
         """Standard normal latents [b, h, w, c]."""

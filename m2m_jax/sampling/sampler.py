@@ -173,5 +173,9 @@ class Sampler(SetSampler):
         return "set" in self.unet_config.attentions
 
     @property
+    def global_widths(self) -> Mapping[str, int]:
+        return self.unet_config.global_widths
+
+    @property
     def num_devices(self) -> int:
         return len(self._mesh.devices)

@@ -10,6 +10,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,6 +24,8 @@ from m2m_jax.core.options import MAX_SEED
 # What a sampler is made of; "append" is given the cache to use its memory again.
 PROGRAMS = ("empty_cache", "encode", "append", "begin", "denoise", "decode")
 ContextImage = np.ndarray | Image.Image | str | Path
+# {global embedding: of each set, float32 [m + num_images, c]}: of its m context images, then of those to be made.
+Globals = Mapping[str, Sequence[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,7 @@ class SetSampler(abc.ABC):
       programs: {name in `PROGRAMS`: method of `programs.Programs` with parameters bound}.
       reads_context: whether context changes anything: not where a model was trained on single images.
       num_devices: how many devices share the sets of a batch.
+      global_widths: {what the model is told of each image as a whole: numbers of a value}; see `sample_sets`.
 
     Example:
         sampler = Sampler.from_checkpoint("runs/demo")                  # or Bundle("bundle")
@@ -87,8 +91,10 @@ class SetSampler(abc.ABC):
         def reads_context(self) -> bool: ...
         @property
         def num_devices(self) -> int: ...
+        @property
+        def global_widths(self) -> Mapping[str, int]: ...
     else:
-        reads_context, num_devices = True, 1
+        reads_context, num_devices, global_widths = True, 1, MappingProxyType({})
 
     def place(self, tree: Any) -> Any:
         """Return arrays with a leading axis of sets where the programs want them."""
@@ -104,7 +110,13 @@ class SetSampler(abc.ABC):
         """What is to be known of the images, as JSON can hold it: checkpoint, settings."""
 
     def __call__(
-        self, context_images: Sequence[ContextImage], num_images: int, seed: int = 0, on_step: OnStep | None = None
+        self,
+        context_images: Sequence[ContextImage],
+        num_images: int,
+        seed: int = 0,
+        on_step: OnStep | None = None,
+        *,
+        globals: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Return new images that belong with the context images, each in the context of all before it.
 
@@ -113,21 +125,31 @@ class SetSampler(abc.ABC):
           num_images: how many to generate.
           seed: the same seed gives the same images.
           on_step: called after every step.
+          globals: {name in `global_widths`: float32 [m + num_images, c]}, of the m context images and then of those to
+            be made, where the model is told such values.
 
         Returns:
           uint8 [num_images, image_size, image_size, 3].
 
         Raises:
-          UserError: `num_images` is not positive, an image can't be read, the set outgrows the cache, or there are
-            context images that the model does not read.
+          UserError: `num_images` is not positive, an image can't be read, the set outgrows the cache, there are
+            context images that the model does not read, or `globals` are not the values that it is told.
         """
-        return np.stack(list(self.stream(context_images, num_images, seed, on_step)))
+        return np.stack(list(self.stream(context_images, num_images, seed, on_step, globals=globals)))
 
     def stream(
-        self, context_images: Sequence[ContextImage], num_images: int, seed: int = 0, on_step: OnStep | None = None
+        self,
+        context_images: Sequence[ContextImage],
+        num_images: int,
+        seed: int = 0,
+        on_step: OnStep | None = None,
+        *,
+        globals: Mapping[str, np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
         """Yield what `__call__` returns, image by image as they are finished: uint8 [image_size, image_size, 3]."""
-        for images_1hwc in self.stream_sets([self.read(context_images)], num_images, np.array([seed]), on_step):
+        contexts, seed_1 = [self.read(context_images)], np.array([seed])
+        globals_1 = {name: [values] for name, values in (globals or {}).items()}
+        for images_1hwc in self.stream_sets(contexts, num_images, seed_1, on_step, globals=globals_1):
             yield images_1hwc[0]
 
     def read(self, images: Sequence[ContextImage]) -> np.ndarray:
@@ -141,16 +163,19 @@ class SetSampler(abc.ABC):
         num_images: int,
         seed_b: np.ndarray,
         on_step: OnStep | None = None,
+        *,
+        globals: Globals | None = None,
     ) -> np.ndarray:
         """Return what `__call__` does, for b sets at once, each with a seed of its own.
 
         Args:
           contexts: of each set, uint8 [m, image_size, image_size, 3]; m may differ.
+          globals: {name in `global_widths`: of each set, float32 [m + num_images, c]}.
 
         Returns:
           uint8 [b, num_images, image_size, image_size, 3].
         """
-        return np.stack(list(self.stream_sets(contexts, num_images, seed_b, on_step)), axis=1)
+        return np.stack(list(self.stream_sets(contexts, num_images, seed_b, on_step, globals=globals)), axis=1)
 
     def stream_sets(
         self,
@@ -160,43 +185,61 @@ class SetSampler(abc.ABC):
         on_step: OnStep | None = None,
         *,
         room: int = 0,
+        globals: Globals | None = None,
     ) -> Iterator[np.ndarray]:
         """Yield what `sample_sets` returns, image by image: uint8 [b, image_size, image_size, 3].
 
         Args:
-          contexts, num_images, seed_b, on_step: as in `sample_sets`.
+          contexts, num_images, seed_b, on_step, globals: as in `sample_sets`.
           room: context images of a set that the cache must hold at least. Batches that ask for the same run the same
             compiled programs.
         """
         lengths_b = self._check(contexts, num_images, seed_b)
+        values_bnc = self._check_globals(globals or {}, lengths_b, num_images)
         missing = -len(contexts) % self.num_devices
         # Devices get equally many sets: what is missing is sampled without context and thrown away.
         padded: list[Any] = [*contexts, *[()] * missing]
         lengths_b = np.append(lengths_b, np.zeros(missing, int))
         placed_b = self.place(np.append(np.asarray(seed_b, np.uint32), np.zeros(missing, np.uint32)))
+        values_bnc = {name: np.pad(x_bnc, ((0, missing), (0, 0), (0, 0))) for name, x_bnc in values_bnc.items()}
         everyone = self.place(np.ones(len(padded), bool))
+
+        def told(number_b: np.ndarray) -> tuple[dict[str, Any], ...]:
+            """What the programs get besides: the values of one image of each set, where there are any."""
+            of_image = {name: x_bnc[np.arange(len(x_bnc)), number_b] for name, x_bnc in values_bnc.items()}
+            return (self.place(of_image),) if of_image else ()
+
         run = self.programs
         cache = self.empty_cache(placed_b, max(room, int(lengths_b.max()) + num_images - 1))
         blank = np.zeros((self.image_size, self.image_size, 3), np.uint8)
         for i in range(lengths_b.max()):
             images_bhwc = np.stack([context[i] if i < len(context) else blank for context in padded])
-            cache = run["append"](cache, placed_b, run["encode"](self.place(images_bhwc)), self.place(i < lengths_b))
+            image, append_b = run["encode"](self.place(images_bhwc)), self.place(i < lengths_b)
+            cache = run["append"](cache, placed_b, image, append_b, *told(np.full(len(padded), i)))
         for i in range(num_images):
-            latents_bhwc = self._next_image(cache, placed_b, i, num_images, len(contexts), on_step)
+            told_of_it = told(lengths_b + i)
+            latents_bhwc = self._next_image(cache, placed_b, told_of_it, i, num_images, len(contexts), on_step)
             images_bhwc = run["decode"](latents_bhwc)
             yield np.asarray(images_bhwc)[: len(contexts)]
             if i + 1 < num_images:
                 image = run["encode"](images_bhwc) if self.encodes_generated else latents_bhwc
-                cache = run["append"](cache, placed_b, image, everyone)
+                cache = run["append"](cache, placed_b, image, everyone, *told_of_it)
 
     def _next_image(
-        self, cache: Any, seed_b: jax.Array, image: int, num_images: int, num_sets: int, on_step: OnStep | None
+        self,
+        cache: Any,
+        seed_b: jax.Array,
+        told: tuple[dict[str, Any], ...],
+        image: int,
+        num_images: int,
+        num_sets: int,
+        on_step: OnStep | None,
     ) -> jax.Array:
         """Return latents. Unwatched, all steps are one call; the same program makes them one by one."""
         carry = self.programs["begin"](cache, seed_b)
         stride = 1 if on_step else self.num_steps
         for first in range(0, self.num_steps, stride):
-            carry = self.programs["denoise"](cache, seed_b, carry, np.int32(first), np.int32(first + stride))
+            carry = self.programs["denoise"](cache, seed_b, carry, np.int32(first), np.int32(first + stride), *told)
             if on_step:
                 clean_bhwc = carry["previous"]
 
@@ -228,3 +271,26 @@ class SetSampler(abc.ABC):
                 f"cache_size is {self.cache_size}: raise it, or set slide to forget the oldest images"
             )
         return lengths_b
+
+    def _check_globals(self, globals: Globals, lengths_b: np.ndarray, num_images: int) -> dict[str, np.ndarray]:
+        """Return {name: float32 [b, longest m + num_images, c]}, zeros where a set has fewer images."""
+        if globals.keys() != self.global_widths.keys():
+            told, given = (", ".join(sorted(names)) or "nothing" for names in (self.global_widths, globals))
+            raise UserError(
+                f"this model is told of each image: {told}; and values are given of: {given}. From Python, "
+                "sample_sets(..., globals=...) takes them"
+            )
+        padded, longest = {}, lengths_b.max() + num_images
+        for name, width in self.global_widths.items():
+            if len(globals[name]) != len(lengths_b):
+                raise UserError(f"globals[{name!r}] has values of {len(globals[name])} sets, not of {len(lengths_b)}")
+            padded[name] = np.zeros((len(lengths_b), longest, width), np.float32)
+            for b, of_set in enumerate(globals[name]):
+                values_nc, shape = np.asarray(of_set, np.float32), (lengths_b[b] + num_images, width)
+                if values_nc.shape != shape or not np.isfinite(values_nc).all():
+                    raise UserError(
+                        f"globals[{name!r}][{b}] must hold {shape[1]} finite numbers of each of {shape[0]} images, "
+                        f"context and new ones; its shape is {values_nc.shape}"
+                    )
+                padded[name][b, : len(values_nc)] = values_nc
+        return padded

@@ -1,7 +1,8 @@
 """The task of the first stage: a KL autoencoder of single images."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +14,22 @@ from m2m_jax.configuration import Config, build, reads_latents, to_json
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import Params, abstract, merge, split
+from m2m_jax.models import stlpips
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, side_by_side
 from m2m_jax.view.contact_sheet import Group
 
+PERCEPTUAL = "perceptual"  # the key of its network's parameters among the frozen ones
+
 
 @TASKS.register("autoencoder")
 class Autoencoding:
-    """Reconstruction and KL losses of `AutoencoderKL`.
+    """Reconstruction and KL losses of `AutoencoderKL`, and a perceptual one where the config names its network.
 
-    Stable Diffusion adds a perceptual and an adversarial term; at 32 px and four-fold downsampling absolute and squared
-    error do without. Latents are unscaled here: `m2m_jax.to_diffusers` measures the scaling factor when it saves.
+    Stable Diffusion adds an adversarial term, too; at 32 px and four-fold downsampling absolute and squared error do
+    without either. Latents are unscaled here: `m2m_jax.to_diffusers` measures the scaling factor when it saves.
     """
 
     def __init__(self, config: Config):
@@ -33,6 +37,8 @@ class Autoencoding:
         self.autoencoder_config = _architecture(config)
         self.graphdef, self.shapes = abstract(self._build)
         self.frozen: FrozenParams = {}
+        if config.autoencoder.perceptual_path:
+            self.frozen[PERCEPTUAL] = stlpips.load_stlpips(config.autoencoder.perceptual_path)
 
     @classmethod
     def check_config(cls, config: Config) -> None:
@@ -49,6 +55,7 @@ class Autoencoding:
     summary = "autoencoder"  # what is trained, for the log
     tokenizer = None  # captions are not read
     needs_images = True
+    attributes: Mapping[str, int] = MappingProxyType({})  # and nothing else of the images
     compute_dtype = "float32"
 
     def _build(self, key: jax.Array | int = 0) -> AutoencoderKL:
@@ -71,11 +78,20 @@ class Autoencoding:
         model = merge(self.graphdef, params)
         images = pixels_to_float(batch["images_bnhwc"])
         mean, log_variance = model.posterior(images)
-        difference = model.decode(mean + jnp.exp(0.5 * log_variance) * noise) - images
+        rebuilt = model.decode(mean + jnp.exp(0.5 * log_variance) * noise)
+        difference = rebuilt - images
         absolute, squared = jnp.mean(jnp.abs(difference)), jnp.mean(difference**2)
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
-        loss = absolute + squared + self.config.autoencoder.kl_weight * kl
-        return loss, {"loss": loss, "absolute_error": absolute, "kl": kl}
+        c = self.config.autoencoder
+        loss = absolute + squared + c.kl_weight * kl
+        metrics = {"absolute_error": absolute, "kl": kl}
+        if PERCEPTUAL in frozen:
+            flat, rebuilt = (jax.lax.collapse(x, 0, x.ndim - 3) for x in (images, rebuilt))
+            some = max(1, round(c.perceptual_share * len(flat)))  # batches are shuffled: the first are as good as any
+            seen = jnp.mean(stlpips.distance(frozen[PERCEPTUAL], rebuilt[:some], flat[:some], c.perceptual_slices))
+            loss += c.perceptual_weight * seen
+            metrics["perceptual"] = seen
+        return loss, {"loss": loss} | metrics
 
     def evaluate(
         self, params: Params, frozen: FrozenParams, batch: dict, batch_index: jax.Array
@@ -84,8 +100,13 @@ class Autoencoding:
         model = merge(self.graphdef, params)
         images = pixels_to_float(batch["images_bnhwc"])
         latents = model.encode(images)
-        squared = jnp.mean((jnp.clip(model.decode(latents), -1.0, 1.0) - images) ** 2)
-        return {"psnr_db": 10.0 * jnp.log10(4.0 / squared), "latent_std": jnp.std(latents)}
+        rebuilt = jnp.clip(model.decode(latents), -1.0, 1.0)
+        squared = jnp.mean((rebuilt - images) ** 2)
+        metrics = {"psnr_db": 10.0 * jnp.log10(4.0 / squared), "latent_std": jnp.std(latents)}
+        if PERCEPTUAL in frozen:
+            flat, rebuilt = (jax.lax.collapse(x, 0, x.ndim - 3) for x in (images, rebuilt))
+            metrics["st_lpips_vgg"] = jnp.mean(stlpips.distance(frozen[PERCEPTUAL], rebuilt, flat))
+        return metrics
 
     @staticmethod
     def score(means: dict[str, float]) -> float:

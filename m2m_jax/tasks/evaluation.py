@@ -1,5 +1,8 @@
 """Is the context used? The denoising loss of one image of held-out sets under different contexts."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from m2m_jax.core.errors import warn
 from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.unet import UNet
-from m2m_jax.tasks.objective import Told, squared_error
+from m2m_jax.tasks.objective import Told, squared_error, stack_globals
 
 
 def stratified_timesteps(schedule: NoiseSchedule, key: jax.Array, count: int) -> jax.Array:
@@ -53,6 +56,7 @@ def context_errors(
     seed: int,
     batch_index: jax.Array,
     clean_timestep: int,
+    globals_bnc: Mapping[str, jax.Array] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
     """Return the error of the last image of each set under every context, {name: [b]}.
 
@@ -64,6 +68,7 @@ def context_errors(
       record_b: int32, which record each set is of: where records are few, a batch has some of them twice.
       seed, batch_index: noise and timesteps depend on these two alone, so every evaluation sees the same.
       clean_timestep: see `denoise_sets`.
+      globals_bnc: {global embedding: values of all images of each set}. Those of a context go with it.
 
     Returns:
       loss_own_context: all n - 1 images before it as context.
@@ -78,13 +83,17 @@ def context_errors(
     timestep_b = stratified_timesteps(schedule, timestep_key, b)
     noise_bhwc = jax.random.normal(noise_key, (b, *image))
 
-    def errors(context):
+    def errors(context, context_globals):
         # The same noised image at positions 0 .. n - 1 of one stack: position k sees k context images.
         repeated = (jnp.repeat(x[:, None], n, axis=1) for x in (latents_bnhwc[:, -1], noise_bhwc, timestep_b))
         layout = SetLayout.training(n, unet.config.clean_sees, unet.config.attends_to_encoded)
-        return squared_error(unet, schedule, Told(layout, context), *repeated, clean_timestep=clean_timestep)
+        of_last = {name: jnp.repeat(value_bnc[:, -1:], n, axis=1) for name, value_bnc in globals_bnc.items()}
+        told = Told(layout, context, globals_bq=stack_globals(layout, context_globals, of_last))
+        return squared_error(unet, schedule, told, *repeated, clean_timestep=clean_timestep)
 
-    own_bn, other_bn = errors(context), errors(None if context is None else context[another(record_b)])
+    other_b = another(record_b)
+    own_bn = errors(context, globals_bnc)
+    other_bn = errors(*jax.tree.map(lambda x: x[other_b], (context, dict(globals_bnc))))
     by_size = {f"loss_by_context_size/{k}": own_bn[:, k] for k in range(n)}
     return {"loss_own_context": own_bn[:, -1], "loss_other_context": other_bn[:, -1], **by_size}
 

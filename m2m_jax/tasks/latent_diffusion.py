@@ -85,6 +85,11 @@ class LatentDiffusion:
         return False
 
     @property
+    def attributes(self) -> dict[str, int]:
+        """What the data must say of every image: the values of the network's global embeddings."""
+        return self.unet_config.global_widths
+
+    @property
     def summary(self) -> str:
         """What is trained, for the log."""
         return f"{self.config.task}, attention by {self.unet_config.attention_backend}"

@@ -1,10 +1,11 @@
 """The training objective: noised images are denoised, by a network that is told something of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
 from m2m_jax.attention.layout import SetLayout
@@ -32,6 +33,26 @@ class Told(NamedTuple):
     text_bsc: jax.Array | None = None
     globals_bq: Mapping[str, jax.Array] | None = None
     keep_context_b: jax.Array | None = None
+
+
+def global_values(names: Iterable[str], batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return {global embedding: values of all images of a batch}, [b, n, c]: its attributes of those names."""
+    return {name: batch[f"attribute_{name}_bnc"] for name in names}
+
+
+def stack_globals(
+    layout: SetLayout, clean_bmc: Mapping[str, jax.Array], noised_bnc: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Return values {name: [b, q, c]} of the images of a stack, as `Told` holds them.
+
+    Args:
+      clean_bmc, noised_bnc: values by position in the set, of those from which the stack's clean and noised images are.
+    """
+    clean_m, noised_n = (np.asarray(positions, int) for positions in (layout.stacked_clean, layout.noised))
+    return {
+        name: jnp.concatenate([clean_bmc[name][:, clean_m], noised_bnc[name][:, noised_n]], axis=1)
+        for name in noised_bnc
+    }
 
 
 def squared_error(

@@ -14,7 +14,7 @@ Example, a task whose loss pulls a pretrained network to zero:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -58,12 +58,15 @@ class Reader(Protocol):
     Attributes:
       tokenizer: captions to ids, int32 [captions, s]; None: captions are not read.
       needs_images: whether images are wanted also where the data set holds latents.
+      attributes: {name: numbers an image} of what else the data must say of every image.
     """
 
     @property
     def tokenizer(self) -> Callable[[Sequence[str]], np.ndarray] | None: ...
     @property
     def needs_images(self) -> bool: ...
+    @property
+    def attributes(self) -> Mapping[str, int]: ...
 
 
 class Evaluator(Protocol):

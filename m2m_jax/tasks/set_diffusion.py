@@ -17,7 +17,7 @@ from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.settings import SamplingSettings
 from m2m_jax.tasks.evaluation import context_errors
 from m2m_jax.tasks.latent_diffusion import LatentDiffusion
-from m2m_jax.tasks.objective import Told
+from m2m_jax.tasks.objective import Told, global_values, stack_globals
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, pieces, side_by_side
 from m2m_jax.view.contact_sheet import Row, contact_sheet, context, generated
@@ -66,7 +66,9 @@ class SetDiffusion(LatentDiffusion):
         config, context = self.unet_config, latents_bnhwc[:, :-1]
         if config.attends_to_encoded:
             context = self.models.context(frozen, batch["images_bnhwc"][:, :-1])
-        return Told(SetLayout.training(latents_bnhwc.shape[1], config.clean_sees, config.attends_to_encoded), context)
+        layout = SetLayout.training(latents_bnhwc.shape[1], config.clean_sees, config.attends_to_encoded)
+        values_bnc = global_values(config.global_embeddings, batch)
+        return Told(layout, context, globals_bq=stack_globals(layout, values_bnc, values_bnc))
 
     @staticmethod
     def parts(error_bn: jax.Array) -> dict[str, jax.Array]:
@@ -87,6 +89,7 @@ class SetDiffusion(LatentDiffusion):
             seed=config.seed,
             batch_index=batch_index,
             clean_timestep=config.diffusion.clean_timestep,
+            globals_bnc=global_values(self.unet_config.global_embeddings, batch),
         )
         return {name: jnp.mean(error_b) for name, error_b in error.items()}
 
@@ -97,6 +100,9 @@ class SetDiffusion(LatentDiffusion):
 
     def samples(self, params: Params, batch: dict, number_b: Sequence[int], step: int) -> Samples:
         """Return the context of held-out sets, and as many images again generated from it.
+
+        Where the network is told values of each image, the first that is generated has those of the set's last image,
+        and further ones have those of the first, the second and so on.
 
         Args:
           params: whole, on all devices of this process, which all sample.
@@ -110,7 +116,15 @@ class SetDiffusion(LatentDiffusion):
         sampler = dataclasses.replace(sampler, settings=settings, devices=tuple(jax.local_devices()))
         context_bmhwc, seed_b = self._context_images(sampler, batch), np.asarray(number_b)
         at_once = pieces(b, sampler.image_size, sampler.num_devices)
-        generated_bnhwc = [sampler.sample_sets(context_bmhwc[k], num_new, seed_b[k]) for k in at_once]
+        of_image = np.arange(num_context + num_new) % n
+        values = global_values(self.unet_config.global_embeddings, batch)
+        values = {name: np.asarray(value_bnc)[:, of_image] for name, value_bnc in values.items()}
+        generated_bnhwc = [
+            sampler.sample_sets(
+                context_bmhwc[k], num_new, seed_b[k], globals={name: x[k] for name, x in values.items()}
+            )
+            for k in at_once
+        ]
         given = {"context_bmhwc": context_bmhwc} if num_context else {}
         return given | {"generated_bnhwc": np.concatenate(generated_bnhwc)}
 

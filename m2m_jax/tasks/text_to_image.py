@@ -60,6 +60,11 @@ class TextToImageTask(LatentDiffusion):
             raise UserError("config.text_encoder.path is empty; task=text_to_image needs a text encoder")
         if config.image_encoder.path:
             raise UserError("config.image_encoder.path is set; task=text_to_image attends to no image")
+        if config.model.global_embeddings:
+            raise UserError(
+                f"config.model.global_embeddings is {config.model.global_embeddings}; task=text_to_image is told of "
+                "captions alone: leave it empty"
+            )
         super().check_config(config)
 
     def errors(self, params: Params, frozen: FrozenParams, batch: dict, draws: SetDraws) -> jax.Array:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -16,6 +17,7 @@ from m2m_jax.data.pipeline import SetExamples, batches, held_out_inputs, inputs,
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.trained import Trained
 from m2m_jax.tasks import sample_grid
+from m2m_jax.tasks.metrics import METRICS
 from m2m_jax.training import sharding
 
 if TYPE_CHECKING:
@@ -58,32 +60,50 @@ class HeldOut:
         self._grid_rows = sample_grid.rows_of_process(self._grid_size)
         self._grid_data = make_dataset(examples, batch_size=size, rows=self._grid_rows, threads=threads)
 
+        self._metrics = {name: METRICS.choose(name)(task) for name in config.eval.metrics}
+        self._score = {"task": task, **self._metrics}[config.eval.score].score
+
         def of_batch(params: Params, averages: Params, *arguments) -> dict[str, jax.Array]:
             own = sharding.gathered(trained.effective(params, averages), mesh, task.compute_dtype)
-            return task.evaluate(own, *arguments)
+            figures = [metric.evaluate(own, *arguments) for metric in self._metrics.values()]
+            figures = _joined(task.evaluate(own, *arguments), *figures)
+            return {name: jnp.mean(value) for name, value in figures.items()}
 
         self._of_batch = jax.jit(sharding.traced_on(mesh, of_batch))
 
-    def evaluate(self, step: int, state: TrainState, frozen: FrozenParams) -> float:
-        """Log the figures of `state`, draw its grid, and return its score: lower is better."""
+    def evaluate(self, step: int, state: TrainState, frozen: FrozenParams) -> float | None:
+        """Log the figures of `state`, draw its grid, and return its score: lower is better.
+
+        None where the score is of samples, and no memory was left to make any.
+        """
         size = self._config.eval.batch_size
         held_out = list(batches(self._data, 0, self._config.data.prefetch, self._config.eval.batches))
         placed = (sharding.make_global_batch(self._mesh, held_out_inputs(batch), size) for batch in held_out)
         results = [self._of_batch(state.params, state.ema_params, frozen, batch, i) for i, batch in enumerate(placed)]
-        means = {f"eval/{name}": float(np.mean([float(r[name]) for r in results])) for name in results[0]}
+        means = {name: float(np.mean([float(r[name]) for r in results])) for name in results[0]}
         substituted: dict[str, float] = {}
         if self._config.data.on_error == "skip":
             found = sum(int(batch["substituted_b"].sum()) for batch in held_out)
             read = sum(len(batch["substituted_b"]) for batch in held_out)
             substituted["eval/substituted_sets"] = sets_of_all_processes(found, read, size * len(held_out))
+        params = self._trained.effective(state.params, state.ema_params)
+        samples = self._draw(step, sharding.on_this_process(params, self._mesh))
+        if samples is not None:
+            judged = (metric.judge(samples) for metric in self._metrics.values())
+            means = _joined(means, *({name: float(value) for name, value in figures.items()} for figures in judged))
+        means = {f"eval/{name}": value for name, value in means.items()}
         self._writer.scalars(step, means | substituted)
         shown = {name: value for name, value in means.items() if "/loss_by" not in name}
         self._writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        params = self._trained.effective(state.params, state.ema_params)
-        self._draw(step, sharding.on_this_process(params, self._mesh))
-        return self._task.score(means)
+        try:
+            return self._score(means)
+        except KeyError:
+            if samples is None:
+                return None
+            raise
 
-    def _draw(self, step: int, params: Params) -> None:
+    def _draw(self, step: int, params: Params) -> sample_grid.Samples | None:
+        """Return the samples of all processes, and write them as a sheet; None where there is no memory for them."""
         try:
             samples = self._task.samples(params, inputs(self._grid_data[0]), self._grid_rows, step)
         except jax.errors.JaxRuntimeError as error:
@@ -98,11 +118,22 @@ class HeldOut:
                 f"step {step}: no memory is left for the sample grid, and the run goes on without it"
                 + (elsewhere if self._config.task == "set_diffusion" else "")
             )
-            return
+            return None
         if jax.process_index() == 0:
             grid = self._task.sheet(samples)
             self._writer.image(step, "samples", np.asarray(grid))
             write_png(self._samples / f"{step:07d}.png", grid)
+        return samples
+
+
+def _joined(*figures: dict) -> dict:
+    """Return the figures of a task and of metrics in one. Raises ValueError for two of one name."""
+    joined = {}
+    for some in figures:
+        if twice := sorted(joined.keys() & some.keys()):
+            raise ValueError(f"two metrics, or one and the task, name a figure {', '.join(twice)}: rename one")
+        joined |= some
+    return joined
 
 
 def sets_of_all_processes(found: int, read: int, sets: int) -> int:

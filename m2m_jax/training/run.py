@@ -29,6 +29,7 @@ from m2m_jax.core.interruption import Interruption
 from m2m_jax.core.parameters import Params, count, fingerprint
 from m2m_jax.core.paths import expand_home
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
+from m2m_jax.models.frozen import of_models
 from m2m_jax.tasks.evaluation import warn_of_one_set
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training import sharding
@@ -107,7 +108,7 @@ class Run:
         self._make_workdir()
         kept = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "keep_best", "fallback")}
         self.checkpoints = stack.enter_context(Checkpointer(workdir, **kept))
-        digests = {name: fingerprint(params) for name, params in self.task.frozen.items()}
+        digests = {name: fingerprint(params) for name, params in of_models(self.task.frozen).items()}
         listings = {examples.split: examples.fingerprint for examples in (train_examples, eval_examples)}
         self.metadata = self.task.metadata | {"sha256": digests, "listings": listings}
 
@@ -195,15 +196,16 @@ class Run:
         shown = {name: timings[name] for name in ("images_per_second", "data_wait_share")}
         self.writer.progress(self.step, loss=scalars["loss"], **shown)
 
-    def evaluate(self) -> float:
-        """Log the figures of held-out sets and draw some. Returns the score: lower is better."""
+    def evaluate(self) -> float | None:
+        """Log the figures of held-out sets and draw some. Returns the score, as `HeldOut.evaluate`."""
         with self.watchdog.allowing("the evaluation"):
             return self.held_out.evaluate(self.step, self.state, self.frozen)
 
     def save(self, score: float | None) -> None:
         """Begin to save the state in the background. score: of this step's evaluation, if there was one."""
         with self.watchdog.allowing("saving"):
-            self.checkpoints.save(self.step, self.state, frozen=self.frozen, metadata=self.metadata, score=score)
+            frozen = of_models(self.frozen)
+            self.checkpoints.save(self.step, self.state, frozen=frozen, metadata=self.metadata, score=score)
         self.divergence.saved()
 
     def roll_back(self, bad_step: int) -> None:
@@ -226,6 +228,7 @@ class Run:
     def _open_data(self) -> tuple:
         config = self.config
         options = {"seed": config.seed, "tokenizer": self.task.tokenizer, "with_images": self.task.needs_images}
+        options |= {"attributes": self.task.attributes}
         train_examples = open_examples(config.data, split=config.data.train_split, in_step=True, **options)
         options |= {"whole_captions": True, "augment": config.eval.augment}
         eval_examples = open_examples(config.data, split=config.data.eval_split, **options)

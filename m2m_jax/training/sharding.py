@@ -43,6 +43,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*\.(to_out|down|conv2)\.kernel", ("split", "out")),
     (r".*\.kernel", ("in", "out")),  # linear [in, out] and convolution [height, width, in, out]
     (r".*\.(bias|scale)", ("channels",)),
+    (r".*\.(embedding|tokens)", ("rows", "channels")),  # tables, and tokens that are learnt: small, and whole
 )
 
 # The mesh axis of a logical axis; without one it is whole on every device. Where several axes of a parameter have

@@ -17,10 +17,11 @@ from m2m_jax.attention.backends import resolve
 from m2m_jax.configuration import Config, build, reads_latents
 from m2m_jax.data import transform
 from m2m_jax.data.augmentation import SetAugmentation
-from m2m_jax.models import diffusers_folder, transformers_folder
+from m2m_jax.models import diffusers_folder
 from m2m_jax.models.autoencoder import AutoencoderConfig
 from m2m_jax.models.dinov2 import SIZES
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
+from m2m_jax.models.image_encoders import IMAGE_ENCODERS
 from m2m_jax.models.remat import REMAT
 from m2m_jax.models.trained import PARAMETERS
 from m2m_jax.tasks.latent_diffusion import LatentDiffusion
@@ -86,7 +87,7 @@ def frozen_models(config: Config) -> tuple[FrozenModels, list[str]]:
         return FrozenModels(autoencoder), notes
     options: dict[str, Any] = {"layer": config.image_encoder.layer, "dtype": config.model.dtype}
     if (Path(folder) / "config.json").is_file():
-        encoder = transformers_folder.load_dinov2_config(folder, **options)
+        encoder = IMAGE_ENCODERS.of_folder(folder).load_config(folder, **options)
     else:
         size = next((size for size in SIZES if size in re.split(r"[^a-z]", Path(folder).name.lower())), "large")
         encoder = dataclasses.replace(SIZES[size], **options)
@@ -110,6 +111,8 @@ def batch_shapes(config: Config, task: Any, batch_size: int) -> dict:
             shapes[transform.IMAGES] = jax.ShapeDtypeStruct((*sets, size, size, 3), jnp.uint8)
     if task.tokenizer:
         shapes["token_ids_bns"] = jax.ShapeDtypeStruct((*sets, task.empty_ids_1s.shape[-1]), jnp.int32)
+    for name, width in task.attributes.items():
+        shapes[f"attribute_{name}_bnc"] = jax.ShapeDtypeStruct((*sets, width), jnp.float32)
     return shapes
 
 

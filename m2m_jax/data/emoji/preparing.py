@@ -1,4 +1,4 @@
-"""Builds the emoji data set from the installed packages, once."""
+"""Builds the emoji data sets from packages with artwork, once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import contextlib
 import io
 import pathlib
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import tensorflow_datasets as tfds
 
@@ -14,6 +16,10 @@ from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.printing import say_progress
 from m2m_jax.data.emoji.builder import KINDS, Emoji, make_builder
+from m2m_jax.data.emoji.hands import HANDS
+from m2m_jax.data.emoji.hands_builder import EmojiHands, make_hands_builder
+
+T = TypeVar("T", Emoji, EmojiHands)
 
 
 def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> Emoji:
@@ -21,12 +27,36 @@ def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> E
 
     Raises UserError if the directory cannot be written or a package with artwork is missing.
     """
+    return _prepare(lambda: make_builder(image_size, directory), directory, verbose)
+
+
+def prepare_hands(image_size: int, directory: str, packages: str, *, verbose: bool = True) -> EmojiHands:
+    """Build the emoji data set of many hands unless it is there, and return its builder, ready to be read.
+
+    Args:
+      packages: folder of npm packages; families that are not in it are left out.
+
+    Raises:
+      UserError: as `prepare_emoji`.
+    """
+    builder = _prepare(lambda: make_hands_builder(image_size, directory, packages), directory, verbose)
+    there = builder.info.metadata["families"]
+    missing = [name for families in HANDS.values() for name in families if name not in there]
+    if missing and verbose:
+        print(
+            f"{builder.data_path}: made without {', '.join(missing)}; to have them, run make npm-emoji, remove the "
+            "data set and make it again"
+        )
+    return builder
+
+
+def _prepare(make: Callable[[], T], directory: str, verbose: bool) -> T:
     disk.require_plain(pathlib.Path(directory), "--directory")
     try:
         pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--directory={directory}: cannot be made ({error.strerror})") from error
-    builder = make_builder(image_size, directory)
+    builder = make()
     if builder.is_prepared():
         if verbose:
             print(f"{builder.data_path}: there already")
@@ -46,7 +76,7 @@ def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> E
     return builder
 
 
-def summary(builder: Emoji) -> str:
+def summary(builder: Emoji | EmojiHands) -> str:
     """Return sets and images of each split and kind, one line each."""
     lines = []
     for split, kinds in builder.info.metadata["kinds"].items():
@@ -55,5 +85,5 @@ def summary(builder: Emoji) -> str:
         for kind, num_images in zip(kinds, builder.info.metadata["num_images"][split], strict=True):
             images[kind] += num_images
         parts = [f"{sets[kind]:5d} {kind} sets ({images[kind]:6d} images)" for kind in KINDS]
-        lines.append(f"  {split:10s} " + "  ".join(parts))
+        lines.append(f"  {split:16s} " + "  ".join(parts))
     return "\n".join(lines)

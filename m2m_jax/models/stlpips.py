@@ -1,0 +1,96 @@
+"""ST-LPIPS (VGG): how different two images look, by features that small shifts don't change.
+
+Ghildyal and Liu, "Shift-tolerant LPIPS" (ECCV 2022), written from the description of the network: a VGG-16 whose pools
+are blurred, and weights on the squared differences of its features. The weights come from the package
+`stlpips-pytorch` (`m2m_jax.data.prepare_stlpips`). They were retrained, so this is "ST-LPIPS (VGG)" and never "LPIPS".
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from m2m_jax.core.errors import UserError
+
+# Convolutions of each slice: their numbers in the published network, and channels.
+SLICES = (((0, 2), 64), ((6, 8), 128), ((12, 14, 16), 256), ((20, 22, 24), 512), ((28, 30, 32), 512))
+WEIGHTS = "model.safetensors"
+_BLUR = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float32) / 16
+_MIN_SIZE = 16  # pixels a side: smaller ones can't be halved four times and reflected
+
+Params = dict[str, jax.Array]
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Names the parameters, with their shapes: kernels are [h, w, in, out], `lin` weights [channels]."""
+    made: dict[str, tuple[int, ...]] = {"shift": (3,), "scale": (3,)}
+    inputs = 3
+    for number, (convolutions, channels) in enumerate(SLICES):
+        for conv in convolutions:
+            made[f"conv{conv}.kernel"], made[f"conv{conv}.bias"] = (3, 3, inputs, channels), (channels,)
+            inputs = channels
+        made[f"lin{number}"] = (channels,)
+    return made
+
+
+def load_stlpips(folder: str | Path) -> dict[str, np.ndarray]:
+    """Reads the parameters that `prepare_stlpips` wrote. Raises UserError where they are missing or damaged."""
+    path = Path(folder) / WEIGHTS
+    remedy = f"make it with python -m m2m_jax.data.prepare_stlpips --output={folder}"
+    if not path.is_file():
+        raise UserError(f"no perceptual network at {path}: {remedy}")
+    try:
+        params = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and {remedy}") from error
+    if {name: x.shape for name, x in params.items()} != shapes():
+        raise UserError(f"{path} holds another network: remove it and {remedy}")
+    return {name: x.astype(np.float32) for name, x in params.items()}
+
+
+def distance(params: Params, images_bhwc: jax.Array, others_bhwc: jax.Array, num_slices: int = 5) -> jax.Array:
+    """Measures how different images look from others, each from its own: float32 [b], 0 for equal ones.
+
+    images_bhwc, others_bhwc: float32 in [-1, 1], at least 16 pixels a side.
+    num_slices: how many of the five slices are computed and added; 5 is ST-LPIPS, fewer are a cheaper loss.
+    """
+    if min(images_bhwc.shape[1:3]) < _MIN_SIZE:
+        raise UserError(f"ST-LPIPS needs images of at least {_MIN_SIZE} pixels a side, not {images_bhwc.shape[1:3]}")
+    # One pass for both.
+    x = (jnp.concatenate([images_bhwc, others_bhwc]) - _per_channel(params["shift"])) / _per_channel(params["scale"])
+    total = jnp.zeros(len(images_bhwc), jnp.float32)
+    for number, (convolutions, _) in enumerate(SLICES[:num_slices]):
+        if number:
+            x = _pool(x)
+        for conv in convolutions:
+            x = jax.nn.relu(_convolve(x, params[f"conv{conv}.kernel"]) + _per_channel(params[f"conv{conv}.bias"]))
+        ours, theirs = jnp.split(_normalized(x), 2)
+        total += jnp.mean((ours - theirs) ** 2 @ params[f"lin{number}"], axis=(1, 2))
+    return total
+
+
+def _normalized(x_bhwc: jax.Array) -> jax.Array:
+    """Features of unit length at every pixel. The gradient of the root is finite at zero."""
+    return x_bhwc * jax.lax.rsqrt(jnp.sum(x_bhwc**2, axis=-1, keepdims=True) + 1e-10)
+
+
+def _pool(x_bhwc: jax.Array) -> jax.Array:
+    """The largest of 2x2 pixels at every place, then blurred and halved."""
+    x = jax.lax.reduce_window(x_bhwc, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID")
+    x = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    # Nine shifted sums: XLA's depthwise convolution is several times as slow on CPUs.
+    height, width = (x.shape[1] - 3) // 2 + 1, (x.shape[2] - 3) // 2 + 1
+    return sum(
+        _BLUR[i, j] * x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i in range(3) for j in range(3)
+    )
+
+
+def _convolve(x_bhwc: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x_bhwc, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _per_channel(x_c: jax.Array) -> jax.Array:
+    return jnp.asarray(x_c)[None, None, None]
