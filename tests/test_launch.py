@@ -509,7 +509,8 @@ def test_two_processes_sample_and_evaluate_as_one_does(tiny, tmp_path):
                 options = [f"--python={sys.executable}", f"--module=m2m_jax.{module}", "--restarts=0"]
                 joined = launch("local", *options, "--", *given)
                 assert joined.returncode == 0, joined.stderr
-        said = [line for line in joined.stdout.splitlines() if "[Gloo]" not in line]
+        # Gloo's library writes piece by piece: of two processes at once a number may stand alone.
+        said = [line for line in joined.stdout.splitlines() if "[Gloo]" not in line and not line.isdigit()]
         assert said[-1] == alone.out.splitlines()[-1].replace(f"{module}1", f"{module}2")
         assert len(said) <= len(alone.out.splitlines())  # by the first process alone
 
