@@ -65,7 +65,9 @@ def find_copies(config: Config, options: CopySearch) -> CopyReport:
         )
     training_nhwc = training_images(config.data)
     training_shapes = shapes(training_nhwc)
-    rows, to_training, to_context = [], [], []
+    rows: list[Row] = []
+    to_training: list[float] = []
+    to_context: list[float] = []
     for record in records:
         given = [read_image(file, size) for file in _context_files(record)]
         new = [read_image(file, size) for file in sorted(record.parent.glob("[0-9]*.png"))]
