@@ -42,9 +42,14 @@ def install() -> None:
 
 
 class _LibrariesFirst(importlib.abc.MetaPathFinder):
+    """Imports libraries before the first of the modules. It stays in the list of finders, which is being walked."""
+
+    def __init__(self) -> None:
+        self._imported = False
+
     def find_spec(self, name: str, path: object, target: object = None) -> None:
-        if name in MODULES:
-            sys.meta_path.remove(self)
+        if name in MODULES and not self._imported:
+            self._imported = True
             for library in LIBRARIES:
                 importlib.import_module(library)
 

@@ -1,6 +1,9 @@
 """What the annotations say of axes is checked while tests run."""
 
 import os
+import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,3 +41,13 @@ def test_a_scalar_in_the_place_of_an_axis_is_refused():
         fade(np.array(0.5), (1.0, 0.0), (0.0, 1.0), "constant")
     with pytest.raises(TypeCheckError, match="timestep_bn"):
         weighted_loss(NoiseSchedule(), jnp.ones((2, 3)), jnp.ones((2, 4), jnp.int32), None)
+
+
+@pytest.mark.parametrize("first", ["attention.backends", "diffusion.guidance"])
+def test_the_module_that_is_imported_first_is_checked_too(first):
+    program = f"import shape_checks; shape_checks.install(); import m2m_jax.{first} as first; print(first.__loader__)"
+    root = pathlib.Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "jaxtyping" in printed
