@@ -21,7 +21,7 @@ def _params():
     return {
         "a.kernel": jnp.ones((2, 3)),
         "a.bias": jnp.ones((3,)),
-        "b.attn2.kernel": jnp.ones((2, 3)),
+        "b.transformer_blocks.0.attn2.to_q.kernel": jnp.ones((2, 3)),
         "c.scale": jnp.ones((3,)),
     }
 
@@ -46,7 +46,7 @@ def test_attn2_moves_faster():
     gradients = jax.tree.map(jnp.ones_like, params)
     updates, rate = _one_update(_config(attn2_rate=3.0), params, gradients)
     np.testing.assert_allclose(updates["a.kernel"], -rate, rtol=1e-4)
-    np.testing.assert_allclose(updates["b.attn2.kernel"], -3.0 * rate, rtol=1e-4)
+    np.testing.assert_allclose(updates["b.transformer_blocks.0.attn2.to_q.kernel"], -3.0 * rate, rtol=1e-4)
 
 
 def test_only_kernels_decay():
