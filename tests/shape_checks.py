@@ -24,8 +24,6 @@ MODULES = (
     "m2m_jax.diffusion.guidance",
     "m2m_jax.diffusion.steppers",
     "m2m_jax.models.attentions",
-    "m2m_jax.models.context_cache",
-    "m2m_jax.models.frozen",
     "m2m_jax.models.unet",
     "m2m_jax.tasks.objective",
 )

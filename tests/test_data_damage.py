@@ -194,7 +194,7 @@ def test_latents_are_skipped(latents, spoil, capsys):
     damaged = {_not_finite: {5}, _missing: {4, 5, 6, 7}, _cut_off: {4, 5, 6, 7}, _too_few: {0, 1, 2, 3}}[spoil]
     assert sum(example["substituted"] for example in epoch) == len(damaged)
     for example in epoch:
-        assert example["record_index"] not in damaged
+        assert int(example["record_index"]) not in damaged
         assert (example["latents_nhwc"] == example["record_index"]).all()  # it is what it says
     warnings = capsys.readouterr().err.splitlines()
     assert len(damaged) <= len(warnings) <= 10 and all("gets another set" in line for line in warnings)

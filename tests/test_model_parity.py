@@ -338,7 +338,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(name, unet_folder):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'])
 def test_an_index_that_is_none_is_refused(text, unet_folder):
     (unet_folder / f"{WEIGHTS}.index.json").write_text(text)
-    with pytest.raises(UserError, match=r"index\.json is damaged"):
+    with pytest.raises(UserError, match=r"index\.json is (damaged|not JSON|no JSON object)"):
         load_params(unet_folder)
 
 
@@ -452,8 +452,8 @@ def test_a_single_image_model_that_does_not_fit_is_refused():
     with pytest.raises(UserError) as error:
         from_pretrained(params, SETS, misfit, TINY, "somewhere")
     assert str(error.value) == (
-        "init.path=somewhere does not fit config.model: conv_out.bias is (5,), should be (4,); "
-        "missing conv_in.bias; unexpected more.kernel; "
+        "init.path=somewhere does not fit config.model: missing conv_in.bias; "
+        "unexpected more.kernel; conv_out.bias is (5,), should be (4,); "
         "set config.model to that folder's config.json, or init.path= to train from scratch"
     )
     with pytest.raises(UserError, match=r"and [0-9]+ more;"):

@@ -93,12 +93,14 @@ def test_files(sampled, checkpoint, context_files):
         "settings": {
             "steps": 2,
             "stepper": "dpmpp_2m",
+            "guidance": "cfg",
             "guidance_scale": 1.5,
             "guidance_interval": [0.0, 1.0],
             "guidance_rescale": 0.0,
             "guidance_schedule": "constant",
+            "guidance_options": [],
             "cache_size": 25,
-            "cache_dtype": "float32",
+            "cache_dtype": None,
             "slide": False,
         },
     }
@@ -377,7 +379,7 @@ def test_sampling_runs_no_kernel_of_training(sampler, monkeypatch):
     images, seed_b = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.uint8), np.zeros(1, np.uint32)
     cache = jax.eval_shape(static.empty_cache, params, seed_b)
     cache = jax.eval_shape(
-        static.append, params, cache, jax.eval_shape(static.encode, params, images), np.ones(1, bool)
+        static.append, params, cache, seed_b, jax.eval_shape(static.encode, params, images), np.ones(1, bool)
     )
     carry = jax.eval_shape(static.begin, params, cache, seed_b)
     assert jax.eval_shape(static.denoise, params, cache, seed_b, carry, 0, 1) == carry

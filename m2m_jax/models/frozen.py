@@ -145,9 +145,7 @@ class FrozenModels:
         side = image_size // self.autoencoder.downsampling
         return side, side, self.autoencoder.latent_channels
 
-    def encode(
-        self, params: FrozenParams, images_bnhwc: UInt8[jax.Array, "b n H W 3"]
-    ) -> Float[jax.Array, "b n h w c"]:
+    def encode(self, params: FrozenParams, images_bnhwc: UInt8[jax.Array, "*b H W 3"]) -> Float[jax.Array, "*b h w c"]:
         """Return scaled latents of uint8 images."""
         autoencoder = merge(self._autoencoder_and_shapes[0], params[AUTOENCODER])
         with products_in(self.precision):

@@ -28,7 +28,7 @@ class ChosenSettings(Options):
     steps: int | None = option("Steps of the stepper, an image.", None)
     stepper: str | None = option("Name of the stepper; a wrong one is answered with all there are.", None)
     guidance: str | None = option("Name of the guidance; a wrong one is answered with all there are.", None)
-    guidance_scale: float | None = option("Over the context; 1 is none.", None)
+    guidance_scale: float | None = option("Over the context; 1 is none.", None, low=0)
     guidance_interval: tuple[float, ...] | None = option("Fractions of the noise levels: 0.2,0.8.", None)
     guidance_rescale: float | None = option("0 to 1: how far contrast is brought back.", None)
     guidance_schedule: str | None = option(
