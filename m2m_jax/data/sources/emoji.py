@@ -64,9 +64,9 @@ class EmojiSource(PreparedSource):
 
     @classmethod
     def make_builder(cls, image_size: int, directory: str) -> Any:
-        from m2m_jax.data.emoji.builder import make_builder
+        from m2m_jax.data.emoji.builder import Emoji
 
-        return make_builder(image_size, directory)
+        return Emoji.at(image_size, directory)
 
 
 def open_emoji(directory: str, image_size: int, split: str, *, strict: bool) -> ShardRecords:

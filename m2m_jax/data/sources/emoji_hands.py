@@ -17,6 +17,6 @@ class EmojiHandsSource(PreparedSource):
 
     @classmethod
     def make_builder(cls, image_size: int, directory: str) -> Any:
-        from m2m_jax.data.emoji.hands_builder import make_hands_builder
+        from m2m_jax.data.emoji.hands_builder import EmojiHands
 
-        return make_hands_builder(image_size, directory)
+        return EmojiHands.at(image_size, directory)
