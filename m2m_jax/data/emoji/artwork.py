@@ -22,7 +22,7 @@ import numpy as np
 from PIL import ImageFont
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.data.emoji.drawing import render, view_box
+from m2m_jax.data.drawing import render, view_box
 from m2m_jax.data.emoji.subjects import (
     EMOJI_PRESENTATION,
     JOINER,

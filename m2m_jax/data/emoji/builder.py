@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from m2m_jax.data import records
+from m2m_jax.data.drawing import draw_all
 from m2m_jax.data.emoji import artwork
-from m2m_jax.data.emoji.drawing import draw_all
-from m2m_jax.data.emoji.set_builder import SetBuilder, deal, make_record, png, style_caption
 from m2m_jax.data.emoji.subjects import Subject, Variant, load_subjects
+from m2m_jax.data.set_builder import SetBuilder, deal, make_record, png, style_caption
 from m2m_jax.data.splits import SPLITS
 
 Artwork = dict[tuple[tuple[int, ...], str], bytes]  # (codepoints, style) -> PNG

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from m2m_jax.data.drawing import draw_all
 from m2m_jax.data.emoji import artwork, iconify
-from m2m_jax.data.emoji.drawing import draw_all
 from m2m_jax.data.emoji.table import TableSubject
 
 # Hand -> its families.

@@ -28,9 +28,9 @@ import tensorflow_datasets as tfds
 from m2m_jax.core.images import on_white
 from m2m_jax.data import records
 from m2m_jax.data.emoji import hands
-from m2m_jax.data.emoji.set_builder import MIN_IMAGES, SetBuilder, deal, make_record, png, style_caption
 from m2m_jax.data.emoji.table import TableSubject, load_table
 from m2m_jax.data.likeness import COPY, likeness, without_copies
+from m2m_jax.data.set_builder import MIN_IMAGES, SetBuilder, deal, make_record, png, style_caption
 
 MIN_HANDS = 3
 # Split -> that of its subjects, and whether its hands are the unseen ones.
@@ -47,11 +47,7 @@ Pictures = Mapping[tuple[str, str], np.ndarray]  # (family, subject's name) -> u
 
 
 class EmojiHands(SetBuilder):
-    """Build the emoji data set of many hands: `EmojiHands.at(64, "data")`.
-
-    Attributes:
-      packages: folder of npm packages, read where the data set is made.
-    """
+    """Build the emoji data set of many hands: `EmojiHands.at(64, "data")`."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "Ten hands of eleven families."}
@@ -65,8 +61,16 @@ class EmojiHands(SetBuilder):
         drawn = hands.draw_pictures(self.packages, families, subjects, self.image_size, self.report_progress)
         drawn, dropped = drop_copies(subjects, drawn)
         sets = {split: build_sets(split, subjects, families, drawn) for split in SPLITS}
-        metadata = {"families": families, "dropped_copies": dropped}
-        return {split: made for split, made in sets.items() if made}, metadata
+        return sets, {"families": families, "dropped_copies": dropped}
+
+    def remark(self) -> str:
+        there = self.info.metadata["families"]
+        missing = [name for families in hands.HANDS.values() for name in families if name not in there]
+        if not missing:
+            return ""
+        return (
+            f", without {', '.join(missing)}; to have them, run make npm-emoji, remove the data set and make it again"
+        )
 
 
 def split_of(subject: TableSubject, family: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.data.emoji.drawing import render, view_box
+from m2m_jax.data.drawing import render, view_box
 from m2m_jax.data.emoji.subjects import parse_codepoints
 
 # Package -> its version, and the side of the square that is drawn in canvases (their longer sides): families leave

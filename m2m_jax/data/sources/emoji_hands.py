@@ -10,10 +10,9 @@ from m2m_jax.data.sources.emoji import PreparedSource
 
 @SOURCES.register("emoji_hands")
 class EmojiHandsSource(PreparedSource):
-    """Emoji drawn by ten hands, two of which never train, from m2m_jax.data.prepare --hands."""
+    """Emoji drawn by ten hands, two of which never train, from m2m_jax.data.prepare --name=emoji_hands."""
 
     folder = "emoji_hands"
-    flags = "--hands "
 
     @classmethod
     def make_builder(cls, image_size: int, directory: str) -> Any:

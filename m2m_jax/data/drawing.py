@@ -4,6 +4,7 @@ import concurrent.futures
 import io
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -17,14 +18,23 @@ Kept = TypeVar("Kept")
 
 def render(svg: str, width: int, height: int, **options) -> np.ndarray:
     """Draw SVG text: uint8 RGBA [height, width, 4]. Raises UserError where resvg is missing or cannot read it."""
+    return _render(f"an SVG of {len(svg)} characters", svg_string=svg, width=width, height=height, **options)
+
+
+def render_file(file: Path, height: int) -> np.ndarray:
+    """Draw an SVG or SVGZ file: uint8 RGBA [height, as wide as it is, 4]. Raises UserError as `render`."""
+    return _render(str(file), svg_path=str(file), height=height)
+
+
+def _render(name: str, **options) -> np.ndarray:
     try:
         import resvg_py
     except ImportError as error:
         raise UserError("the SVG renderer is not installed: pip install resvg-py") from error
     try:
-        png = resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height, skip_system_fonts=True, **options)
+        png = resvg_py.svg_to_bytes(skip_system_fonts=True, **options)
     except ValueError as error:
-        raise UserError(f"an SVG of {len(svg)} characters can't be drawn ({error})") from error
+        raise UserError(f"{name} can't be drawn ({error})") from error
     return np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 

@@ -1,4 +1,4 @@
-"""What the emoji data sets have in common: a TFDS builder of image sets, and how a row of pictures becomes sets."""
+"""What data sets of installed artwork have in common: a TFDS builder, and how a row of pictures becomes sets."""
 
 import importlib.resources
 import io
@@ -30,12 +30,14 @@ class SetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
       image_size: side of the square images, pixels.
       licenses: in words.
       license_file: beside this code; it appears with the data.
+      packages: folder of the packages that hold the artwork; empty where Python packages do.
       report_progress: called with (number drawn, number to draw) while the artwork is drawn.
     """
 
     image_size: int
     licenses: ClassVar[str]
     license_file: ClassVar[str]
+    packages: str = ""
     code_path = None  # where TFDS looks for checksums of downloads, through a package that it does not itself require
     report_progress: Callable[[int, int], None] | None = None
 
@@ -58,6 +60,10 @@ class SetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
         made.image_size = image_size
         return made
 
+    def remark(self) -> str:
+        """Return what is to be said to whoever has it made: what it lacks, and the remedy. Empty: nothing."""
+        return ""
+
     def make_sets(self) -> tuple[dict[str, list[records.ImageSetRecord]], dict[str, Any]]:
         """Return the sets of each split, and further metadata."""
         raise NotImplementedError
@@ -77,9 +83,10 @@ class SetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
         del dl_manager  # nothing is downloaded: the artwork comes with installed packages
         sets, metadata = self.make_sets()
         self.info.metadata.update(metadata)
+        sets = {split: made for split, made in sets.items() if made}
         self.info.metadata["kinds"] = {split: [one.kind for one in made] for split, made in sets.items()}
         self.info.metadata["num_images"] = {split: [one.num_images for one in made] for split, made in sets.items()}
-        licenses = importlib.resources.files("m2m_jax.data.emoji") / self.license_file
+        licenses = importlib.resources.files(type(self).__module__.rpartition(".")[0]) / self.license_file
         # self.data_path is TFDS's unfinished directory here: the licences appear together with the data.
         (self.data_path / "LICENSES.md").write_text(licenses.read_text(encoding="utf-8"))
         return {split: self._generate_examples(made) for split, made in sets.items()}
