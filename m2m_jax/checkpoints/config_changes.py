@@ -22,6 +22,7 @@ _DO_NOT_MATTER = (
     "data.threads",
     "data.workers",
     "data.augment.on_device",  # the same images, to the bit
+    "data.resident",  # likewise
     "data.log_examples",
     "train.log_every",
 )

@@ -28,6 +28,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import Interruption
 from m2m_jax.core.parameters import Params, count, fingerprint
 from m2m_jax.core.paths import expand_home
+from m2m_jax.data import transform
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.models.frozen import of_models
 from m2m_jax.tasks.evaluation import warn_of_one_set
@@ -40,6 +41,7 @@ from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.profiler import Profiler
 from m2m_jax.training.setup import set_up
 from m2m_jax.training.state import TrainState
+from m2m_jax.training.step import RESIDENT
 from m2m_jax.training.throughput import Throughput
 from m2m_jax.training.time_limit import TimeLimit
 from m2m_jax.training.watchdog import Watchdog
@@ -106,7 +108,9 @@ class Run:
         self.task = TASKS.choose(config.task)(config)
         train_examples, eval_examples = self._open_data()
         self.setup = set_up(self.task, config, self.mesh)
-        self.frozen = sharding.replicate(self.task.frozen, self.mesh)
+        resident = train_examples.resident
+        store = {RESIDENT: {transform.RGBA: resident.rgba_nhwc}} if resident is not None else {}
+        self.frozen = sharding.replicate(self.task.frozen | store, self.mesh)
         params = None if (workdir / FOLDER).exists() else self.task.init()
         self._make_workdir()
         kept = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "keep_best", "fallback")}
