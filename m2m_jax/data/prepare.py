@@ -1,4 +1,4 @@
-"""Builds the emoji data set: python -m m2m_jax.data.prepare --size=32 --directory=data
+"""Build the emoji data set: python -m m2m_jax.data.prepare --size=32 --directory=data
 
 Draws it from the installed packages into DIRECTORY/emoji/32px (TFDS, array_record), licences beside it.
 TFDS writes into an "incomplete" directory and renames it at the end, so an interrupted build leaves no half
