@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 MAX_IMAGES_PER_SET = 25  # the paper's sets; a record holds no more
+# A run of a few seconds, for tests: what the presets `:tiny` of configs/ begin with.
+TINY: Mapping[str, Any] = {
+    "data.batch_size": 8,
+    "optimizer.warmup_steps": 2,
+    "train.steps": 4,
+    "train.log_every": 2,
+    "eval.every": 4,
+    "eval.batches": 1,
+    "eval.batch_size": 8,
+    "sample.steps": 2,
+    "checkpoint.every": 4,
+}
 
 
 @dataclasses.dataclass
@@ -467,7 +479,7 @@ def apply_preset(config: Config, preset: str, presets: Mapping[str, Mapping[str,
 
 
 def reads_latents(data: Data) -> bool:
-    """Whether batches hold latents, for which no step runs the autoencoder."""
+    """Say whether batches hold latents, for which no step runs the autoencoder."""
     return data.latents or getattr(chosen(data, "name"), "gives_latents", False)
 
 

@@ -1,4 +1,4 @@
-"""Samples: `python -m m2m_jax.sample --checkpoint runs/demo --context=a.png,b.png --num_images=4 --output=out`.
+"""Sample: `python -m m2m_jax.sample --checkpoint runs/demo --context=a.png,b.png --num_images=4 --output=out`.
 
 What is read and written stands in `sampling/run_job.py`.
 """

@@ -78,7 +78,7 @@ def fix_cpu_threads() -> None:
 
 
 def _join_processes() -> None:
-    """Waits for the other processes of a launch, if the variable M2M_PROCESSES says that there are any.
+    """Wait for the other processes of a launch, if the variable M2M_PROCESSES says that there are any.
 
     "auto" on TPU pods, under SLURM and on Kubernetes, where JAX finds out who they are; "1/4": the second of four,
     which meet at JAX_COORDINATOR_ADDRESS. The scripts in launch/ set it. Where one does not come, JAX ends the others,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -28,38 +29,28 @@ def open_examples(
     *,
     split: str,
     seed: int,
-    augment: bool = True,
-    whole_captions: bool = False,
-    tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
-    with_images: bool = False,
-    in_step: bool = False,
     attributes: Mapping[str, int] = MappingProxyType({}),
+    **how: Any,
 ) -> SetExamples:
     """Open the examples of a split of the data set that `config`, the `data` part of a configuration, names.
 
     Args:
+<<<<<<< HEAD
       augment: False composites on white, leaves captions whole, and does nothing else.
       whole_captions: no tag is dropped, also where images are augmented: those of held-out sets.
       tokenizer: captions to ids, int32 [captions, s], where they are wanted.
       with_images: images are wanted also where `config` names latents.
       in_step: with data.augment.on_device, images are left for `transform.finish` in the step to augment; with
         data.resident, to pick, too.
+=======
+>>>>>>> twins
       attributes: {name: numbers an image} that the source must have.
+      how: further arguments of `SetExamples`.
 
     Raises:
       UserError: the data cannot be used as the configuration asks.
     """
-    examples = SetExamples(
-        open_source(config, split),
-        config,
-        split=split,
-        seed=seed,
-        augment=augment,
-        whole_captions=whole_captions,
-        tokenizer=tokenizer,
-        with_images=with_images,
-        in_step=in_step,
-    )
+    examples = SetExamples(open_source(config, split), config, split=split, seed=seed, **how)
     examples.require_attributes(attributes)
     return examples
 
@@ -94,13 +85,23 @@ class SetExamples:
         *,
         split: str,
         seed: int,
-        augment: bool,
+        augment: bool = True,
         whole_captions: bool = False,
         tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
         with_images: bool = False,
         in_step: bool = False,
     ):
-        """See `open_examples`."""
+        """
+        Args:
+          augment: False composites on white, leaves captions whole, and does nothing else.
+          whole_captions: no tag is dropped, also where images are augmented: those of held-out sets.
+          tokenizer: captions to ids, int32 [captions, s], where they are wanted.
+          with_images: images are wanted also where `config` names latents.
+          in_step: with data.augment.on_device, images are left for `transform.finish` in the step to augment.
+
+        Raises:
+          UserError: the data cannot be used as the configuration asks.
+        """
         if config.images_per_set < 1:
             raise UserError(f"data.images_per_set={config.images_per_set}: must be at least 1")
         self._latents = reads_latents(config)
@@ -168,7 +169,7 @@ class SetExamples:
         return [one.caption or one.set_id for one in sets]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Raises BadRecord, or, with data.on_error=skip, UserError where all substitutes are damaged, too."""
+        """Raise BadRecord, or, with data.on_error=skip, UserError where all substitutes are damaged, too."""
         index = int(index)
         first_error = None
         for attempt in range(_MAX_SUBSTITUTES + 1):
@@ -191,7 +192,7 @@ class SetExamples:
         )
 
     def _content(self, index: int, record: int, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Raises BadRecord."""
+        """Raise BadRecord."""
         content: dict[str, np.ndarray] = {}
         if self._latents:
             content["latents_nhwc"] = self._fetch.latents(record, images)

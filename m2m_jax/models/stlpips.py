@@ -25,7 +25,7 @@ Params = dict[str, jax.Array]
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Names the parameters, with their shapes: kernels are [h, w, in, out], `lin` weights [channels]."""
+    """Name the parameters, with their shapes: kernels are [h, w, in, out], `lin` weights [channels]."""
     made: dict[str, tuple[int, ...]] = {"shift": (3,), "scale": (3,)}
     inputs = 3
     for number, (convolutions, channels) in enumerate(SLICES):
@@ -37,7 +37,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def load_stlpips(folder: str | Path) -> dict[str, np.ndarray]:
-    """Reads the parameters that `prepare_stlpips` wrote. Raises UserError where they are missing or damaged."""
+    """Read the parameters that `prepare_stlpips` wrote. Raises UserError where they are missing or damaged."""
     path = Path(folder) / WEIGHTS
     remedy = f"make it with python -m m2m_jax.data.prepare_stlpips --output={folder}"
     if not path.is_file():
@@ -52,7 +52,7 @@ def load_stlpips(folder: str | Path) -> dict[str, np.ndarray]:
 
 
 def distance(params: Params, images_bhwc: jax.Array, others_bhwc: jax.Array, num_slices: int = 5) -> jax.Array:
-    """Measures how different images look from others, each from its own: float32 [b], 0 for equal ones.
+    """Measure how different images look from others, each from its own: float32 [b], 0 for equal ones.
 
     images_bhwc, others_bhwc: float32 in [-1, 1], at least 16 pixels a side.
     num_slices: how many of the five slices are computed and added; 5 is ST-LPIPS, fewer are a cheaper loss.
@@ -73,12 +73,12 @@ def distance(params: Params, images_bhwc: jax.Array, others_bhwc: jax.Array, num
 
 
 def _normalized(x_bhwc: jax.Array) -> jax.Array:
-    """Features of unit length at every pixel. The gradient of the root is finite at zero."""
+    """Return features of unit length at every pixel. The gradient of the root is finite at zero."""
     return x_bhwc * jax.lax.rsqrt(jnp.sum(x_bhwc**2, axis=-1, keepdims=True) + 1e-10)
 
 
 def _pool(x_bhwc: jax.Array) -> jax.Array:
-    """The largest of 2x2 pixels at every place, then blurred and halved."""
+    """Return the largest of 2x2 pixels at every place, then blurred and halved."""
     x = jax.lax.reduce_window(x_bhwc, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID")
     x = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
     # Nine shifted sums: XLA's depthwise convolution is several times as slow on CPUs.

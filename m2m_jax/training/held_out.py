@@ -17,7 +17,7 @@ from m2m_jax.data.pipeline import SetExamples, batches, held_out_inputs, inputs,
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.trained import Trained
 from m2m_jax.tasks import sample_grid
-from m2m_jax.tasks.metrics import METRICS
+from m2m_jax.tasks.metrics import METRICS, Metric
 from m2m_jax.training import sharding
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class HeldOut:
 
         self._metrics = {name: METRICS.choose(name)(task) for name in config.eval.metrics}
         judges: dict[str, Any] = {"task": task, **self._metrics}
-        self._score = judges[config.eval.score].score
+        judge = judges[config.eval.score]
+        self._score = judge.score
+        self._scores_samples = isinstance(judge, Metric) and type(judge).judge is not Metric.judge
 
         def of_batch(params: Params, averages: Params, *arguments) -> dict[str, jax.Array]:
             own = sharding.gathered(trained.effective(params, averages), mesh, task.compute_dtype)
@@ -96,12 +98,7 @@ class HeldOut:
         self._writer.scalars(step, means | substituted)
         shown = {name: value for name, value in means.items() if "/loss_by" not in name}
         self._writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        try:
-            return self._score(means)
-        except KeyError:
-            if samples is None:
-                return None
-            raise
+        return None if samples is None and self._scores_samples else self._score(means)
 
     def _draw(self, step: int, params: Params) -> sample_grid.Samples | None:
         """Return the samples of all processes, and write them as a sheet; None where there is no memory for them."""

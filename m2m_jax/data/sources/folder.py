@@ -156,7 +156,7 @@ def split_names(names: Iterable[str], split: str) -> set[str]:
 
 
 def _place(name: str) -> float:
-    """A number in [0, 1) that is a set's own, whatever other sets there are."""
+    """Return a number in [0, 1) that is a set's own, whatever other sets there are."""
     return int.from_bytes(hashlib.blake2b(_bytes(name), digest_size=8, person=_PERSON).digest(), "big") / 2**64
 
 
