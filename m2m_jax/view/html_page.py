@@ -2,13 +2,12 @@
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from m2m_jax.core.images import as_pillow
+from m2m_jax.core.images import png_bytes
 from m2m_jax.view.contact_sheet import Row
 
 _STYLE = """
@@ -57,8 +56,6 @@ def _section(row: Row, record: Mapping[str, Any]) -> str:
 
 
 def _image(image_hwc: np.ndarray, framed: bool, title: str) -> str:
-    buffer = io.BytesIO()
-    as_pillow(image_hwc).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(png_bytes(image_hwc)).decode()
     frame = ' class="framed"' if framed else ""
     return f'<img alt="{html.escape(title)}"{frame} src="data:image/png;base64,{data}">'
