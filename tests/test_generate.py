@@ -168,7 +168,7 @@ def test_what_cannot_be_made_is_refused(changes, words, sampler, data, tmp_path)
 
 def test_a_folder_with_other_files_is_refused(sampler, data, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds notes\.txt, and not generated sets"):
+    with pytest.raises(UserError, match=r"holds notes\.txt, not generated sets"):
         make(sampler, data, tmp_path)
 
 
