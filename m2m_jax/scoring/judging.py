@@ -113,8 +113,8 @@ def score_sets(options: Scoring, *, report: Callable[[str], object] = say) -> Sc
     Raises:
       UserError: the sets cannot be compared so, a name is unknown, or the folder cannot be written.
     """
-    encoders = [_make(SET_ENCODERS.choose, text) for text in options.encoders]
-    chosen = {_name(text): _make(SCORES.choose, text) for text in options.scores or _that_need_no_weights()}
+    encoders = [make_named(SET_ENCODERS.choose, text) for text in options.encoders]
+    chosen = {_name(text): make_named(SCORES.choose, text) for text in options.scores or _that_need_no_weights()}
     made, real, paired = _open(options)
     training = open_images(options.training, options.image_size or made.image_size) if options.training else None
     if conditioned_on := made.made_by.get("conditioned_on"):
@@ -221,7 +221,7 @@ def _name(text: str) -> str:
     return text.partition("=")[0]
 
 
-def _make(choose: Callable[[str], Any], text: str) -> Any:
+def make_named(choose: Callable[[str], Any], text: str) -> Any:
     """Make what NAME or NAME=FOLDER names."""
     name, _, folder = text.partition("=")
     kind = choose(name)
