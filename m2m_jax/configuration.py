@@ -347,8 +347,28 @@ class Eval(Group, prefix="eval."):
         choices="m2m_jax.tasks.metrics:METRICS",
         also=("task",),
     )
+    generate_every: int = field(
+        0, "Steps between scores of generated sets, eval.metrics=generated; a multiple of eval.every; 0: none.", low=0
+    )
+    generate_sets: int = field(256, "Held-out sets that are continued for them; at most as many as there are.", low=4)
+    generate_given: int = field(0, "Images of each that are given, of data.images_per_set; 0: half of them.", low=0)
+    generate_encoder: str = field("pixels", "What judges them: NAME or NAME=FOLDER, as --encoders of m2m_jax.score.")
+    generate_scores: tuple[str, ...] = field(
+        ("mind", "similarity", "copy", "drift"),
+        "What is measured, as --scores of m2m_jax.score; eval.score=generated judges by the first figure of the first.",
+    )
 
     def check(self) -> None:
+        if ("generated" in self.metrics) != (self.generate_every > 0):
+            raise UserError(
+                f"config.eval.metrics is {self.metrics} and config.eval.generate_every is {self.generate_every}: "
+                "generated sets need both, generated among the metrics and a number of steps"
+            )
+        if self.generate_every % self.every:
+            raise UserError(
+                f"config.eval.generate_every is {self.generate_every}; it must be a multiple of config.eval.every, "
+                f"{self.every}"
+            )
         if self.score == "task":
             return
         if self.score not in self.metrics:

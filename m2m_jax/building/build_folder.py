@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from m2m_jax.core import disk
+from m2m_jax.core.comparing import first_difference
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, records
 from m2m_jax.data.mis import Build, Manifest, Shard, ShardReport
@@ -41,7 +42,7 @@ def start(directory: str | Path, build: Build) -> None:
     found = dataclasses.asdict(there)
     for values in (wanted, found):
         values.pop("command")
-    if (different := _first_difference(found, wanted)) is not None:
+    if (different := first_difference(found, wanted)) is not None:
         raise UserError(f"{path} is of another build: {different}; name another --output, or remove {path.parent}")
 
 
@@ -174,15 +175,3 @@ def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for one in counts:
         total.update(one)
     return dict(sorted(total.items()))
-
-
-def _first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
-    """In words: the first field that differs, by its dotted name, with both values."""
-    if found == wanted:
-        return None
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            here = f"{name}.{key}" if name else key
-            if (different := _first_difference(found.get(key), wanted.get(key), here)) is not None:
-                return different
-    return f"{name} was {found!r:.80}, and now is {wanted!r:.80}"

@@ -159,6 +159,13 @@ def write_png(path: str | os.PathLike[str], image: np.ndarray | Image.Image) -> 
         image.save(aside, format="PNG")
 
 
+def png_bytes(image_hwc: np.ndarray) -> bytes:
+    """Return uint8 [H, W, 3] as the content of a PNG file."""
+    buffer = io.BytesIO()
+    as_pillow(image_hwc).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def as_pillow(image_hwc: np.ndarray) -> Image.Image:
     """Return uint8 [H, W, 3] as a Pillow image; anything else is a programming error."""
     image_hwc = np.asarray(image_hwc)

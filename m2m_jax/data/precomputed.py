@@ -106,6 +106,7 @@ class PrecomputedRecords(ShardRecords):
             manifest.num_images,
             remedy=f"remove what is damaged and make it again with: {manifest.command}",
             strict=strict,
+            split=split,
             version=json.dumps([manifest.autoencoder, manifest.latent_dtype, manifest.has_images]),
             attributes=manifest.attributes,
             latent_shape=tuple(manifest.latent_shape),

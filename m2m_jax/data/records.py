@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 MAX_IMAGES_PER_RECORD = MAX_IMAGES_PER_SET
 STORES = ("images", "latents", "both")  # what the records of a data set may hold
 LATENT_DTYPES = ("float16", "float32")
+FORMATS = ("records", "folders")  # of image sets on disk
 
 
 class BadRecord(UserError):

@@ -49,6 +49,7 @@ class ShardRecords(RecordSource):
         *,
         remedy: str,
         strict: bool,
+        split: str = "",
         version: str = "",
         attributes: Mapping[str, int] | None = None,
         latent_shape: tuple[int, ...] | EllipsisType | None = ...,
@@ -59,6 +60,7 @@ class ShardRecords(RecordSource):
           remedy: ends messages.
           strict: UserError where a file is missing, is cut off or holds another number of records; otherwise that is
             found out record by record.
+          split: the name of the split.
           version: of the content, for the fingerprint.
           attributes: see `RecordSource`.
           latent_shape: of each image's latents, which records must hold; None: they must hold none; ...: any.
@@ -68,7 +70,7 @@ class ShardRecords(RecordSource):
                 f"{name}: its files should hold {sum(counts)} records, and {len(kinds)} kinds and "
                 f"{len(num_images)} numbers of images are listed; {remedy}"
             )
-        self.name, self.kinds, self.num_images = name, kinds, num_images
+        self.name, self.split, self.kinds, self.num_images = name, split, kinds, num_images
         self._paths, self._remedy = list(paths), remedy
         self.attributes, self._latent_shape = dict(attributes or {}), latent_shape
         self._features = records.features(attributes=bool(self.attributes))

@@ -59,16 +59,26 @@ class Bundle(SetSampler):
             )
         for name in (PARAMS, *map(program_file, PROGRAMS)):
             _check_file(folder, name, manifest["files"])
+        self._fingerprint = disk.sha256(folder / MANIFEST)  # which holds the hashes of all other files
         self._about = {"bundle": str(folder), **manifest["about"]}
         for name in (*NUMBERS, *TRUTHS):
             setattr(self, name, manifest[name])
         self.global_widths = manifest.get("global_widths", {})
+        self._conditioned_on = str(manifest.get("conditioned_on", ""))
         params = jax.device_put(_read_params(folder / PARAMS))
         self._programs = {name: functools.partial(_load(folder, name, manifest), params) for name in PROGRAMS}
 
     @property
     def programs(self) -> Mapping[str, Callable]:
         return self._programs
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def conditioned_on(self) -> str:
+        return self._conditioned_on
 
     @property
     def about(self) -> dict[str, Any]:

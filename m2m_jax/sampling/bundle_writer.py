@@ -40,6 +40,7 @@ def write_bundle(sampler: Sampler, folder: Path) -> None:
         "encodes_generated": sampler.encodes_generated,
         "reads_context": sampler.reads_context,
         "about": sampler.about,
+        "conditioned_on": sampler.conditioned_on,
         "schedule": sampler.schedule.to_config(),
         **({"global_widths": widths} if (widths := sampler.global_widths) else {}),
     }

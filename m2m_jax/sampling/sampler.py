@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.parameters import Params
+from m2m_jax.core.parameters import Params, fingerprint
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.folder import config_from
-from m2m_jax.models.frozen import FrozenModels, FrozenParams
+from m2m_jax.models.frozen import IMAGE_ENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.unet_config import UNetConfig, with_todays_names
 from m2m_jax.sampling.programs import UNET, AllParams, Programs, compiled
 from m2m_jax.sampling.set_sampler import SetSampler
@@ -157,6 +157,14 @@ class Sampler(SetSampler):
     @functools.cached_property
     def _mesh(self) -> Mesh:
         return Mesh(np.array(self.devices or jax.local_devices()[:1]), ("data",))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint({f"{model}/{name}": x for model, of in self.params.items() for name, x in of.items()})
+
+    @functools.cached_property
+    def conditioned_on(self) -> str:
+        return fingerprint(self.frozen[IMAGE_ENCODER]) if IMAGE_ENCODER in self.frozen else ""
 
     @property
     def about(self) -> dict[str, Any]:

@@ -96,6 +96,16 @@ class SetSampler(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of the model: of its parameters, or of the files that hold it."""
+
+    @property
+    @abc.abstractmethod
+    def conditioned_on(self) -> str:
+        """Fingerprint of the image encoder whose tokens the model attends to; empty: it attends to its own features."""
+
+    @property
+    @abc.abstractmethod
     def about(self) -> dict[str, Any]:
         """What is to be known of the images, as JSON can hold it: checkpoint, settings."""
 

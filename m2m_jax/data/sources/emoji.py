@@ -157,6 +157,7 @@ def open_prepared(
         num_images,
         remedy=f"remove {builder.data_path} and make it again with {remedy}",
         strict=strict,
+        split=split,
         version=str(builder.version),
     )
 =======

@@ -72,6 +72,7 @@ class MisRecords(ShardRecords):
             num_images,
             remedy="remove what is damaged, and build_mis, called as before, makes it again",
             strict=strict,
+            split=split,
             version=" ".join([store, *(shard.sha256 for shard in shards)]),
             latent_shape=None if store == "images" else tuple(manifest.settings["latent_shape"]),
         )
