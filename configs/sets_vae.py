@@ -4,7 +4,7 @@
     pip install --no-deps -r requirements-perceptual.txt
     python -m m2m_jax.data.prepare_stlpips --output=data/stlpips_vgg
     python -m m2m_jax.train --config configs/sets_vae.py --workdir runs/sets_vae
-    python -m m2m_jax.to_diffusers --checkpoint runs/sets_vae --output models/sets_vae
+    python -m m2m_jax.to_diffusers --checkpoint runs/sets_vae --output pretrained/sets_vae
 
 A U-Net over 8x8 costs at 64 px what it costs at 32 in the latents of configs/emoji_vae.py. How many channels: on images
 of the validation split, on white, the best linear code of 8x8 pixels (principal components) gives 21.6 dB in 16,

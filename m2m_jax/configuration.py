@@ -284,6 +284,12 @@ class Train(Group, prefix="train."):
 
     parameters: str = field("all", "Parameters that train.", choices="m2m_jax.models.trained:PARAMETERS")
     steps: int = field(10_000, "Training steps of the whole run.", low=1)
+    minutes: float = field(
+        0.0,
+        "Minutes that the run may take, from its start to its last step: as many steps as fit at the speed of the "
+        "first, train.steps at most. 0: no limit.",
+        low=0,
+    )
     log_every: int = field(20, "Steps between lines of the log.", low=1)
     accumulation: int = field(1, "Parts that a batch is computed in, one after another, to save memory.", low=1)
     reduce_dtype: str = field(

@@ -66,7 +66,10 @@ def _refused(root, *arguments) -> str:
         ([TINY, "--config.mesh.fsdp=3"], "config.mesh.data=-1, config.mesh.fsdp=3"),
         ([TINY, "--config.data.batch_size=12"], "config.data.batch_size is 12; it must be a multiple of the 8 devices"),
         ([TINY, "--config.eval.batch_size=4"], "config.eval.batch_size is 4; it must be a multiple of the 8 devices"),
-        ([TINY, VAE, "--config.data.directory=none"], "python -m m2m_jax.data.prepare --size=32 --directory=none"),
+        (
+            [TINY, VAE, "--config.data.directory=none"],
+            "python -m m2m_jax.data.prepare --name=emoji --size=32 --directory=none",
+        ),
         ([TINY, "--config.data.name=folder"], "config.data.path is empty"),
         ([TINY, VAE, "--config.data.name=folder", "--config.data.path=none"], "data.path='none': no such folder"),
         ([TINY, "stray"], "unexpected argument 'stray'"),

@@ -18,6 +18,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, records
 from m2m_jax.data.mis import Build, Manifest, Shard, ShardReport
 from m2m_jax.data.record_writer import RecordWriter
+from m2m_jax.data.splits import SPLITS
 
 
 def start(directory: str | Path, build: Build) -> None:
@@ -60,7 +61,7 @@ def finish(directory: str | Path, build: Build) -> Manifest | None:
             return None
         if size != reports[-1].num_bytes:
             return None
-    splits = {split: [report for shard, report in zip(shards, reports) if shard.split == split] for split in mis.SPLITS}
+    splits = {split: [report for shard, report in zip(shards, reports) if shard.split == split] for split in SPLITS}
     splits = {split: found for split, found in splits.items() if found}
     manifest = Manifest(
         version=mis.VERSION,

@@ -24,6 +24,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import Interruption
 from m2m_jax.core.printing import say
 from m2m_jax.data import mis, precomputed
+from m2m_jax.data.splits import SPLITS
 from m2m_jax.sampling.text_to_image import TextToImage
 
 Report = Callable[[str], object]
@@ -126,7 +127,7 @@ def _read_splits(
 ) -> tuple[dict[str, list[tuple[int, str]]], dict[str, int]]:
     """({split: (row, caption) of its captions, in order}, {rule: captions that it dropped})."""
     kept, dropped = clean_captions(read_captions(options.captions), rules)
-    captions: dict[str, list[tuple[int, str]]] = {split: [] for split in mis.SPLITS}
+    captions: dict[str, list[tuple[int, str]]] = {split: [] for split in SPLITS}
     for row, caption in kept:
         captions[mis.split_of(caption, options.validation_share, options.test_share)].append((row, caption))
     report(f"{len(kept)} captions ({'; '.join(f'{len(of)} {split}' for split, of in captions.items())})")

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from m2m_jax.checkpoints import checksums
+from m2m_jax.checkpoints.shipped import is_shipped, load_shipped
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
@@ -44,7 +45,7 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
     Parameters that do not train have no average: they are those of the train state. Nothing else is read.
 
     Args:
-        path: WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP.
+        path: WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP, or a model that ships (`shipped.py`).
         step: which checkpoint; the latest if None.
 
     Raises:
@@ -54,6 +55,9 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {path}; give the --workdir of a training run")
+    if is_shipped(folder):
+        found = SavedModel(*load_shipped(folder))
+        return found._replace(step=choose(folder, [found.step], step))
     if (folder / FOLDER).is_dir():
         folder /= FOLDER
     elif folder.name.isdecimal() and folder.parent.name == FOLDER:

@@ -23,10 +23,10 @@ from typing import Any
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import records
 from m2m_jax.data.shards import count_records
+from m2m_jax.data.splits import SPLITS
 
 VERSION = 1
 KIND = "mis"  # of every record
-SPLITS = ("train", "validation", "test")
 TFDS_VERSION = "1.0.0"
 BUILD, MANIFEST = "build.json", "manifest.json"
 _MAX_SIDE = 2**16  # of images and latents, pixels

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from m2m_jax.core.errors import UserError
 
-SPLITS = ("train", "validation", "test")
 MOVED_FILE = Path(__file__).with_name("moved_subjects.txt")
 MIN_SUBJECTS_TO_HOLD_OUT = 15  # smaller subgroups are training data altogether
 MIN_HELD_OUT = 5

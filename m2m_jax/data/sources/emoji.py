@@ -16,13 +16,11 @@ class PreparedSource(DataSource):
     """Sets at `config.image_size` below `config.directory`, of the kinds that `config.kinds` chooses.
 
     Attributes:
-      folder: of the data set, within the directory.
-      flags: that `m2m_jax.data.prepare` needs to be told to make it.
+      folder: of the data set, within the directory; the source's name, too.
     """
 
     needs_path = False
     folder: str
-    flags: str = ""
 
     @classmethod
     def make_builder(cls, image_size: int, directory: str) -> Any:
@@ -36,7 +34,7 @@ class PreparedSource(DataSource):
     @classmethod
     def open_split(cls, directory: str, image_size: int, split: str, *, strict: bool) -> ShardRecords:
         """Open a split; arguments and errors as those of `open_prepared`."""
-        return open_prepared(cls.make_builder, cls.flags, directory, image_size, split, strict=strict)
+        return open_prepared(cls.make_builder, cls.folder, directory, image_size, split, strict=strict)
 
     @classmethod
     def find(cls, path: Path, *, follow_links: bool = False) -> list[RecordSource]:
@@ -64,9 +62,9 @@ class EmojiSource(PreparedSource):
 
     @classmethod
     def make_builder(cls, image_size: int, directory: str) -> Any:
-        from m2m_jax.data.emoji.builder import make_builder
+        from m2m_jax.data.emoji.builder import Emoji
 
-        return make_builder(image_size, directory)
+        return Emoji.at(image_size, directory)
 
 
 def open_emoji(directory: str, image_size: int, split: str, *, strict: bool) -> ShardRecords:
@@ -75,25 +73,25 @@ def open_emoji(directory: str, image_size: int, split: str, *, strict: bool) -> 
 
 
 def open_prepared(
-    make_builder: Callable[[int, str], Any], flags: str, directory: str, image_size: int, split: str, *, strict: bool
+    make_builder: Callable[[int, str], Any], name: str, directory: str, image_size: int, split: str, *, strict: bool
 ) -> ShardRecords:
-    """Open a split of an emoji data set that TFDS prepared.
+    """Open a split of a data set that TFDS prepared.
 
     Args:
       make_builder: (image size, directory) -> its TFDS builder.
-      flags: that `m2m_jax.data.prepare` needs to be told to make it; empty, or with a space at the end.
+      name: of the data set.
       strict: as for `ShardRecords`.
 
     Raises:
       UserError: the data set has not been prepared at that size, has no such split, or is damaged.
     """
-    remedy = f"python -m m2m_jax.data.prepare {flags}--size={image_size} --directory={directory}"
+    remedy = f"python -m m2m_jax.data.prepare --name={name} --size={image_size} --directory={directory}"
     try:
         builder = make_builder(image_size, directory)
         if not builder.is_prepared():
-            raise UserError(f"no emoji data set of {image_size} px in {directory!r}: make it with {remedy}")
+            raise UserError(f"no data set {name} of {image_size} px in {directory!r}: make it with {remedy}")
         if split not in builder.info.splits:
-            raise UserError(f"split {split!r}: the emoji data set has {', '.join(builder.info.splits)}")
+            raise UserError(f"split {split!r}: the data set {name} has {', '.join(builder.info.splits)}")
         of_split = builder.info.splits[split]
         files, counts = [Path(path) for path in of_split.filepaths], list(of_split.shard_lengths)
         if any(file.parent != Path(builder.data_path) for file in files):
@@ -103,7 +101,7 @@ def open_prepared(
         raise
     except Exception as error:  # TFDS reads its JSON files without a check
         raise UserError(
-            f"the emoji data set of {image_size} px in {directory!r} is damaged ({error!r:.200}): remove it and make "
+            f"the data set {name} of {image_size} px in {directory!r} is damaged ({error!r:.200}): remove it and make "
             f"it again with {remedy}"
         ) from error
     return ShardRecords(
