@@ -73,12 +73,13 @@ KINDS: dict[str, str] = {
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
 }
-# What a program can have of a GPU's memory is 0.92 of it, as the scripts in launch/ set it. Links: NVLink, of the L4
+# What a program can have of a GPU's memory is 0.92 of it, as core/runtime.py sets it. Links: NVLink, of the L4
 # PCIe. The network: one adapter a GPU, as in NVIDIA's own machines.
 GPUS: dict[str, Chip] = {
     "a100": Chip(312e12, 0.92 * 80 * GIB, 2039e9, 600e9 / 2, 200e9 / 8),  # SXM, 80 GB
     "h100": Chip(989e12, 0.92 * 79.6 * GIB, 3350e9, 900e9 / 2, 400e9 / 8),  # SXM; the PCIe card and the NVL are slower
     "h200": Chip(989e12, 0.92 * 140.4 * GIB, 4800e9, 900e9 / 2, 400e9 / 8),
+    "b200": Chip(2250e12, 0.92 * 178.3 * GIB, 8000e9, 1800e9 / 2, 400e9 / 8),
     "l4": Chip(121e12, 0.92 * 22.5 * GIB, 300e9, 64e9 / 2, None),
 }
 # Beginning of what JAX calls them.
@@ -86,6 +87,7 @@ GPU_KINDS: dict[str, str] = {
     "NVIDIA A100": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
     "NVIDIA L4": "l4",
 }
 

@@ -28,6 +28,7 @@ from m2m_jax.tasks.latent_diffusion import LatentDiffusion
 from m2m_jax.tasks.protocol import Task
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.attention_flops import AttentionFlops, attention_flops
+from m2m_jax.training.products import sum_of_products
 from m2m_jax.training.sharding import abstract_mesh
 
 NOT_READ = "(not read)"
@@ -131,6 +132,20 @@ def count_model_flops(config: Config, remat: str = "none") -> float:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         cost: Any = _lowered_gradient(_plain_task(config, remat), config).cost_analysis()
         return cost["flops"]
+
+
+def count_products(task: Task, batch: dict) -> float:
+    """Return the FLOPs of the products and convolutions of a step on a batch: of forward, and twice those of backward.
+
+    Traces the loss once, a second where `Workload.model_flops` takes ten, and is about as much: it has no norms and
+    activations, but whatever of the backward pass nobody needs. Nothing that `model.remat` computes again is in it.
+    """
+
+    def loss(params: dict, frozen: dict, batch: dict, step: jax.Array) -> jax.Array:
+        return task.loss(params, frozen, batch, task.draw(batch, step))[0]
+
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return 3 * sum_of_products(jax.make_jaxpr(loss)(task.shapes, task.frozen, batch, step).jaxpr)
 
 
 def _lowered_gradient(task: Task, config: Config) -> jax.stages.Lowered:
