@@ -15,7 +15,7 @@ SETTINGS = define_flags(ChosenSettings)
 def main(argv):
     from m2m_jax.sampling.from_checkpoint import export_bundle
 
-    print(export_bundle(**vars(EXPORT()), **SETTINGS().given()))
+    print(export_bundle(**vars(EXPORT()), **SETTINGS().explicit()))
 
 
 if __name__ == "__main__":

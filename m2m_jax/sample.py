@@ -15,7 +15,7 @@ SETTINGS = define_flags(ChosenSettings)
 def main(argv):
     from m2m_jax.sampling.from_checkpoint import sample
 
-    if written := sample(CHECKPOINT().checkpoint, JOB(), **SETTINGS().given()):
+    if written := sample(CHECKPOINT().checkpoint, JOB(), **SETTINGS().explicit()):
         print(written)
 
 

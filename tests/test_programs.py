@@ -176,8 +176,8 @@ def test_options_that_cannot_be_meant_are_refused(wrong, words):
 
 
 def test_settings_of_sampling_are_options_of_which_none_need_be_given():
-    assert ChosenSettings().given() == {}
-    given = ChosenSettings(steps=3, slide=False, guidance_interval=["0.2", 1]).given()
+    assert ChosenSettings().explicit() == {}
+    given = ChosenSettings(steps=3, slide=False, guidance_interval=["0.2", 1]).explicit()
     assert given == {"steps": 3, "slide": False, "guidance_interval": (0.2, 1.0)}
     assert SamplingSettings(**given).guidance_interval == (0.2, 1.0)
     with pytest.raises(UserError, match=r"--guidance_scale is -1\.0; it must be at least 0"):

@@ -17,12 +17,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from m2m_jax.checkpoints import checksums
-<<<<<<< HEAD
 from m2m_jax.checkpoints.shipped import is_shipped, load_shipped
-from m2m_jax.core.errors import UserError
-=======
 from m2m_jax.core.errors import UserError, one_line
->>>>>>> twins
 from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
 from m2m_jax.models.trained import PARAMETERS

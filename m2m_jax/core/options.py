@@ -59,7 +59,7 @@ class Options:
         for field, kind in fields(type(self)):
             object.__setattr__(self, field.name, _checked(field, kind, getattr(self, field.name)))
 
-    def given(self) -> dict[str, Any]:
+    def explicit(self) -> dict[str, Any]:
         """Return {name: value} of those that are not None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 

@@ -34,21 +34,12 @@ def open_examples(
 ) -> SetExamples:
     """Open the examples of a split of the data set that `config`, the `data` part of a configuration, names.
 
-        Args:
-    <<<<<<< HEAD
-          augment: False composites on white, leaves captions whole, and does nothing else.
-          whole_captions: no tag is dropped, also where images are augmented: those of held-out sets.
-          tokenizer: captions to ids, int32 [captions, s], where they are wanted.
-          with_images: images are wanted also where `config` names latents.
-          in_step: with data.augment.on_device, images are left for `transform.finish` in the step to augment; with
-            data.resident, to pick, too.
-    =======
-    >>>>>>> twins
-          attributes: {name: numbers an image} that the source must have.
-          how: further arguments of `SetExamples`.
+    Args:
+      attributes: {name: numbers an image} that the source must have.
+      how: further arguments of `SetExamples`.
 
-        Raises:
-          UserError: the data cannot be used as the configuration asks.
+    Raises:
+      UserError: the data cannot be used as the configuration asks.
     """
     examples = SetExamples(open_source(config, split), config, split=split, seed=seed, **how)
     examples.require_attributes(attributes)
@@ -97,7 +88,8 @@ class SetExamples:
           whole_captions: no tag is dropped, also where images are augmented: those of held-out sets.
           tokenizer: captions to ids, int32 [captions, s], where they are wanted.
           with_images: images are wanted also where `config` names latents.
-          in_step: with data.augment.on_device, images are left for `transform.finish` in the step to augment.
+          in_step: with data.augment.on_device, images are left for `transform.finish` in the step to augment; with
+            data.resident, to pick, too.
 
         Raises:
           UserError: the data cannot be used as the configuration asks.

@@ -20,7 +20,8 @@ def sum_of_products(jaxpr: Any) -> float:
 
 
 def _of_equation(equation: Any) -> float:
-    name, shapes = equation.primitive.name, [getattr(x.aval, "shape", ()) for x in equation.invars]
+    name = equation.primitive.name
+    shapes: list[tuple[int, ...]] = [getattr(x.aval, "shape", ()) for x in equation.invars]
     if name == "dot_general":
         contracted = equation.params["dimension_numbers"][0][0]
         return 2 * math.prod(shapes[0][axis] for axis in contracted) * equation.outvars[0].aval.size
