@@ -41,8 +41,9 @@ PRETRAIN := runs/pretrain
 PRETRAIN_ENV := .venv/.installed-pretrain-$(VERSION)
 VAE ?= $(PRETRAIN)/models/sets_vae
 UNET := $(PRETRAIN)/models/sets_unet
+PRETRAIN_ARGS ?=
 ON_SETS = --config.autoencoder.path=$(VAE)
-minutes = --config.train.minutes=$$(awk 'BEGIN { print $(MINUTES) * $(1) }')
+minutes = --config.train.minutes=$$(awk 'BEGIN { print $(MINUTES) * $(1) }') $(PRETRAIN_ARGS)
 
 # Emoji families as npm packages, which `npm pack` checks against the registry's sums; licences in each.
 NPM_EMOJI := noto@1.2.9 noto-v1@1.2.5 twemoji@1.2.5 openmoji@1.2.29 emojione@1.2.3 emojione-v1@1.2.3 fxemoji@1.2.2 \
