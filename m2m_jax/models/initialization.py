@@ -74,7 +74,7 @@ def from_pretrained(
     shapes: Mapping[str, Any],
     draw: Callable[[Collection[str]], HostParams],
     config: UNetConfig,
-    pretrained: HostParams,
+    pretrained: Mapping[str, Any],
     pretrained_config: UNetConfig,
     folder: str,
 ) -> HostParams:

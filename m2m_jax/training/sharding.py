@@ -235,12 +235,9 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index]), tree)
 
 
-def place(params: HostParams, shardings: Mapping[str, NamedSharding]) -> Params:
+def place(params: HostParams, shardings: Mapping[str, Any]) -> Params:
     """Place parameters, which every process holds alike in the host's memory: each device gets its share alone."""
-    return {
-        name: jax.make_array_from_callback(x.shape, shardings[name], lambda index, x=x: x[index])
-        for name, x in params.items()
-    }
+    return {name: jax.make_array_from_callback(x.shape, shardings[name], x.__getitem__) for name, x in params.items()}
 
 
 @functools.cache
