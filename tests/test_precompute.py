@@ -321,8 +321,8 @@ def _train_refused(tmp_path, path, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--records_per_shard=0"], "--records_per_shard must be at least 1"),
-        (["--batch_size=0"], "--batch_size must be at least 1"),
+        (["--records_per_shard=0"], "--records_per_shard is 0; it must be at least 1"),
+        (["--batch_size=0"], "--batch_size is 0; it must be at least 1"),
         (["--batch_size=12"], "multiple of the 8 devices"),
         (["--dtype=int8"], "--dtype"),
         (["--split=tset"], "split 'tset'"),

@@ -1,4 +1,4 @@
-"""Makes safetensors of the perceptual networks of ST-LPIPS that the package stlpips-pytorch holds.
+"""Make safetensors of the perceptual networks of ST-LPIPS that the package stlpips-pytorch holds.
 
 The package is not imported (it would load torch): its file is read by `torch_legacy.py`, which runs nothing that the
 file names.
@@ -30,7 +30,7 @@ Perceptual Similarity Metric", ECCV 2022, <https://github.com/abhijay9/ShiftTole
 
 
 def package_file(network: str) -> Path:
-    """Finds the weights of a network in the installed package. Raises UserError where it is missing."""
+    """Find the weights of a network in the installed package. Raises UserError where it is missing."""
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.submodule_search_locations is None:
         raise UserError(
@@ -41,7 +41,7 @@ def package_file(network: str) -> Path:
 
 
 def convert(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames a state dict of torch to the parameters of `stlpips.py`. Raises UserError where it is another network."""
+    """Rename a state dict of torch to the parameters of `stlpips.py`. Raises UserError where it is another network."""
     params = {}
     for name, value in state.items():
         parts = name.split(".")

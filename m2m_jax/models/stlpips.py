@@ -65,7 +65,7 @@ NETWORKS = {
 
 
 def shapes(network: str = "vgg") -> dict[str, tuple[int, ...]]:
-    """Names the parameters, with their shapes: kernels are [h, w, in, out], `lin` weights [channels]."""
+    """Name the parameters, with their shapes: kernels are [h, w, in, out], `lin` weights [channels]."""
     made: dict[str, tuple[int, ...]] = {"shift": (3,), "scale": (3,)}
     inputs = 3
     for number, part in enumerate(NETWORKS[network]):
@@ -84,7 +84,7 @@ def network_of(params: Mapping[str, Any]) -> str | None:
 
 
 def load_stlpips(folder: str | Path) -> dict[str, np.ndarray]:
-    """Reads the parameters that `prepare_stlpips` wrote. Raises UserError where they are missing or damaged."""
+    """Read the parameters that `prepare_stlpips` wrote. Raises UserError where they are missing or damaged."""
     path = Path(folder) / WEIGHTS
     remedy = f"make it with python -m m2m_jax.data.prepare_stlpips --output={folder}"
     if not path.is_file():
@@ -99,7 +99,7 @@ def load_stlpips(folder: str | Path) -> dict[str, np.ndarray]:
 
 
 def distance(params: Params, images_bhwc: jax.Array, others_bhwc: jax.Array, num_slices: int = 5) -> jax.Array:
-    """Measures how different images look from others, each from its own: float32 [b], 0 for equal ones.
+    """Measure how different images look from others, each from its own: float32 [b], 0 for equal ones.
 
     images_bhwc, others_bhwc: float32 in [-1, 1], at least 16 pixels a side.
     num_slices: how many of the five slices are computed and added; 5 is ST-LPIPS, fewer are a cheaper loss.
@@ -113,7 +113,7 @@ def distance(params: Params, images_bhwc: jax.Array, others_bhwc: jax.Array, num
 
 
 def distances(params: Params, images_bhwc: jax.Array) -> jax.Array:
-    """Measures how different images look from each other, each passing the network once: float32 [b, b].
+    """Measure how different images look from each other, each passing the network once: float32 [b, b].
 
     images_bhwc: as `distance` takes them.
     """
@@ -127,7 +127,7 @@ def distances(params: Params, images_bhwc: jax.Array) -> jax.Array:
 
 
 def _features(params: Params, x_bhwc: jax.Array, num_slices: int = 5) -> Iterator[jax.Array]:
-    """Yields what each slice sees, of unit length at every pixel."""
+    """Yield what each slice sees, of unit length at every pixel."""
     if min(x_bhwc.shape[1:3]) < _MIN_SIZE:
         raise UserError(f"ST-LPIPS needs images of at least {_MIN_SIZE} pixels a side, not {x_bhwc.shape[1:3]}")
     network = network_of(params)
@@ -145,12 +145,12 @@ def _features(params: Params, x_bhwc: jax.Array, num_slices: int = 5) -> Iterato
 
 
 def _normalized(x_bhwc: jax.Array) -> jax.Array:
-    """Features of unit length at every pixel. The gradient of the root is finite at zero."""
+    """Return features of unit length at every pixel. The gradient of the root is finite at zero."""
     return x_bhwc * jax.lax.rsqrt(jnp.sum(x_bhwc**2, axis=-1, keepdims=True) + 1e-10)
 
 
 def _blurred(x_bhwc: jax.Array) -> jax.Array:
-    """Blurred and halved."""
+    """Return images blurred and halved."""
     x = jnp.pad(x_bhwc, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
     # Nine shifted sums: XLA's depthwise convolution is several times as slow on CPUs.
     height, width = (x.shape[1] - 3) // 2 + 1, (x.shape[2] - 3) // 2 + 1
