@@ -74,9 +74,15 @@ def test_a_cut_file_is_refused(tmp_path, keep):
         read_legacy_torch(path)
 
 
-def test_transposed_tensors_are_refused_and_not_misread(tmp_path):
-    with pytest.raises(UserError, match="not contiguous"):
-        read_legacy_torch(write_legacy(tmp_path / "weights.pth", {"a": np.ones((4, 5), np.float32).T}))
+def test_transposed_tensors_are_read_and_gaps_refused(tmp_path):
+    whole = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    arrays = {"a": whole.transpose(2, 0, 1), "b": whole[:1].transpose(1, 0, 2), "c": whole.T}
+    found = read_legacy_torch(write_legacy(tmp_path / "weights.pth", arrays))
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(found[name], x)
+    for gaps in (whole[..., ::2], np.broadcast_to(whole[:1], (3, 4, 5))):
+        with pytest.raises(UserError, match="has gaps or overlaps"):
+            read_legacy_torch(write_legacy(tmp_path / "gaps.pth", {"a": gaps}))
 
 
 def test_the_package_is_converted_and_loaded(tmp_path, monkeypatch):

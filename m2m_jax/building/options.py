@@ -103,6 +103,30 @@ class PerceptualNetworkCopy(Options):
     output: Path = option("Folder to write; must not exist.", Path("data/stlpips_vgg"))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierCopy(Options):
+    """Where the classifier goes."""
+
+    output: Path = option("Folder to write; must not exist.", Path("data/efficientnet_lite0"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InceptionCopy(Options):
+    """What Inception-v3 is made of, and where it goes."""
+
+    weights: Path = option("State dict of pytorch-fid, a .pth file.")
+    output: Path = option("Folder to write; must not exist.", Path("data/inception_v3"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConseCopy(Options):
+    """What ConSE is made of, and where it goes."""
+
+    classifier: Path = option("Folder of EfficientNet-Lite0.", Path("data/efficientnet_lite0"))
+    text_encoder: Path = option("Folder of MiniLM.", Path("data/minilm"))
+    output: Path = option("Folder to write; must not exist.", Path("data/conse"))
+
+
 def _require_folder(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; name a folder")

@@ -129,7 +129,7 @@ def _made(function: str, arguments: tuple) -> Any:
 def read_legacy_torch(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a state dict: name -> array, of its own dtype.
 
-    Raises UserError where the file is missing, damaged, of another format, or holds anything but contiguous tensors.
+    Raises UserError where the file is missing, damaged, of another format, or holds anything but whole tensors.
     """
     try:
         size = Path(path).stat().st_size
@@ -157,8 +157,11 @@ def _tensor(name: str, tensor: Any, values: dict[str, np.ndarray]) -> np.ndarray
     if not isinstance(tensor, _Tensor):
         raise ValueError(f"{name} is no tensor")
     key, offset, shape, strides = tensor
-    contiguous = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    if any(a != b for a, b, n in zip(strides, contiguous, shape, strict=True) if n != 1):
-        raise ValueError(f"{name} is not contiguous")
+    # Axes may lie in any order (a kernel transposed from TensorFlow's), but without gaps.
+    order = sorted(range(len(shape)), key=lambda axis: (strides[axis], shape[axis] == 1), reverse=True)
+    stored = [shape[axis] for axis in order]
+    dense = [math.prod(stored[at + 1 :]) for at in range(len(order))]
+    if any(strides[axis] != step for axis, step in zip(order, dense, strict=True) if shape[axis] != 1):
+        raise ValueError(f"{name} has gaps or overlaps")
     flat = values[key][offset : offset + math.prod(shape)]
-    return flat.reshape(shape).copy()
+    return np.ascontiguousarray(flat.reshape(stored).transpose(np.argsort(order)))

@@ -262,7 +262,7 @@ def _to_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, np.ndarr
 def from_torch(name: str, value: np.ndarray, form: Format) -> tuple[str, Any]:
     """Return a parameter of a torch model under this project's name, in its layout, float32; still in NumPy."""
     stem, _, leaf = name.rpartition(".")
-    if leaf == "weight" and stem.endswith(("_embedding", "_embeddings")):
+    if leaf == "weight" and value.ndim == 2 and stem.endswith(("_embedding", "_embeddings")):
         name = f"{stem}.embedding"
     elif leaf == "weight":
         name = f"{stem}.scale" if value.ndim == 1 else f"{stem}.kernel"

@@ -5,6 +5,7 @@ are blurred, and weights on the squared differences of its features. The weights
 `stlpips-pytorch` (`m2m_jax.data.prepare_stlpips`). They were retrained, so this is "ST-LPIPS (VGG)" and never "LPIPS".
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -57,19 +58,39 @@ def distance(params: Params, images_bhwc: jax.Array, others_bhwc: jax.Array, num
     images_bhwc, others_bhwc: float32 in [-1, 1], at least 16 pixels a side.
     num_slices: how many of the five slices are computed and added; 5 is ST-LPIPS, fewer are a cheaper loss.
     """
-    if min(images_bhwc.shape[1:3]) < _MIN_SIZE:
-        raise UserError(f"ST-LPIPS needs images of at least {_MIN_SIZE} pixels a side, not {images_bhwc.shape[1:3]}")
-    # One pass for both.
-    x = (jnp.concatenate([images_bhwc, others_bhwc]) - _per_channel(params["shift"])) / _per_channel(params["scale"])
     total = jnp.zeros(len(images_bhwc), jnp.float32)
+    # One pass for both.
+    for number, x in enumerate(_features(params, jnp.concatenate([images_bhwc, others_bhwc]), num_slices)):
+        ours, theirs = jnp.split(x, 2)
+        total += jnp.mean((ours - theirs) ** 2 @ params[f"lin{number}"], axis=(1, 2))
+    return total
+
+
+def distances(params: Params, images_bhwc: jax.Array) -> jax.Array:
+    """Measures how different images look from each other, each passing the network once: float32 [b, b].
+
+    images_bhwc: as `distance` takes them.
+    """
+    total = jnp.zeros((len(images_bhwc), len(images_bhwc)), jnp.float32)
+    for number, x in enumerate(_features(params, images_bhwc, len(SLICES))):
+        weight = _per_channel(params[f"lin{number}"])
+        inner = jnp.einsum("bhwc,dhwc->bd", x, x * weight, precision="highest") / np.float32(x.shape[1] * x.shape[2])
+        own = jnp.diagonal(inner)
+        total += jnp.maximum(own[:, None] + own[None] - 2 * inner, 0)
+    return total
+
+
+def _features(params: Params, x_bhwc: jax.Array, num_slices: int) -> Iterator[jax.Array]:
+    """Yields what each slice sees, of unit length at every pixel."""
+    if min(x_bhwc.shape[1:3]) < _MIN_SIZE:
+        raise UserError(f"ST-LPIPS needs images of at least {_MIN_SIZE} pixels a side, not {x_bhwc.shape[1:3]}")
+    x = (x_bhwc - _per_channel(params["shift"])) / _per_channel(params["scale"])
     for number, (convolutions, _) in enumerate(SLICES[:num_slices]):
         if number:
             x = _pool(x)
         for conv in convolutions:
             x = jax.nn.relu(_convolve(x, params[f"conv{conv}.kernel"]) + _per_channel(params[f"conv{conv}.bias"]))
-        ours, theirs = jnp.split(_normalized(x), 2)
-        total += jnp.mean((ours - theirs) ** 2 @ params[f"lin{number}"], axis=(1, 2))
-    return total
+        yield _normalized(x)
 
 
 def _normalized(x_bhwc: jax.Array) -> jax.Array:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.parameters import Params
+from m2m_jax.core.parameters import Params, abstract
+from m2m_jax.models import clip_image
 from m2m_jax.models import folder as folders
 from m2m_jax.models.bert import BertConfig
 from m2m_jax.models.clip_text import CLIPTextConfig
@@ -88,7 +90,8 @@ HARMLESS = (
     *("apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names"),
 )
 # Values of model_type.
-CLIP_TEXT, BERT, DINOV2, DINOV2_WITH_REGISTERS = "clip_text_model", "bert", "dinov2", "dinov2_with_registers"
+CLIP, CLIP_TEXT, BERT = "clip", "clip_text_model", "bert"
+DINOV2, DINOV2_WITH_REGISTERS = "dinov2", "dinov2_with_registers"
 
 
 def load_clip_text_config(folder: str | Path, **overrides) -> CLIPTextConfig:
@@ -118,6 +121,29 @@ def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
             raise UserError(f"{folder}/config.json is a {DINOV2_WITH_REGISTERS} without a register: not implemented")
     values.pop("dtype", None)  # there that of the weights, here that of the computation
     return folders.load_config(DINOv2Config, folder, values, {}, **overrides)
+
+
+def load_clip(folder: str | Path) -> tuple[clip_image.CLIPImageConfig, CLIPTextConfig, int, Params]:
+    """Return both towers' configs, the width of their common space and the parameters of `clip_image.CLIP`.
+
+    Raises:
+      UserError: the folder holds another model, or not all of it.
+    """
+    values = _read_config(folder, CLIP)
+    image, text = (values.get(name) for name in ("vision_config", "text_config"))
+    dim = values.get("projection_dim", 512)
+    if not isinstance(image, dict) or not isinstance(text, dict) or not isinstance(dim, int):
+        raise UserError(f"{folder}/config.json must have vision_config, text_config and a number projection_dim")
+    image_config = folders.load_config(clip_image.CLIPImageConfig, folder, image, {})
+    text_config = folders.load_config(CLIPTextConfig, folder, CLIP_DEFAULTS | text, {})
+    params = {
+        name: x
+        for name, x in folders.load_params(folder, TRANSFORMERS).items()
+        if name != "logit_scale" and not name.endswith(folders.COUNTED)
+    }
+    expected = abstract(lambda: clip_image.CLIP(image_config, text_config, dim, rngs=nnx.Rngs(0)))[1]
+    folders.require_same(folder, expected, params)
+    return image_config, text_config, dim, params
 
 
 def save_clip_text(folder: str | Path, config: CLIPTextConfig, params: Params, dtype=np.float32) -> None:

@@ -26,6 +26,7 @@ class SetEncoder:
       fingerprint: of all weights, `core.parameters.fingerprint`; equal to that of the frozen image encoder of a
         checkpoint that was conditioned on the same network, at whatever layer. Empty where there are no weights.
       dim: c, the number of features.
+      params: the weights; empty where there are none.
       outputs_of: FEATURES and, where the network classifies, LOGITS.
       reads_text: whether `encode_text` is there.
 
@@ -56,7 +57,7 @@ class SetEncoder:
         """
         self.name, self.dim, self.size = name, dim, size
         self.fingerprint = fingerprint_of(params) if params else ""
-        self._params, self._forward = params, jax.jit(forward)
+        self.params, self._forward = params, jax.jit(forward)
 
     def __call__(self, images_bhwc: np.ndarray) -> np.ndarray:
         """Return the features [b, c], float32, of images uint8 [b, h, w, 3]."""
@@ -67,16 +68,7 @@ class SetEncoder:
         images_bhwc = np.asarray(images_bhwc)
         if images_bhwc.dtype != np.uint8 or images_bhwc.ndim != 4 or images_bhwc.shape[-1] != 3:
             raise ValueError(f"expected uint8 [b, h, w, 3], got {images_bhwc.dtype} {list(images_bhwc.shape)}")
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in self.outputs_of}
-        for first in range(0, max(len(images_bhwc), 1), _BATCH):
-            batch_bhwc = images_bhwc[first : first + _BATCH]
-            prepared_bhwc = np.zeros((_BATCH, self.size, self.size, 3), np.float32)
-            if len(batch_bhwc):
-                prepared_bhwc[: len(batch_bhwc)] = self.preprocess(batch_bhwc)
-            found = self._forward(self._params, prepared_bhwc)
-            for name, values in parts.items():
-                values.append(np.asarray(found[name], np.float32)[: len(batch_bhwc)])
-        return {name: np.concatenate(values) for name, values in parts.items()}
+        return in_batches(lambda batch_bhwc: self._forward(self.params, self.preprocess(batch_bhwc)), images_bhwc)
 
     def preprocess(self, images_bhwc: np.ndarray) -> np.ndarray:
         """Return uint8 images as the network takes them: float32 [b, size, size, 3]."""
@@ -114,6 +106,18 @@ def resized(images_bhwc: np.ndarray, size: int, *, rounded: bool = True) -> np.n
 def _resized_float(plane_hw: np.ndarray, size: int) -> np.ndarray:
     plane = Image.fromarray(plane_hw.astype(np.float32))  # mode "F"
     return np.asarray(plane.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def in_batches(function: Callable[[np.ndarray], dict[str, jax.Array]], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what a function of a batch gives for any number of rows, float32. It always sees as many: one program."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for first in range(0, max(len(rows), 1), _BATCH):
+        batch = rows[first : first + _BATCH]
+        padded = np.zeros((_BATCH, *rows.shape[1:]), rows.dtype)
+        padded[: len(batch)] = batch
+        for name, values in function(padded).items():
+            parts.setdefault(name, []).append(np.asarray(values, np.float32)[: len(batch)])
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def require_unseen(encoder: SetEncoder, conditioned_on: Collection[str]) -> None:

@@ -40,3 +40,62 @@ class Similarity(Score):
         if features.has("real_nkc"):
             found["similarity_to_real"] = np.einsum("nkc,nkc->nk", made_nkc, unit(features.get("real_nkc")))
         return {name: Measured.mean(values_nk) for name, values_nk in found.items()}
+
+
+@SCORES.register("text_similarity")
+class TextSimilarity(Score):
+    """Cosine of a generated image to the caption of its set: "CLIP(text, image)" by CLIP (arXiv 2104.08718, unscaled).
+
+    Papers print 100 times it. By another pair of encoders it bears their name, and is no CLIP score.
+    """
+
+    needs = ("made_nkc", "text_nc")
+    better = "higher"
+
+    def measure(self, features: Features) -> Mapping[str, Measured]:
+        """Return it of every place."""
+        values_nk = np.einsum("nkc,nc->nk", unit(features.get("made_nkc")), unit(features.get("text_nc")))
+        return {"text_similarity": Measured.mean(values_nk)}
+
+
+@SCORES.register("diversity")
+class Diversity(Score):
+    """How much the generated images of a set differ: mean of 1 - cosine of each to the others.
+
+    0: all alike (collapse, or a copier). Real sets say how much is right: more is drift apart.
+    """
+
+    needs = ("made_nkc",)
+    better = "as real"
+
+    def measure(self, features: Features) -> Mapping[str, Measured]:
+        """Return it of every place; nothing where one image is generated."""
+        made_nkc = unit(features.get("made_nkc"))
+        if made_nkc.shape[1] < 2:
+            return {}
+        cosine_nkk = np.einsum("nkc,njc->nkj", made_nkc, made_nkc)
+        others_nk = (cosine_nkk.sum(2) - np.einsum("nkk->nk", cosine_nkk)) / (made_nkc.shape[1] - 1)
+        return {"diversity": Measured.mean(1 - others_nk)}
+
+
+@SCORES.register("nearest")
+class Nearest(Score):
+    """Cosine of a generated image to the most similar given one, and to the most similar image of the training set.
+
+    As ViStoryBench's copy-paste score (arXiv 2505.24862), which takes the given ones. Beyond what real sets have it is
+    copying. The look for exact and mirrored copies is "copy".
+    """
+
+    needs = ("made_nkc",)
+    better = "as real"
+
+    def measure(self, features: Features) -> Mapping[str, Measured]:
+        """Return whichever of the two there is something to look in for."""
+        made_nkc, found = unit(features.get("made_nkc")), {}
+        if features.has("given_nmc"):
+            given_nmc = unit(features.get("given_nmc"))
+            found["nearest_given"] = np.einsum("nkc,nmc->nkm", made_nkc, given_nmc).max(2)
+        if features.has("training_tc"):
+            training_ct = unit(features.get("training_tc")).T
+            found["nearest_training"] = np.stack([(made_kc @ training_ct).max(1) for made_kc in made_nkc])
+        return {name: Measured.mean(values_nk) for name, values_nk in found.items()}
