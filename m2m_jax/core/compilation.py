@@ -80,7 +80,7 @@ def _key(name: str, about: object) -> str:
 
 def _file() -> Path | None:
     """Return where times are kept; None where no compiled programs are kept either."""
-    folder = jax.config.jax_compilation_cache_dir
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX defines it as it runs
     return Path(folder) / FILE if folder and "://" not in folder else None
 
 
