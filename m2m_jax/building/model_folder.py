@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from m2m_jax.building.options import ModelExport
+from m2m_jax.checkpoints import shipped
 from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.configuration import Config, from_json
 from m2m_jax.core import runtime
@@ -29,7 +30,7 @@ def save_model_folder(options: ModelExport) -> str:
     """Save the EMA of a run, and return lines on what was saved.
 
     The scaling factor of an autoencoder is measured over `SCALING_BATCHES` batches of the data that it was trained on.
-    Beside a single-image U-Net the schedule that it was trained under is saved.
+    Beside a U-Net the schedule that it was trained under is saved; with M2M, what sampling from the folder needs.
 
     Raises:
       UserError: no checkpoint there, its data are gone, or the folder cannot be written.
@@ -48,6 +49,8 @@ def save_model_folder(options: ModelExport) -> str:
     save_unet(output, config_from(UNetConfig, with_todays_names(saved.metadata["unet"]), {}), saved.ema_params, dtype)
     schedule = NoiseSchedule.from_config(vars(config.schedule)).to_config()
     (output / SCHEDULER).write_text(json.dumps(schedule, indent=2) + "\n")
+    if config.task == "set_diffusion" and config.data.images_per_set > 1:
+        shipped.describe(output, saved.metadata, saved.step)
     return line
 
 

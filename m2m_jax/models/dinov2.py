@@ -133,7 +133,7 @@ def bicubic_weights(size: int, new_size: int, *, antialias: bool) -> np.ndarray:
 
 
 def _keys(x: np.ndarray, a: float) -> np.ndarray:
-    """The cubic convolution kernel (Keys, 1981)."""
+    """Return the cubic convolution kernel (Keys, 1981)."""
     x = np.abs(x)
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * (x**3 - 5 * x**2 + 8 * x - 4)

@@ -37,7 +37,7 @@ FrozenParams = dict[str, dict[str, Any]]  # of JAX; of NumPy, as they are read f
 
 
 def of_models(params: FrozenParams) -> FrozenParams:
-    """Leave out what only a loss needs, and no checkpoint: the perceptual network of task=autoencoder."""
+    """Leave out what only a step needs, and no checkpoint: a perceptual network, images that the device holds."""
     return {name: x for name, x in params.items() if name in (AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 
@@ -13,12 +12,9 @@ from m2m_jax.core.parameters import HostParams, Params
 from m2m_jax.models.trained import PARAMETERS, Trained
 from m2m_jax.tasks.protocol import Objective
 from m2m_jax.training import sharding
-from m2m_jax.training.optimizer import make_optimizer
+from m2m_jax.training.optimizer import LearningRate, make_optimizer
 from m2m_jax.training.state import TrainState
 from m2m_jax.training.step import Step, make_train_step
-
-if TYPE_CHECKING:
-    import optax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Setup:
     state: TrainState
     create: Callable[[HostParams], TrainState]
     step: Step
-    learning_rate: optax.Schedule
+    learning_rate: LearningRate
     trained: Trained
 
 
