@@ -1,25 +1,49 @@
-"""FLOPs of the matrix products and convolutions of a program that was traced: exact, and without compiling it."""
+"""FLOPs of a program that was traced, without lowering or compiling it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+# What XLA counts an operation for each element of the result, and of sums for each of the operand. Roots, exponentials
+# and the like it counts apart.
+_ELEMENTWISE = {
+    *("add", "add_any", "sub", "mul", "div", "rem", "neg", "abs", "sign", "max", "min", "clamp", "square"),
+    *("integer_pow", "floor", "ceil", "round", "is_finite", "nextafter", "convert_element_type", "select_n"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "shift_left", "shift_right_logical"),
+}
+_SUMS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"}
 _CUDNN = "dot_product_attention_fwd_wrapper"  # of queries [b, t, h, d] and keys [b, s, h, d], two products
 
 
 def sum_of_products(jaxpr: Any) -> float:
     """Return the FLOPs of the products and convolutions of a program, those in its loops as often as they run."""
+    return _sum(jaxpr, _products)
+
+
+def sum_of_flops(jaxpr: Any) -> float:
+    """Return all FLOPs of a program, about as XLA counts them before it optimises anything."""
+    return _sum(jaxpr, lambda equation: _products(equation) + _others(equation))
+
+
+def _sum(jaxpr: Any, flops: Callable[[Any], float]) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
-        total += _of_equation(equation)
+        total += flops(equation)
         for inner in _inner(equation.params):
-            total += sum_of_products(inner) * equation.params.get("length", 1)
+            total += _sum(inner, flops) * equation.params.get("length", 1)
     return total
 
 
-def _of_equation(equation: Any) -> float:
+def _others(equation: Any) -> float:
+    name = equation.primitive.name
+    if name in _ELEMENTWISE:
+        return equation.outvars[0].aval.size
+    return equation.invars[0].aval.size if name in _SUMS else 0.0
+
+
+def _products(equation: Any) -> float:
     name, shapes = equation.primitive.name, [getattr(x.aval, "shape", ()) for x in equation.invars]
     if name == "dot_general":
         contracted = equation.params["dimension_numbers"][0][0]
@@ -34,9 +58,7 @@ def _of_equation(equation: Any) -> float:
 
 def _inner(params: dict) -> Iterator[Any]:
     """Yield the programs that an equation holds, which it runs."""
-    for name, value in params.items():
-        if name in ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"):
-            continue
+    for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "eqns"):
                 yield item
