@@ -8,22 +8,14 @@ r"""The single-image latent diffusion model of 64 px emoji in many hands, from w
 8x8x32, no Image-Set Attention: trained on sets of one image, unconditional. Trained on the training split only.
 """
 
-from m2m_jax.configuration import apply_preset, default_config
+from m2m_jax.configuration import TINY, apply_preset, default_config
 
 PRESETS = {
-    "tiny": {  # tests
+    "tiny": {
+        **TINY,
         "data.image_size": 32,
         "model.block_out_channels": (16, 32),
         "model.num_attention_heads": (2, 4),
-        "data.batch_size": 8,
-        "optimizer.warmup_steps": 2,
-        "train.steps": 4,
-        "train.log_every": 2,
-        "eval.every": 4,
-        "eval.batches": 1,
-        "eval.batch_size": 8,
-        "sample.steps": 2,
-        "checkpoint.every": 4,
     },
 }
 

@@ -15,22 +15,15 @@ are narrow because they cost the most: 75 ms of a core for an image and its grad
 Trained on the training split only: neither the held-out subjects nor the hands `emojione-v1` and `streamline` are seen.
 """
 
-from m2m_jax.configuration import apply_preset, default_config
+from m2m_jax.configuration import TINY, apply_preset, default_config
 
 PRESETS = {
-    "tiny": {  # tests
+    "tiny": {
+        **TINY,
         "data.image_size": 32,
         "autoencoder.block_out_channels": (16, 16, 16),
         "autoencoder.latent_channels": 4,
         "autoencoder.perceptual_path": "",
-        "data.batch_size": 8,
-        "optimizer.warmup_steps": 2,
-        "train.steps": 4,
-        "train.log_every": 2,
-        "eval.every": 4,
-        "eval.batches": 1,
-        "eval.batch_size": 8,
-        "checkpoint.every": 4,
     },
 }
 

@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 MAX_IMAGES_PER_SET = 25  # the paper's sets; a record holds no more
+# A run of a few seconds, for tests: what the presets `:tiny` of configs/ begin with.
+TINY: Mapping[str, Any] = {
+    "data.batch_size": 8,
+    "optimizer.warmup_steps": 2,
+    "train.steps": 4,
+    "train.log_every": 2,
+    "eval.every": 4,
+    "eval.batches": 1,
+    "eval.batch_size": 8,
+    "sample.steps": 2,
+    "checkpoint.every": 4,
+}
 
 
 @dataclasses.dataclass
@@ -75,6 +87,11 @@ class Data(Group, prefix="data."):
     workers: int = field(
         0, "Processes that do so, each with data.threads threads; 0: the training process itself.", low=0
     )
+    resident: bool = field(
+        False,
+        "Whether every device holds all images of the training split, decoded, and a step picks and augments its own: "
+        "the same images, to the bit. For small data sets: an image of 64 px takes 16 KB.",
+    )
     log_examples: bool = field(False, "Whether each process logs which sets it saw at which step, in WORKDIR/examples.")
     on_error: str = field(
         "stop",
@@ -95,6 +112,8 @@ class Data(Group, prefix="data."):
                 "config.data.augment.enabled is True; precomputed latents cannot be augmented: "
                 "set --config.data.augment.enabled=False, or train on the images"
             )
+        if reads_latents(self) and self.resident:
+            raise UserError("config.data.resident is True; devices hold images, and this config trains on latents")
 
 
 @dataclasses.dataclass
@@ -328,8 +347,28 @@ class Eval(Group, prefix="eval."):
         choices="m2m_jax.tasks.metrics:METRICS",
         also=("task",),
     )
+    generate_every: int = field(
+        0, "Steps between scores of generated sets, eval.metrics=generated; a multiple of eval.every; 0: none.", low=0
+    )
+    generate_sets: int = field(256, "Held-out sets that are continued for them; at most as many as there are.", low=4)
+    generate_given: int = field(0, "Images of each that are given, of data.images_per_set; 0: half of them.", low=0)
+    generate_encoder: str = field("pixels", "What judges them: NAME or NAME=FOLDER, as --encoders of m2m_jax.score.")
+    generate_scores: tuple[str, ...] = field(
+        ("mind", "similarity", "copy", "drift"),
+        "What is measured, as --scores of m2m_jax.score; eval.score=generated judges by the first figure of the first.",
+    )
 
     def check(self) -> None:
+        if ("generated" in self.metrics) != (self.generate_every > 0):
+            raise UserError(
+                f"config.eval.metrics is {self.metrics} and config.eval.generate_every is {self.generate_every}: "
+                "generated sets need both, generated among the metrics and a number of steps"
+            )
+        if self.generate_every % self.every:
+            raise UserError(
+                f"config.eval.generate_every is {self.generate_every}; it must be a multiple of config.eval.every, "
+                f"{self.every}"
+            )
         if self.score == "task":
             return
         if self.score not in self.metrics:
@@ -460,7 +499,7 @@ def apply_preset(config: Config, preset: str, presets: Mapping[str, Mapping[str,
 
 
 def reads_latents(data: Data) -> bool:
-    """Whether batches hold latents, for which no step runs the autoencoder."""
+    """Say whether batches hold latents, for which no step runs the autoencoder."""
     return data.latents or getattr(chosen(data, "name"), "gives_latents", False)
 
 

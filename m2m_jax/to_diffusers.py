@@ -1,4 +1,4 @@
-"""Saves the EMA of a run as a model folder in diffusers' layout.
+"""Save the EMA of a run as a model folder in diffusers' layout.
 
     python -m m2m_jax.to_diffusers --checkpoint runs/emoji_vae --output pretrained/vae
 

@@ -332,11 +332,11 @@ def test_other_captions_and_other_weights_are_another_build(tmp_path, captions, 
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--images_per_set=26", "--images_per_set must be between 1 and 25, not 26"),
+        ("--images_per_set=26", "--images_per_set is 26; it must be between 1 and 25"),
         ("--images_at_once=2", "--images_at_once=2 must divide --images_per_set=3"),
         ("--min_images=4", "--min_images=4 is more than --images_per_set=3"),
         ("--validation_share=0.95", "leave captions to train on"),
-        ("--near_duplicate_bits=65", "--near_duplicate_bits must be between 0 and 64, not 65"),
+        ("--near_duplicate_bits=65", "--near_duplicate_bits is 65; it must be between 0 and 64"),
         ("--safety_filter=numpy", "safety_filter=numpy: not a module:function"),
         ("--process_index=0", "give both or neither"),
         ("--process_index=2 --process_count=2", "must be 0 to"),

@@ -15,7 +15,7 @@ from m2m_jax.data.emoji.builder import Emoji
 from m2m_jax.data.emoji.subjects import MIN_SUBJECTS_TO_HOLD_OUT, load_subjects, neutral_codepoints
 from m2m_jax.data.likeness import COPY, likeness
 from m2m_jax.data.preparing import prepare
-from m2m_jax.data.sources.emoji import open_emoji
+from m2m_jax.data.sources.emoji import EmojiSource
 from m2m_jax.data.splits import SPLITS
 
 GRINNING = (0x1F600,)
@@ -33,7 +33,7 @@ def splits(emoji_directory):
     """Split -> all of its records."""
     found = {}
     for split in SPLITS:
-        source = open_emoji(emoji_directory, IMAGE_SIZE, split, strict=True)
+        source = EmojiSource.open_split(emoji_directory, IMAGE_SIZE, split, strict=True)
         found[split] = [source[index] for index in range(len(source.num_images))]
     return found
 
@@ -221,12 +221,12 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 def test_missing_data_set_says_how_to_make_it(tmp_path):
     with pytest.raises(UserError, match=r"python -m m2m_jax\.data\.prepare --name=emoji --size=48 --directory="):
-        open_emoji(str(tmp_path / "none"), 48, "train", strict=True)
+        EmojiSource.open_split(str(tmp_path / "none"), 48, "train", strict=True)
 
 
 def test_unknown_split_is_named(emoji_directory):
     with pytest.raises(UserError, match=r"'valid'.*validation"):
-        open_emoji(emoji_directory, IMAGE_SIZE, "valid", strict=True)
+        EmojiSource.open_split(emoji_directory, IMAGE_SIZE, "valid", strict=True)
 
 
 @pytest.mark.parametrize("size", [0, -1, 100_000])

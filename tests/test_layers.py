@@ -12,7 +12,7 @@ LAYERS = (
     ("attention", "diffusion", "view"),
     ("models",),
     ("data",),
-    ("checkpoints",),
+    ("checkpoints", "scoring"),
     ("sampling",),
     ("tasks",),
     ("training",),

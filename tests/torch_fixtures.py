@@ -7,8 +7,6 @@ import sys
 import types
 from unittest import mock
 
-import numpy as np
-
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 2
 
 
@@ -48,5 +46,5 @@ def write_legacy(path, arrays):
         Pickler(file, PROTOCOL).dump(collections.OrderedDict(tensors))
         pickle.dump([str(i) for i in range(len(arrays))], file, PROTOCOL)
         for x in arrays.values():
-            file.write(struct.pack("<q", x.size) + np.ascontiguousarray(x, "<f4").tobytes())
+            file.write(struct.pack("<q", x.size) + x.ravel("K").astype("<f4").tobytes())
     return path

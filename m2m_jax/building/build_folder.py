@@ -1,4 +1,4 @@
-"""Writes what `mis.py` describes: every file whole or not at all, by any number of processes."""
+"""Write what `mis.py` describes: every file whole or not at all, by any number of processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from m2m_jax.core import disk
+from m2m_jax.core.comparing import first_difference
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, records
 from m2m_jax.data.mis import Build, Manifest, Shard, ShardReport
@@ -22,7 +23,7 @@ from m2m_jax.data.splits import SPLITS
 
 
 def start(directory: str | Path, build: Build) -> None:
-    """Writes `build.json`, or finds it there.
+    """Write `build.json`, or find it there.
 
     Raises UserError where the folder holds another build or something else, or cannot be written.
     """
@@ -41,12 +42,12 @@ def start(directory: str | Path, build: Build) -> None:
     found = dataclasses.asdict(there)
     for values in (wanted, found):
         values.pop("command")
-    if (different := _first_difference(found, wanted)) is not None:
+    if (different := first_difference(found, wanted)) is not None:
         raise UserError(f"{path} is of another build: {different}; name another --output, or remove {path.parent}")
 
 
 def finish(directory: str | Path, build: Build) -> Manifest | None:
-    """Writes TFDS's files and the manifest if all shards are done; None if some are not.
+    """Write TFDS's files and the manifest if all shards are done; None if some are not.
 
     The same whoever calls it: several processes may, at once. Raises UserError where the rules have dropped all sets.
     """
@@ -86,16 +87,16 @@ def finish(directory: str | Path, build: Build) -> Manifest | None:
 
 
 def all_there(directory: str | Path, build: Build) -> bool:
-    """Whether all shards and their reports have their names, by one look at the folder, however many there are."""
+    """Say whether all shards and their reports have their names, by one look at the folder, however many there are."""
     names = set(_names(mis.folder(directory)))
     return all({shard.name, mis.report_path(directory, shard).name} <= names for shard in build.shards)
 
 
 class ShardWriter:
-    """Writes one shard and what describes it."""
+    """Write one shard and what describes it."""
 
     def __init__(self, directory: str | Path, shard: Shard, made_on: str):
-        """Raises UserError, as all methods do, where the disk is full or cannot be written."""
+        """Raise UserError, as all methods do, where the disk is full or cannot be written."""
         self._directory, self._shard, self._made_on = directory, shard, made_on
         self._path = mis.folder(directory) / shard.name
         self._num_images: list[int] = []
@@ -108,13 +109,13 @@ class ShardWriter:
         self._num_images.append(num_images)
 
     def count_dropped(self, images: Mapping[str, int], set_by: str | None = None) -> None:
-        """images: of one set, by rule. set_by: the rule that dropped the set."""
+        """Count what was dropped. images: of one set, by rule. set_by: the rule that dropped the set."""
         self._dropped_images.update(images)
         if set_by is not None:
             self._dropped_sets[set_by] += 1
 
     def finish(self) -> None:
-        """The records are on disk before their name is, and that before what describes them."""
+        """Finish the shard: its records are on disk before their name is, and that before what describes them."""
         self._writer.finish()
         with disk.errors(self._path):
             report = ShardReport(
@@ -130,7 +131,7 @@ class ShardWriter:
             _write_json(mis.report_path(self._directory, self._shard), report)
 
     def abandon(self) -> None:
-        """Leaves nothing."""
+        """Leave nothing."""
         self._writer.abandon()
 
 
@@ -174,15 +175,3 @@ def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for one in counts:
         total.update(one)
     return dict(sorted(total.items()))
-
-
-def _first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
-    """In words: the first field that differs, by its dotted name, with both values."""
-    if found == wanted:
-        return None
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            here = f"{name}.{key}" if name else key
-            if (different := _first_difference(found.get(key), wanted.get(key), here)) is not None:
-                return different
-    return f"{name} was {found!r:.80}, and now is {wanted!r:.80}"

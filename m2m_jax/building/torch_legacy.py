@@ -1,4 +1,4 @@
-"""Reads state dicts that torch saved before version 1.6 (no zip), without torch and without running what they name.
+"""Read state dicts that torch saved before version 1.6 (no zip), without torch and without running what they name.
 
 The layout: three pickles (magic number, protocol, system), one of the dict, whose tensors name their storages, one with
 the list of the storages' keys, and then of each its number of elements and its raw values. The pickles are not
@@ -39,14 +39,14 @@ class _Mark:
 
 
 class _Reader:
-    """Reads one pickle after another. storages: key -> dtype and number of elements, of those that were named."""
+    """Read one pickle after another. storages: key -> dtype and number of elements, of those that were named."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self.storages: dict[str, tuple[str, int]] = {}
 
     def read(self) -> Any:
-        """Reads the value of the next pickle. Raises ValueError and others where it is none of a state dict's."""
+        """Read the value of the next pickle. Raises ValueError and others where it is none of a state dict's."""
         stack: list[Any] = []
         memo: dict[int, Any] = {}
 
@@ -117,7 +117,7 @@ def _require(value: Any, kind: type) -> Any:
 
 
 def _made(function: str, arguments: tuple) -> Any:
-    """What of the two calls of a state dict comes."""
+    """Return what the two calls of a state dict give."""
     if function == _ORDERED_DICT and not arguments:
         return {}
     if function == _REBUILD:
@@ -127,9 +127,9 @@ def _made(function: str, arguments: tuple) -> Any:
 
 
 def read_legacy_torch(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a state dict: name -> array, of its own dtype.
+    """Read a state dict: name -> array, of its own dtype.
 
-    Raises UserError where the file is missing, damaged, of another format, or holds anything but contiguous tensors.
+    Raises UserError where the file is missing, damaged, of another format, or holds anything but whole tensors.
     """
     try:
         size = Path(path).stat().st_size
@@ -157,8 +157,11 @@ def _tensor(name: str, tensor: Any, values: dict[str, np.ndarray]) -> np.ndarray
     if not isinstance(tensor, _Tensor):
         raise ValueError(f"{name} is no tensor")
     key, offset, shape, strides = tensor
-    contiguous = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    if any(a != b for a, b, n in zip(strides, contiguous, shape, strict=True) if n != 1):
-        raise ValueError(f"{name} is not contiguous")
+    # Axes may lie in any order (a kernel transposed from TensorFlow's), but without gaps.
+    order = sorted(range(len(shape)), key=lambda axis: (strides[axis], shape[axis] == 1), reverse=True)
+    stored = [shape[axis] for axis in order]
+    dense = [math.prod(stored[at + 1 :]) for at in range(len(order))]
+    if any(strides[axis] != step for axis, step in zip(order, dense, strict=True) if shape[axis] != 1):
+        raise ValueError(f"{name} has gaps or overlaps")
     flat = values[key][offset : offset + math.prod(shape)]
-    return flat.reshape(shape).copy()
+    return np.ascontiguousarray(flat.reshape(stored).transpose(np.argsort(order)))

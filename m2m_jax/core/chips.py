@@ -46,7 +46,7 @@ class Chip:
     options: tuple[tuple[str, str], ...] = ()
 
     def share(self, parts: int) -> Chip:
-        """What each of `parts` devices on one chip has of it."""
+        """Return what each of `parts` devices on one chip has of it."""
         fields: dict[str, Any] = {
             name: value / parts for name, value in dataclasses.asdict(self).items() if isinstance(value, int | float)
         }
@@ -93,7 +93,7 @@ GPU_KINDS: dict[str, str] = {
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """FLOPs a second of one of these devices, which are alike, in bfloat16; None: they are not in the tables."""
+    """Return FLOPs a second of one of these devices, which are alike, in bfloat16; None: they are not in the tables."""
     kind = devices[0].device_kind
     if kind in KINDS:
         chips = {tuple(device.coords) for device in devices}
@@ -104,7 +104,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 
 
 def gpus_of(topology: str) -> tuple[Chip, int] | None:
-    """The GPU of a topology's name and how many a node has ("h100:8"); None: it is no GPU's."""
+    """Return the GPU of a topology's name and how many a node has ("h100:8"); None: it is no GPU's."""
     name, _, count = topology.partition(":")
     if name not in GPUS:
         return None
@@ -114,7 +114,7 @@ def gpus_of(topology: str) -> tuple[Chip, int] | None:
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology's name ("v5p:4x4x4"). Raises UserError where there is none of it in the table."""
+    """Return the chip of a topology's name ("v5p:4x4x4"). Raises UserError where there is none of it in the table."""
     name, _, shape = topology.partition(":")
     if name in CHIPS and shape:
         return CHIPS[name]

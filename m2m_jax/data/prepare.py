@@ -1,4 +1,4 @@
-"""Builds a data set of installed artwork: python -m m2m_jax.data.prepare --name=emoji --size=32 --directory=data
+"""Build a data set of installed artwork: python -m m2m_jax.data.prepare --name=emoji --size=32 --directory=data
 
 Draws it into DIRECTORY/NAME/32px (TFDS, array_record), licences beside it. TFDS writes into an "incomplete" directory
 and renames it at the end, so an interrupted build leaves no half data set behind. A data set that is there already is

@@ -19,6 +19,7 @@ class RecordSource:
 
     Attributes:
       name: what messages call it.
+      split: the name of the split.
       kinds, num_images: of each record, in order; known without reading any.
       has_images: whether records hold images; else they hold latents alone.
       attributes: {name: numbers an image} that every record has; they reach batches as `attribute_NAME_bnc`.
@@ -27,6 +28,7 @@ class RecordSource:
     """
 
     name: str
+    split: str = ""
     kinds: Sequence[str]
     num_images: Sequence[int]
     has_images: bool = True
@@ -114,6 +116,33 @@ def open_source(config: Data, split: str) -> RecordSource:
       UserError: there is no such source, or it cannot be used as the configuration asks.
     """
     return SOURCES.choose(config.name).open(config, split)
+
+
+def open_named(text: str) -> RecordSource:
+    """Open what `text` names: a folder with a folder for each set, or a data set and one of its splits, DIR:SPLIT.
+
+    Damaged files and records raise BadRecord when they are read.
+
+    Raises:
+      UserError: there is no such data set or split, or several.
+    """
+    path, _, split = text.rpartition(":")
+    if not path or expand_home(text).exists():
+        path, split = text, ""
+    found = find_sources(path)
+    splits = ", ".join(dict.fromkeys(source.split for source in found))
+    if split and splits == "all":  # a folder of folders, which is parted by the names of sets
+        config = Data(name="folder", path=path, images_per_set=1, on_error="skip")
+        return open_source(config, split)
+    fitting = [source for source in found if split in ("", source.split)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        raise UserError(f"{text}: no split {split!r}; {path} has {splits}")
+    if not split:
+        raise UserError(f"{text} has several splits ({splits}): name one, {text}:{fitting[-1].split}")
+    names = ", ".join(source.name for source in fitting)
+    raise UserError(f"{text} is in several data sets: {names}; export one with m2m_jax.data.export")
 
 
 def find_sources(path: str | Path, *, follow_links: bool = False) -> list[RecordSource]:

@@ -5,6 +5,7 @@ OpenCLIP's ViT-H/14 without its last layer in 2.x.
 """
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import nnx
 
 from m2m_jax.attention.plain import attend
 from m2m_jax.core.errors import UserError
-from m2m_jax.models.layers import LayerNorm, gelu
+from m2m_jax.models.layers import Embed, LayerNorm, Linear, gelu
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 
 
@@ -61,12 +62,29 @@ class CLIPTextConfig:
             )
 
 
+class TowerConfig(Protocol):
+    """What the layers of both towers need to know."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with biases. `mask_qk`: bool [t, t], which tokens may see which; None: all see all."""
 
     def __init__(self, channels: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
         def project() -> nnx.Linear:
-            return nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+            return Linear(channels, channels, dtype=dtype, rngs=rngs)
 
         self.num_heads = num_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = project(), project(), project(), project()
@@ -82,8 +100,8 @@ class MLP(nnx.Module):
 
     def __init__(self, channels: int, hidden_channels: int, activation: str, *, dtype, rngs: nnx.Rngs):
         self.activation = activation
-        self.fc1 = nnx.Linear(channels, hidden_channels, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden_channels, channels, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(channels, hidden_channels, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden_channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_btc: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x_btc)))
@@ -93,8 +111,8 @@ class Embeddings(nnx.Module):
     """Token ids [b, s] to the sum [b, s, c] of what each token and its position are worth."""
 
     def __init__(self, c: CLIPTextConfig, *, rngs: nnx.Rngs):
-        self.token_embedding = nnx.Embed(c.vocab_size, c.hidden_size, rngs=rngs)
-        self.position_embedding = nnx.Embed(c.max_position_embeddings, c.hidden_size, rngs=rngs)
+        self.token_embedding = Embed(c.vocab_size, c.hidden_size, rngs=rngs)
+        self.position_embedding = Embed(c.max_position_embeddings, c.hidden_size, rngs=rngs)
 
     def __call__(self, token_ids_bs: jax.Array) -> jax.Array:
         positions_sc = self.position_embedding(jnp.arange(token_ids_bs.shape[1]))
@@ -102,25 +120,26 @@ class Embeddings(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Pre-norm causal attention and perceptron, each added to its input."""
+    """Pre-norm attention and perceptron, each added to its input. causal: tokens see those before them alone."""
 
-    def __init__(self, c: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, c: TowerConfig, *, causal: bool, rngs: nnx.Rngs):
+        self.causal = causal
         self.layer_norm1 = LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
         self.self_attn = Attention(c.hidden_size, c.num_attention_heads, dtype=None, rngs=rngs)
         self.layer_norm2 = LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, c.hidden_act, dtype=None, rngs=rngs)
 
     def __call__(self, x_bsc: jax.Array) -> jax.Array:
-        causal_qk = np.tri(x_bsc.shape[1], dtype=bool)
-        x_bsc = x_bsc + self.self_attn(self.layer_norm1(x_bsc), causal_qk)
+        mask_qk = np.tri(x_bsc.shape[1], dtype=bool) if self.causal else None
+        x_bsc = x_bsc + self.self_attn(self.layer_norm1(x_bsc), mask_qk)
         return x_bsc + self.mlp(self.layer_norm2(x_bsc))
 
 
 class Encoder(nnx.Module):
     """The layers, under transformers' name."""
 
-    def __init__(self, c: CLIPTextConfig, *, rngs: nnx.Rngs):
-        self.layers = nnx.List([Layer(c, rngs=rngs) for _ in range(c.num_hidden_layers)])
+    def __init__(self, c: TowerConfig, *, causal: bool, rngs: nnx.Rngs):
+        self.layers = nnx.List([Layer(c, causal=causal, rngs=rngs) for _ in range(c.num_hidden_layers)])
 
     def __call__(self, x_bsc: jax.Array) -> jax.Array:
         for layer in self.layers:
@@ -137,7 +156,7 @@ class CLIPTextEncoder(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = Embeddings(config, rngs=rngs)
-        self.encoder = Encoder(config, rngs=rngs)
+        self.encoder = Encoder(config, causal=True, rngs=rngs)
         self.final_layer_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, token_ids_bs: jax.Array) -> tuple[jax.Array, jax.Array]:

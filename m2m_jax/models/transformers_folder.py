@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.parameters import Params
+from m2m_jax.core.parameters import Params, abstract
+from m2m_jax.models import clip_image
 from m2m_jax.models import folder as folders
 from m2m_jax.models.bert import BertConfig
 from m2m_jax.models.clip_text import CLIPTextConfig
@@ -88,24 +90,25 @@ HARMLESS = (
     *("apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names"),
 )
 # Values of model_type.
-CLIP_TEXT, BERT, DINOV2, DINOV2_WITH_REGISTERS = "clip_text_model", "bert", "dinov2", "dinov2_with_registers"
+CLIP, CLIP_TEXT, BERT = "clip", "clip_text_model", "bert"
+DINOV2, DINOV2_WITH_REGISTERS = "dinov2", "dinov2_with_registers"
 
 
 def load_clip_text_config(folder: str | Path, **overrides) -> CLIPTextConfig:
-    """The architecture that a text encoder's folder describes; `overrides` replace fields."""
+    """Return the architecture that a text encoder's folder describes; `overrides` replace fields."""
     values = _read_config(folder, CLIP_TEXT)
     return folders.load_config(CLIPTextConfig, folder, CLIP_DEFAULTS | values, {}, **overrides)
 
 
 def load_bert_config(folder: str | Path, **overrides) -> BertConfig:
-    """The architecture that a BERT folder describes; `overrides` replace fields."""
+    """Return the architecture that a BERT folder describes; `overrides` replace fields."""
     values = _read_config(folder, BERT)
     folders.require_fixed(folder, values, BERT_FIXED)
     return folders.load_config(BertConfig, folder, BERT_DEFAULTS | values, {}, **overrides)
 
 
 def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
-    """The architecture that a DINOv2 folder describes, with or without registers; `overrides` replace fields."""
+    """Return the architecture that a DINOv2 folder describes, with or without registers; `overrides` replace fields."""
     values = _read_config(folder, DINOV2, DINOV2_WITH_REGISTERS)
     folders.require_fixed(folder, values, DINOV2_FIXED)
     values = folders.one_for_all(folder, values, ("image_size", "patch_size"), length=2)
@@ -120,15 +123,38 @@ def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
     return folders.load_config(DINOv2Config, folder, values, {}, **overrides)
 
 
+def load_clip(folder: str | Path) -> tuple[clip_image.CLIPImageConfig, CLIPTextConfig, int, Params]:
+    """Return both towers' configs, the width of their common space and the parameters of `clip_image.CLIP`.
+
+    Raises:
+      UserError: the folder holds another model, or not all of it.
+    """
+    values = _read_config(folder, CLIP)
+    image, text = (values.get(name) for name in ("vision_config", "text_config"))
+    dim = values.get("projection_dim", 512)
+    if not isinstance(image, dict) or not isinstance(text, dict) or not isinstance(dim, int):
+        raise UserError(f"{folder}/config.json must have vision_config, text_config and a number projection_dim")
+    image_config = folders.load_config(clip_image.CLIPImageConfig, folder, image, {})
+    text_config = folders.load_config(CLIPTextConfig, folder, CLIP_DEFAULTS | text, {})
+    params = {
+        name: x
+        for name, x in folders.load_params(folder, TRANSFORMERS).items()
+        if name != "logit_scale" and not name.endswith(folders.COUNTED)
+    }
+    expected = abstract(lambda: clip_image.CLIP(image_config, text_config, dim, rngs=nnx.Rngs(0)))[1]
+    folders.require_same(folder, expected, params)
+    return image_config, text_config, dim, params
+
+
 def save_clip_text(folder: str | Path, config: CLIPTextConfig, params: Params, dtype=np.float32) -> None:
-    """Writes a text encoder's folder, which all versions of transformers read."""
+    """Write a text encoder's folder, which all versions of transformers read."""
     values = {"architectures": ["CLIPTextModel"], "model_type": CLIP_TEXT, **dataclasses.asdict(config)}
     params = {f"{CLIP_PREFIX}{name}": x for name, x in params.items()}
     folders.save_folder(folder, values, params, dtype, TRANSFORMERS)
 
 
 def save_bert(folder: str | Path, config: BertConfig, params: Params, dtype=np.float32) -> None:
-    """Writes a BERT folder."""
+    """Write a BERT folder."""
     values = {"architectures": ["BertModel"], "model_type": BERT, **_only(BERT_FIXED), **dataclasses.asdict(config)}
     folders.save_folder(folder, values, params, dtype, BERT_FORMAT)
 
@@ -158,18 +184,18 @@ def load_params(folder: str | Path) -> Params:
 
 
 def load_bert_params(folder: str | Path) -> Params:
-    """All parameters of a BERT folder but BERT_UNUSED; see `folder.load_params`."""
+    """Return all parameters of a BERT folder but BERT_UNUSED; see `folder.load_params`."""
     params = _of_part(folders.load_params(folder, BERT_FORMAT), BERT_PREFIX)
     return {name: x for name, x in params.items() if name not in BERT_UNUSED}
 
 
 def _only(fixed: Mapping[str, tuple]) -> dict[str, Any]:
-    """The fields that have one value, as `config.json` has them."""
+    """Return the fields that have one value, as `config.json` has them."""
     return {name: known[0] for name, known in fixed.items()}
 
 
 def _of_part(params: Params, *prefixes: str) -> Params:
-    """What stands under one of the prefixes, without it; all, where nothing does."""
+    """Return what stands under one of the prefixes, without it; all, where nothing does."""
     for prefix in prefixes:
         part = {name.removeprefix(prefix): x for name, x in params.items() if name.startswith(prefix)}
         if part:

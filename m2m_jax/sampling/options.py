@@ -2,9 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from m2m_jax.core.options import Options, option
+from m2m_jax.core.errors import UserError
+from m2m_jax.core.options import MAX_SEED, Options, all_optional, option
+from m2m_jax.core.work_sharing import SharedWork
+from m2m_jax.data.records import FORMATS
+from m2m_jax.sampling.settings import SamplingSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,26 +24,31 @@ class BundleExport(FromCheckpoint):
     output: Path = option("Folder to write; must not exist.")
 
 
+# Fields of `SamplingSettings` that stand in the place of those that the run's config chose; None: its own.
+ChosenSettings = all_optional(SamplingSettings)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChosenSettings(Options):
-    """Fields of `SamplingSettings` that stand in the place of those that the run's config chose; None: its own."""
+class SetGeneration(SharedWork):
+    """From which model and sets are made how many images, and where they go.
 
-    steps: int | None = option("Steps of the stepper, an image.", None)
-    stepper: str | None = option("Name of the stepper; a wrong one is answered with all there are.", None)
-    guidance: str | None = option("Name of the guidance; a wrong one is answered with all there are.", None)
-    guidance_scale: float | None = option("Over the context; 1 is none.", None, low=0)
-    guidance_interval: tuple[float, ...] | None = option("Fractions of the noise levels: 0.2,0.8.", None)
-    guidance_rescale: float | None = option("0 to 1: how far contrast is brought back.", None)
-    guidance_schedule: str | None = option(
-        "How the scale goes over the steps; a wrong name is answered with all there are.", None
-    )
-    guidance_options: tuple[str, ...] | None = option("Further numbers of a guidance: NAME=NUMBER,NAME=NUMBER.", None)
-    cache_size: int | None = option("Context images of a set that are kept at most.", None)
-    cache_dtype: str | None = option(
-        "What they are kept in, if not in the model's own, which is exact: bfloat16 halves the memory of float32.", None
-    )
-    slide: bool | None = option("In a set that outgrows the cache, forget the oldest image.", None)
+    Example:
+        SetGeneration(checkpoint="runs/emoji", data="data:test", given=4, num_images=4, num_sets=500, output="made")
+    """
 
-    def given(self) -> dict[str, Any]:
-        """Return {name: value} of those that were given."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+    checkpoint: Path = option("Workdir of a run, WORKDIR/checkpoints/STEP, or a bundle.")
+    data: str = option("Folder with a folder of images for each set; or a data set and a split of it, DIR:SPLIT.")
+    output: Path = option("Folder to write, or to go on in.")
+    given: int = option("Images of each set that are given, the first of it.", 4, low=0)
+    num_images: int = option("Images to make of each set.", 4, low=1)
+    num_sets: int | None = option("How many sets, chosen at random but always alike; all if not given.", None, low=1)
+    kinds: tuple[str, ...] = option("Kinds of sets that are used, of a data set of several; all if not given.", ())
+    seed: int = option("Of the noise.", 0, low=0, high=MAX_SEED)
+    format: str = option("Records, or a folder of PNGs for each set.", "records", choices=FORMATS)
+    sets_at_once: int = option("A device makes together.", 8, low=1)
+    sets_per_shard: int = option("What a kill can cost.", 64, low=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"--output={self.output} is a file; name a folder")

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.parameters import Params
+from m2m_jax.core.parameters import Params, fingerprint
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.folder import config_from
-from m2m_jax.models.frozen import FrozenModels, FrozenParams
+from m2m_jax.models.frozen import IMAGE_ENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.unet_config import UNetConfig, with_todays_names
 from m2m_jax.sampling.programs import UNET, AllParams, Programs, compiled
 from m2m_jax.sampling.set_sampler import SetSampler
@@ -64,7 +64,18 @@ class Sampler(SetSampler):
     devices: tuple[jax.Device, ...] | None = None
 
     def __post_init__(self):
-        self.static  # noqa: B018 (refuses steppers and guidances that are none for this schedule or model)
+        static = self.static  # refuses steppers and guidances that are none for this schedule or model
+        of_set_sampler = {
+            "num_steps": len(static.table.timestep),
+            "cache_size": self.settings.cache_size,
+            "slide": self.settings.slide,
+            "encodes_generated": self.unet_config.attends_to_encoded,
+            "reads_context": "set" in self.unet_config.attentions,
+            "global_widths": self.unet_config.global_widths,
+            "num_devices": len(self.devices or (None,)),
+        }
+        for name, value in of_set_sampler.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_checkpoint(
@@ -147,35 +158,15 @@ class Sampler(SetSampler):
     def _mesh(self) -> Mesh:
         return Mesh(np.array(self.devices or jax.local_devices()[:1]), ("data",))
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint({f"{model}/{name}": x for model, of in self.params.items() for name, x in of.items()})
+
+    @functools.cached_property
+    def conditioned_on(self) -> str:
+        return fingerprint(self.frozen[IMAGE_ENCODER]) if IMAGE_ENCODER in self.frozen else ""
+
     @property
     def about(self) -> dict[str, Any]:
         """What is to be known of the images."""
         return {"step": self.step, "settings": dataclasses.asdict(self.settings)}
-
-    @functools.cached_property
-    def num_steps(self) -> int:
-        return len(self.static.table.timestep)
-
-    @property
-    def cache_size(self) -> int:
-        return self.settings.cache_size
-
-    @property
-    def slide(self) -> bool:
-        return self.settings.slide
-
-    @property
-    def encodes_generated(self) -> bool:
-        return self.unet_config.attends_to_encoded
-
-    @property
-    def reads_context(self) -> bool:
-        return "set" in self.unet_config.attentions
-
-    @property
-    def global_widths(self) -> Mapping[str, int]:
-        return self.unet_config.global_widths
-
-    @property
-    def num_devices(self) -> int:
-        return len(self._mesh.devices)

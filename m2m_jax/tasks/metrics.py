@@ -51,5 +51,13 @@ class Metric:
         """Return figures of the images of the sample grid, as the task's `samples` names them, of all processes."""
         return {}
 
+    def judge_sets(self, sets: Samples) -> dict[str, float]:
+        """Return figures of many held-out sets that were continued, every config.eval.generate_every steps.
+
+        Args:
+          sets: "given_bmhwc", "generated_bnhwc" and, of the same places, "real_bnhwc"; of all processes.
+        """
+        return {}
+
 
 METRICS = Registry[type[Metric]]("metric", package="m2m_jax.tasks")

@@ -109,12 +109,31 @@ class SetDiffusion(LatentDiffusion):
           number_b: the number of each set in the grid, on which its noise depends.
           step: of the parameters.
         """
+        n = self.latents_shape(batch)[1]
+        given, generated_bnhwc = self._continue(params, batch, number_b, step, n - 1, max(n - 1, 1))
+        return ({"context_bmhwc": given} if n > 1 else {}) | {"generated_bnhwc": generated_bnhwc}
+
+    def continued(self, params: Params, batch: dict, number_b: Sequence[int], step: int, num_given: int) -> Samples:
+        """Return held-out sets of which some images are given and the others are generated, beside the real ones.
+
+        Args:
+          params, number_b, step: as of `samples`.
+          num_given: of the images of each set, the first.
+        """
+        n = self.latents_shape(batch)[1]
+        given, generated_bnhwc = self._continue(params, batch, number_b, step, num_given, n - num_given)
+        real_bnhwc = self._images(self.sampler(params, step), batch, slice(num_given, None))
+        return {"given_bmhwc": given, "generated_bnhwc": generated_bnhwc, "real_bnhwc": real_bnhwc}
+
+    def _continue(
+        self, params: Params, batch: dict, number_b: Sequence[int], step: int, num_context: int, num_new: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first images of held-out sets, and as many as wanted that are generated from them."""
         b, n = self.latents_shape(batch)[:2]
-        num_context, num_new = n - 1, max(n - 1, 1)
         sampler = self.sampler(params, step)
         settings = dataclasses.replace(sampler.settings, cache_size=max(num_context + num_new - 1, 1))
         sampler = dataclasses.replace(sampler, settings=settings, devices=tuple(jax.local_devices()))
-        context_bmhwc, seed_b = self._context_images(sampler, batch), np.asarray(number_b)
+        context_bmhwc, seed_b = self._images(sampler, batch, slice(num_context)), np.asarray(number_b)
         at_once = pieces(b, sampler.image_size, sampler.num_devices)
         of_image = np.arange(num_context + num_new) % n
         held_out = global_values(self.unet_config.global_embeddings, batch)
@@ -125,8 +144,7 @@ class SetDiffusion(LatentDiffusion):
             )
             for k in at_once
         ]
-        given = {"context_bmhwc": context_bmhwc} if num_context else {}
-        return given | {"generated_bnhwc": np.concatenate(generated_bnhwc)}
+        return context_bmhwc, np.concatenate(generated_bnhwc)
 
     @staticmethod
     def sheet(samples: Samples) -> Image.Image:
@@ -141,12 +159,12 @@ class SetDiffusion(LatentDiffusion):
         return contact_sheet([Row("", [context(list(given)), generated(list(new))]) for given, new in pairs])
 
     @staticmethod
-    def _context_images(sampler: Sampler, batch: dict) -> np.ndarray:
-        """Return all images of each set but the last, uint8 [b, n - 1, image_size, image_size, 3]."""
+    def _images(sampler: Sampler, batch: dict, which: slice) -> np.ndarray:
+        """Return some images of each set, uint8 [b, m, image_size, image_size, 3]."""
         if "images_bnhwc" in batch:
-            return np.asarray(batch["images_bnhwc"])[:, :-1]
+            return np.asarray(batch["images_bnhwc"])[:, which]
         # The sampler will encode them again: near enough to look at.
-        latents_bmhwc, size = np.asarray(batch["latents_bnhwc"])[:, :-1], sampler.image_size
+        latents_bmhwc, size = np.asarray(batch["latents_bnhwc"])[:, which], sampler.image_size
         latents_khwc = latents_bmhwc.reshape(-1, *latents_bmhwc.shape[2:])
         decode = sampler.programs["decode"]
         images_khwc = images_in_pieces(

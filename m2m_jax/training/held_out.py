@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from m2m_jax.data.pipeline import SetExamples, batches, held_out_inputs, inputs,
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.trained import Trained
 from m2m_jax.tasks import sample_grid
-from m2m_jax.tasks.metrics import METRICS
+from m2m_jax.tasks.metrics import METRICS, Metric
 from m2m_jax.training import sharding
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from m2m_jax.tasks.protocol import Task
     from m2m_jax.training.metrics import MetricWriter
     from m2m_jax.training.state import TrainState
+
+
+_DETAIL = re.compile("/loss_by|^eval/generated/.*/(real|drift)$")  # logged, and not printed
 
 
 class HeldOut:
@@ -60,9 +64,16 @@ class HeldOut:
         self._grid_rows = sample_grid.rows_of_process(self._grid_size)
         self._grid_data = make_dataset(examples, batch_size=size, rows=self._grid_rows, threads=threads)
 
+        self._num_made = min(config.eval.generate_sets, examples.num_sets) if config.eval.generate_every else 0
+        self._made_rows = sample_grid.rows_of_process(self._num_made) if self._num_made else []
+        if self._num_made:
+            self._made_data = make_dataset(examples, batch_size=self._num_made, rows=self._made_rows, threads=threads)
         self._metrics = {name: METRICS.choose(name)(task) for name in config.eval.metrics}
         judges: dict[str, Any] = {"task": task, **self._metrics}
-        self._score = judges[config.eval.score].score
+        judge = judges[config.eval.score]
+        self._score = judge.score
+        self._scores_samples = isinstance(judge, Metric) and type(judge).judge is not Metric.judge
+        self._scores_sets = isinstance(judge, Metric) and type(judge).judge_sets is not Metric.judge_sets
 
         def of_batch(params: Params, averages: Params, *arguments) -> dict[str, jax.Array]:
             own = sharding.gathered(trained.effective(params, averages), mesh, task.compute_dtype)
@@ -75,7 +86,7 @@ class HeldOut:
     def evaluate(self, step: int, state: TrainState, frozen: FrozenParams) -> float | None:
         """Log the figures of `state`, draw its grid, and return its score: lower is better.
 
-        None where the score is of samples, and no memory was left to make any.
+        None where the score is of images that were not made: for want of memory, or at this step.
         """
         size = self._config.eval.batch_size
         held_out = list(batches(self._data, 0, self._config.data.prefetch, self._config.eval.batches))
@@ -88,20 +99,39 @@ class HeldOut:
             read = sum(len(batch["substituted_b"]) for batch in held_out)
             substituted["eval/substituted_sets"] = sets_of_all_processes(found, read, size * len(held_out))
         params = self._trained.effective(state.params, state.ema_params)
-        samples = self._draw(step, sharding.on_this_process(params, self._mesh))
+        whole = sharding.on_this_process(params, self._mesh)
+        samples, judged = self._draw(step, whole), []
         if samples is not None:
-            judged = (metric.judge(samples) for metric in self._metrics.values())
+            judged += [metric.judge(samples) for metric in self._metrics.values()]
+        sets = self._continue(step, whole)
+        if sets is not None:
+            judged += [metric.judge_sets(sets) for metric in self._metrics.values()]
+        if judged:
             means = _joined(means, *({name: float(value) for name, value in figures.items()} for figures in judged))
         means = {f"eval/{name}": value for name, value in means.items()}
         self._writer.scalars(step, means | substituted)
-        shown = {name: value for name, value in means.items() if "/loss_by" not in name}
+        shown = {name: value for name, value in means.items() if not _DETAIL.search(name)}
         self._writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        missing = (samples is None and self._scores_samples) or (sets is None and self._scores_sets)
+        return None if missing else self._score(means)
+
+    def _continue(self, step: int, params: Params) -> sample_grid.Samples | None:
+        """Return held-out sets that are continued, of all processes; None at other steps, and where memory lacks."""
+        config = self._config
+        if not self._num_made or step % config.eval.generate_every:
+            return None
+        given = config.eval.generate_given or config.data.images_per_set // 2
+        task: Any = self._task  # which `tasks/generated.py` has made sure of
         try:
-            return self._score(means)
-        except KeyError:
-            if samples is None:
-                return None
-            raise
+            sets = task.continued(params, inputs(self._made_data[0]), self._made_rows, step, given)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            sets = None
+        sets = sample_grid.gather(sets, self._num_made)
+        if sets is None:
+            self._writer.message(f"step {step}: no memory is left to generate sets, and the run goes on without scores")
+        return sets
 
     def _draw(self, step: int, params: Params) -> sample_grid.Samples | None:
         """Return the samples of all processes, and write them as a sheet; None where there is no memory for them."""

@@ -26,8 +26,9 @@ from m2m_jax.configuration import Config
 from m2m_jax.core import disk, runtime
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import Interruption
-from m2m_jax.core.parameters import Params, count, fingerprint
+from m2m_jax.core.parameters import HostParams, count, fingerprint
 from m2m_jax.core.paths import expand_home
+from m2m_jax.data import transform
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.models.frozen import of_models
 from m2m_jax.tasks.evaluation import warn_of_one_set
@@ -40,6 +41,7 @@ from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.profiler import Profiler
 from m2m_jax.training.setup import set_up
 from m2m_jax.training.state import TrainState
+from m2m_jax.training.step import RESIDENT
 from m2m_jax.training.throughput import Throughput
 from m2m_jax.training.time_limit import TimeLimit
 from m2m_jax.training.watchdog import Watchdog
@@ -106,7 +108,9 @@ class Run:
         self.task = TASKS.choose(config.task)(config)
         train_examples, eval_examples = self._open_data()
         self.setup = set_up(self.task, config, self.mesh)
-        self.frozen = sharding.replicate(self.task.frozen, self.mesh)
+        resident = train_examples.resident
+        store = {RESIDENT: {transform.RGBA: resident.rgba_nhwc}} if resident is not None else {}
+        self.frozen = sharding.replicate(self.task.frozen | store, self.mesh)
         params = None if (workdir / FOLDER).exists() else self.task.init()
         self._make_workdir()
         kept = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "keep_best", "fallback")}
@@ -249,12 +253,11 @@ class Run:
         except OSError as error:
             raise UserError(f"--workdir={self.workdir} cannot be made: {error.strerror}") from error
 
-    def _start(self, params: Params | None = None) -> TrainState:
+    def _start(self, params: HostParams | None = None) -> TrainState:
         """Return the newest saved state, or the first. params: of the model at step 0, where they were made already."""
         if self.checkpoints.latest_step() is not None:
             return self.checkpoints.restore_train_state(self.setup.state, metadata=self.metadata)
-        # From NumPy, which every process holds alike and JAX may place anywhere.
-        return self.setup.create(jax.tree.map(np.asarray, params or self.task.init()))
+        return self.setup.create(params or self.task.init())
 
     def _describe(self) -> None:
         self.writer.message(sharding.describe(self.setup.state.params, self.mesh))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import optax
 
 
+RESIDENT = "resident"  # beside the frozen models: {transform.RGBA: the images that devices hold}
 # Of a parameter's name: the module, and which one of a list of modules.
 _OUTERMOST = re.compile(r"[^.]+(\.\d+)?")
 
@@ -70,7 +71,7 @@ def make_train_step(
     def train_step(
         state: TrainState, frozen: FrozenParams, batch: dict, total_steps: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch = transform.finish(batch)
+        batch = transform.finish(batch, frozen.get(RESIDENT, {}).get(transform.RGBA))
         # By the batch and not by the step: after a rollback the same steps see other batches, and other noise.
         inputs = (batch, task.draw(batch, state.step + state.skipped_batches))
         gradients, metrics = gradients_of(state.params, frozen, inputs)

@@ -107,7 +107,7 @@ def batch_shapes(config: Config, task: Any, batch_size: int) -> dict:
         shapes["latents_bnhwc"] = jax.ShapeDtypeStruct((*sets, *task.models.latent_shape(size)), jnp.float32)
     if task.needs_images or not shapes:
         augment = config.data.augment
-        if augment.enabled and augment.on_device:
+        if config.data.resident or (augment.enabled and augment.on_device):
             length = build(SetAugmentation, augment).num_parameters(size)
             shapes[transform.RGBA] = jax.ShapeDtypeStruct((*sets, size, size, 4), jnp.uint8)
             shapes[transform.PARAMETERS] = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)

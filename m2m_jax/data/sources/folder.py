@@ -69,9 +69,11 @@ class FolderSource(DataSource):
 class FolderRecords(RecordSource):
     """The sets of one split. A set with a fault counts no images and raises BadRecord."""
 
-    def __init__(self, name: str, sets: Sequence[tuple[SetFolder, str | BadRecord]], notes: Sequence[str] = ()):
+    def __init__(
+        self, path: str, split: str, sets: Sequence[tuple[SetFolder, str | BadRecord]], notes: Sequence[str] = ()
+    ):
         """sets: each with its caption, or with the reason why it cannot be used."""
-        self.name, self.notes = name, tuple(notes)
+        self.name, self.split, self.notes = f"{path} ({split})", split, tuple(notes)
         self.kinds = [KIND] * len(sets)
         self.num_images = [0 if isinstance(caption, BadRecord) else len(one.files) for one, caption in sets]
         self._sets = sets
@@ -134,7 +136,7 @@ def load(
         for note in notes:
             warn(note)
     names = split_names([one.name for one in sets], split)
-    return FolderRecords(f"{path} ({split})", [one for one in captioned if one[0].name in names], notes)
+    return FolderRecords(path, split, [one for one in captioned if one[0].name in names], notes)
 
 
 def split_names(names: Iterable[str], split: str) -> set[str]:
@@ -156,7 +158,7 @@ def split_names(names: Iterable[str], split: str) -> set[str]:
 
 
 def _place(name: str) -> float:
-    """A number in [0, 1) that is a set's own, whatever other sets there are."""
+    """Return a number in [0, 1) that is a set's own, whatever other sets there are."""
     return int.from_bytes(hashlib.blake2b(_bytes(name), digest_size=8, person=_PERSON).digest(), "big") / 2**64
 
 
