@@ -230,6 +230,6 @@ def make_named(choose: Callable[[str], Any], text: str) -> Any:
     if folder and not expand_home(folder).is_dir():
         raise UserError(f"{text}: no such folder")
     required = inspect.signature(kind).parameters["folder"].default is inspect.Parameter.empty
-    if (required or getattr(kind, "weights", "")) and not folder:
+    if (required or bool(getattr(kind, "weights", ""))) and not folder:
         raise UserError(f"{name} needs a folder of weights: {name}=FOLDER; docs/scores.md says which program makes one")
     return kind(expand_home(folder) if folder else None)
