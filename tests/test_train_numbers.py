@@ -82,7 +82,7 @@ def one_device(autoencoder):
     """A task with attention in the middle alone, its parameters, and its losses and last state on one device."""
     # Where a gradient is next to nothing Adam makes its sign a whole step: steps are small, so that such a one is, too.
     task = _task(autoencoder, steps=6, blocks="DownBlock2D", learning_rate=1e-4)
-    params = jax.tree.map(np.asarray, task.init())
+    params = task.init()
     return task, params, *_losses(task, params, _one_device(), 5)
 
 
@@ -137,7 +137,7 @@ def test_rows_are_split_at_every_level(autoencoder):
     model = {"block_out_channels": (16, 32), "num_attention_heads": (1, 1)}
     task.config.model.update(model | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")})
     task = SetDiffusion(task.config)
-    params = jax.tree.map(np.asarray, task.init())
+    params = task.init()
     expected, one = _losses(task, params, _one_device(), 2, images=True)
     task.config.mesh.update({"data": 4, "context": 2})
     losses, state = _losses(task, params, sharding.make_mesh(task.config.mesh), 2, images=True)
