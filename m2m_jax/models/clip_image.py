@@ -42,11 +42,12 @@ class CLIPImageConfig:
             raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, not {self.hidden_act!r}")
         counts = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size")
         require_between(self, **dict.fromkeys(counts, CHANNELS), num_hidden_layers=LAYERS, layer_norm_eps=(0, 1))
-        if self.hidden_size % self.num_attention_heads or self.patch_size > self.image_size:
+        if self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}, "
-                f"and patch_size={self.patch_size} at most image_size={self.image_size}"
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
             )
+        if not 1 <= self.image_size // self.patch_size <= 1024:
+            raise UserError(f"patch_size={self.patch_size} must make 1 to 1024 patches of image_size={self.image_size}")
 
 
 class Embeddings(nnx.Module):

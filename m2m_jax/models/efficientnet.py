@@ -21,6 +21,7 @@ from m2m_jax.core.parameters import Params, abstract
 from m2m_jax.models import folder as folders
 from m2m_jax.models.classifiers import ConvNorm, FrozenNorm
 from m2m_jax.models.layers import Linear
+from m2m_jax.models.limits import CHANNELS, require_between
 
 MODEL_TYPE = "efficientnet_lite"
 FORMAT = folders.Format(library="m2m_jax", weights="model.safetensors", renamed=())
@@ -50,6 +51,9 @@ class EfficientNetConfig:
     depth: float = 1.0
     image_size: int = 224
     num_classes: int = 1000
+
+    def __post_init__(self):
+        require_between(self, width=(0.1, 8), depth=(0.1, 8), image_size=(32, 2048), num_classes=CHANNELS)
 
     def blocks(self) -> list[tuple[int, int, int, int, int]]:
         """Return (channels in, channels out, kernel, stride, expansion) of each block."""

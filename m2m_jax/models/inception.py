@@ -44,6 +44,9 @@ class InceptionConfig:
         return channels // self.divide
 
 
+PUBLISHED = InceptionConfig()
+
+
 def _max_pool(x_bhwc: jax.Array, stride: int = 2, pad: int = 0) -> jax.Array:
     return nnx.max_pool(x_bhwc, (3, 3), strides=(stride, stride), padding=((pad, pad), (pad, pad)))
 
@@ -204,7 +207,7 @@ def preprocess(pixels_bhwc: np.ndarray) -> np.ndarray:
     return (pixels_bhwc - 128) / 128
 
 
-def load_inception(folder: str | Path) -> Params:
+def load_inception(folder: str | Path, config: InceptionConfig = PUBLISHED) -> Params:
     """Return the parameters of a folder that `prepare_inception` wrote.
 
     The state dict of pytorch-fid or torch-fidelity, saved as `model.safetensors`, will do, too.
@@ -213,7 +216,7 @@ def load_inception(folder: str | Path) -> Params:
       UserError: it holds another network, or none; torchvision's own has 1,000 classes and is another one.
     """
     params = {name: x for name, x in folders.load_params(folder, FORMAT).items() if not name.endswith(folders.COUNTED)}
-    folders.require_same(folder, abstract(lambda: Inception(InceptionConfig(), rngs=nnx.Rngs(0)))[1], params)
+    folders.require_same(folder, abstract(lambda: Inception(config, rngs=nnx.Rngs(0)))[1], params)
     return params
 
 
