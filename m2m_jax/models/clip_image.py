@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from m2m_jax.core import initializers
 from m2m_jax.core.errors import UserError
 from m2m_jax.models.clip_text import ACTIVATIONS, CLIPTextConfig, CLIPTextEncoder, Encoder
-from m2m_jax.models.layers import LayerNorm
+from m2m_jax.models.layers import Conv, Embed, LayerNorm, Linear
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 
 # Of OpenAI's preprocessor, RGB in [0, 1].
@@ -54,11 +55,9 @@ class Embeddings(nnx.Module):
 
     def __init__(self, c: CLIPImageConfig, *, rngs: nnx.Rngs):
         patch, tokens = (c.patch_size, c.patch_size), (c.image_size // c.patch_size) ** 2 + 1
-        self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.hidden_size,)))
-        self.patch_embedding = nnx.Conv(
-            3, c.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, rngs=rngs
-        )
-        self.position_embedding = nnx.Embed(tokens, c.hidden_size, rngs=rngs)
+        self.class_embedding = nnx.Param(initializers.token(rngs.params(), (c.hidden_size,)))
+        self.patch_embedding = Conv(3, c.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, rngs=rngs)
+        self.position_embedding = Embed(tokens, c.hidden_size, rngs=rngs)
 
     def __call__(self, images_bhwc: jax.Array) -> jax.Array:
         patches_btc = jax.lax.collapse(self.patch_embedding(images_bhwc), 1, 3)
@@ -90,8 +89,8 @@ class CLIP(nnx.Module):
     def __init__(self, image: CLIPImageConfig, text: CLIPTextConfig, projection_dim: int, *, rngs: nnx.Rngs):
         self.vision_model = CLIPImageEncoder(image, rngs=rngs)
         self.text_model = CLIPTextEncoder(text, rngs=rngs)
-        self.visual_projection = nnx.Linear(image.hidden_size, projection_dim, use_bias=False, rngs=rngs)
-        self.text_projection = nnx.Linear(text.hidden_size, projection_dim, use_bias=False, rngs=rngs)
+        self.visual_projection = Linear(image.hidden_size, projection_dim, use_bias=False, rngs=rngs)
+        self.text_projection = Linear(text.hidden_size, projection_dim, use_bias=False, rngs=rngs)
 
     def image_features(self, images_bhwc: jax.Array) -> jax.Array:
         """Return [b, projection_dim] of images as `preprocess` gives them."""

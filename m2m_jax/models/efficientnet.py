@@ -16,9 +16,11 @@ import numpy as np
 from flax import nnx
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.initializers import lecun_normal
 from m2m_jax.core.parameters import Params, abstract
 from m2m_jax.models import folder as folders
 from m2m_jax.models.classifiers import ConvNorm, FrozenNorm
+from m2m_jax.models.layers import Linear
 from m2m_jax.models.limits import CHANNELS, require_between
 
 MODEL_TYPE = "efficientnet_lite"
@@ -79,7 +81,7 @@ class Depthwise(nnx.Module):
     """
 
     def __init__(self, channels: int, kernel: int, stride: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (kernel, kernel, 1, channels)))
+        self.kernel = nnx.Param(lecun_normal(rngs.params(), (kernel, kernel, 1, channels)))
         self.stride = stride
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
@@ -103,7 +105,7 @@ class Block(nnx.Module):
         self.expand: ConvNorm | None = nnx.data(None)
         if expansion != 1:
             self.expand = ConvNorm(inputs, middle, 1, activation=jax.nn.relu6, rngs=rngs)
-        self.depthwise, self.depthwise_bn = Depthwise(middle, kernel, stride, rngs=rngs), FrozenNorm(middle)
+        self.depthwise, self.depthwise_bn = Depthwise(middle, kernel, stride, rngs=rngs), FrozenNorm(middle, rngs=rngs)
         self.project = ConvNorm(middle, channels, 1, activation=None, rngs=rngs)
         self.residual = stride == 1 and inputs == channels
 
@@ -121,7 +123,7 @@ class EfficientNetLite(nnx.Module):
         self.stem = ConvNorm(3, STEM, 3, stride=2, activation=jax.nn.relu6, rngs=rngs)
         self.blocks = nnx.List([Block(*block, rngs=rngs) for block in blocks])
         self.head = ConvNorm(blocks[-1][1], HEAD, 1, activation=jax.nn.relu6, rngs=rngs)
-        self.fc = nnx.Linear(HEAD, config.num_classes, rngs=rngs)
+        self.fc = Linear(HEAD, config.num_classes, rngs=rngs)
 
     def __call__(self, images_bhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_bhwc = self.stem(images_bhwc)

@@ -20,6 +20,7 @@ from flax import nnx
 from m2m_jax.core.parameters import Params, abstract
 from m2m_jax.models import folder as folders
 from m2m_jax.models.classifiers import ConvNorm
+from m2m_jax.models.layers import Linear
 
 FORMAT = folders.Format(library="torch", weights="model.safetensors", renamed=())
 SIZE, FEATURES, CLASSES = 299, 2048, 1008
@@ -190,7 +191,7 @@ class Inception(nnx.Module):
         self.Mixed_7a = InceptionD(c(768), c, rngs=rngs)
         self.Mixed_7b = InceptionE(c(1280), c, by_max=False, rngs=rngs)
         self.Mixed_7c = InceptionE(c(2048), c, by_max=True, rngs=rngs)
-        self.fc = nnx.Linear(c(FEATURES), CLASSES, rngs=rngs)
+        self.fc = Linear(c(FEATURES), CLASSES, rngs=rngs)
 
     def __call__(self, images_bhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_bhwc = _max_pool(_chain(images_bhwc, (self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3)))
