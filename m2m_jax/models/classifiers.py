@@ -16,12 +16,11 @@ EPSILON = 1e-3  # of the norms of both, as TensorFlow trained them
 class FrozenNorm(nnx.Module):
     """Batch norm by the statistics that training left, under torch's names; never updated."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        def param(initializer: Initializer) -> nnx.Param:
-            return nnx.Param(initializer(rngs.params(), (channels,)))
+    def __init__(self, channels: int):
+        def of(initializer: Initializer) -> nnx.Param:
+            return nnx.Param(initializer(None, (channels,)))
 
-        self.scale, self.bias = param(ones), param(zeros)
-        self.running_mean, self.running_var = param(zeros), param(ones)
+        self.scale, self.bias, self.running_mean, self.running_var = of(ones), of(zeros), of(zeros), of(ones)
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
         factor_c = self.scale[...] * jax.lax.rsqrt(self.running_var[...] + EPSILON)
@@ -47,7 +46,7 @@ class ConvNorm(nnx.Module):
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         pad = padding if isinstance(padding, str) else [(n, n) for n in padding]
         self.conv = Conv(in_channels, out_channels, kernel, strides=stride, padding=pad, use_bias=False, rngs=rngs)
-        self.bn = FrozenNorm(out_channels, rngs=rngs)
+        self.bn = FrozenNorm(out_channels)
         self.activation = activation
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m2m_jax.core import initializers
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.initializers import token
 from m2m_jax.models.clip_text import ACTIVATIONS, CLIPTextConfig, CLIPTextEncoder, Encoder
 from m2m_jax.models.layers import Conv, Embed, LayerNorm, Linear
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
@@ -55,7 +55,7 @@ class Embeddings(nnx.Module):
 
     def __init__(self, c: CLIPImageConfig, *, rngs: nnx.Rngs):
         patch, tokens = (c.patch_size, c.patch_size), (c.image_size // c.patch_size) ** 2 + 1
-        self.class_embedding = nnx.Param(initializers.token(rngs.params(), (c.hidden_size,)))
+        self.class_embedding = nnx.Param(token(rngs.params(), (c.hidden_size,)))
         self.patch_embedding = Conv(3, c.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, rngs=rngs)
         self.position_embedding = Embed(tokens, c.hidden_size, rngs=rngs)
 

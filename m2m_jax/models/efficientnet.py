@@ -105,7 +105,7 @@ class Block(nnx.Module):
         self.expand: ConvNorm | None = nnx.data(None)
         if expansion != 1:
             self.expand = ConvNorm(inputs, middle, 1, activation=jax.nn.relu6, rngs=rngs)
-        self.depthwise, self.depthwise_bn = Depthwise(middle, kernel, stride, rngs=rngs), FrozenNorm(middle, rngs=rngs)
+        self.depthwise, self.depthwise_bn = Depthwise(middle, kernel, stride, rngs=rngs), FrozenNorm(middle)
         self.project = ConvNorm(middle, channels, 1, activation=None, rngs=rngs)
         self.residual = stride == 1 and inputs == channels
 

@@ -58,7 +58,8 @@ def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload
     state_bytes, params = memory.state_bytes(setup.state), setup.state.params
     trained = setup.trained.of(params)
     trained_bytes = memory.bytes_per_device(trained)
-    kept = kept_bytes(config, task).of(sets // parts)
+    kept_of_loss = kept_bytes(config, task)
+    kept = kept_of_loss.of(sets // parts)
     # Gathered kernels all live from forward to backward; where layers cast them, the casts are among what is kept.
     separate = config.train.reduce_dtype == "float32" and task.compute_dtype != "float32"
     float32 = separate or task.compute_dtype == "float32"
@@ -97,7 +98,9 @@ def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload
     advice = []
     if not needs.fits:
         at_fsdp = state_at_fsdp(config, task, devices, mesh.shape["slice"])
-        advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, sets, kept_by_remat(config), None)
+        advice = memory.advice(
+            needs, at_fsdp, mesh.shape["fsdp"], parts, sets, kept_by_remat(config, kept_of_loss), None
+        )
     return Plan(dict(mesh.shape), batch_size, sets, needs, work, tuple(advice), (NOTE, *notes), None)
 
 

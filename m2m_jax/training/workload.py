@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.configuration import Config, build, reads_latents
@@ -144,7 +145,7 @@ def count_products(task: Task, batch: dict) -> float:
     """Return the FLOPs of the products and convolutions of a step on a batch: of forward, and twice those of backward.
 
     Traces the loss once, a second where `Workload.model_flops` takes ten, and is about as much: it has no norms and
-    activations, but whatever of the backward pass nobody needs. Nothing that `model.remat` computes again is in it.
+    activations, but what of the backward pass nobody needs. Nothing that `model.remat` computes again is in it.
     """
 
     def loss(params: dict, frozen: dict, batch: dict, step: jax.Array) -> jax.Array:
@@ -156,7 +157,9 @@ def count_products(task: Task, batch: dict) -> float:
 def _traced(function: Callable, task: Task, batch: dict) -> Any:
     """Return the jaxpr of a function of parameters, those of frozen models, a batch and a step."""
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.make_jaxpr(function)(task.shapes, task.frozen, batch, step).jaxpr
+    jaxpr = jax.make_jaxpr(function)(task.shapes, task.frozen, batch, step).jaxpr
+    # As when it is compiled: without what nobody reads.
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def _loss_of_trained(
@@ -209,14 +212,18 @@ def kept_bytes(config: Config, task: Task) -> Kept:
     return Kept(sum(size.values()) - a_set, a_set)
 
 
-def kept_by_remat(config: Config) -> dict[str, int]:
-    """Return {config.model.remat: `kept_bytes` of a set}, of the config's own and of those that compute more again."""
+def kept_by_remat(config: Config, own: Kept | None = None) -> dict[str, int]:
+    """Return {config.model.remat: `kept_bytes` of a set}, of the config's own and of those that compute more again.
+
+    own: that of the config, where it is known already.
+    """
     levels = list(REMAT)
     found = {}
     for remat in levels[levels.index(config.model.remat) :]:
         other = copy.deepcopy(config)
         other.model.remat = remat
-        found[remat] = kept_bytes(other, make_task(other)[0]).of(1)
+        kept = own if own and remat == config.model.remat else kept_bytes(other, make_task(other)[0])
+        found[remat] = kept.of(1)
     return found
 
 
