@@ -2,12 +2,13 @@
 # the second time. `make help` lists the rest.
 #   PYTHON=python3.12        the interpreter for both environments (3.11 to 3.13)
 #   PARITY=1                 with test: install PyTorch too and run the parity tests (Python 3.11)
-#   PYTEST_ARGS="-n 8 -x"    with test and test-full: in place of "-n 2 --dist loadfile"
+#   PYTEST_ARGS="-n 8 -x"    with test and test-full: in place of "-n 2 --dist loadfile --no-loadscope-reorder"
 
 SHELL := /bin/bash
 PYTHON ?= python3
 PARITY ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Files in the order of tests/conftest.py, and not those with the most tests first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # Environments are always entered by relative path and `python -m`, so that a folder with spaces in its path
 # works. Bytecode is written: `import jax` takes 1 s with it, 4 s without.
@@ -35,9 +36,22 @@ SPACE := $(subst ,, )
 ROAD_EVALUATE := $(RUN) m2m_jax.evaluate --config configs/emoji.py:road --split=test --batches=23 \
   --checkpoints=$(subst $(SPACE),$(COMMA),$(addprefix $(ROAD)/,$(ROAD_RUNS)))
 
+# `make pretrain`: minutes of training in all, and each stage's share. VAE=pretrained/sets_vae leaves out the first stage.
+MINUTES ?= 600
+PRETRAIN := runs/pretrain
+PRETRAIN_ENV := .venv/.installed-pretrain-$(VERSION)
+VAE ?= $(PRETRAIN)/models/sets_vae
+UNET := $(PRETRAIN)/models/sets_unet
+PRETRAIN_ARGS ?=
+ON_SETS = --config.autoencoder.path=$(VAE)
+minutes = --config.train.minutes=$$(awk 'BEGIN { print $(MINUTES) * $(1) }') $(PRETRAIN_ARGS)
+
 # Emoji families as npm packages, which `npm pack` checks against the registry's sums; licences in each.
 NPM_EMOJI := noto@1.2.9 noto-v1@1.2.5 twemoji@1.2.5 openmoji@1.2.29 emojione@1.2.3 emojione-v1@1.2.3 fxemoji@1.2.2 \
   fluent-emoji@1.2.7 fluent-emoji-flat@1.2.6 streamline-emojis@1.2.4
+
+# Thirty decks of playing cards, as a Debian package: apt-get checks its sum; on Debian and its children alone.
+DEBIAN_CARDS := gnome-cards-data=1:3.22.23-1
 
 # For the loop of changing and trying: less than a minute on 2 quiet cores.
 FAST := attention configuration contact_sheet disk guidance images keys layers metrics schedule shape_checks
@@ -50,12 +64,14 @@ SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix co
   runtime) $(addprefix view/,contact_sheet html_page) $(addprefix sampling/,bundle bundle_program job program_check \
   run_job set_sampler)))
 
-.PHONY: help demo npm-emoji hands road test test-fast test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
+.PHONY: help demo npm-emoji debian-cards hands pretrain road test test-fast test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean
 
 help:
 	@echo 'make demo       prepare the emoji sets, train the demo model, sample; prints where the contact sheet is'
 	@echo 'make npm-emoji  fetch ten emoji families as npm packages (29 MB, needs npm) into data/npm'
 	@echo 'make hands      the emoji sets of many hands, 64 px and 32 px, of those families or, without them, of three'
+	@echo 'make debian-cards  fetch thirty decks of playing cards as a Debian package (11 MB) into data/debian'
+	@echo 'make pretrain   first stage, single-image model, M2M-Self and M2M-DINO on those sets, in MINUTES=600; resumes'
 	@echo 'make road       the road of the paper, small: text-to-image, synthetic sets, M2M on them, tried on real ones; hours'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-fast  what is tested in a minute: layers, configuration, images, schedules, guidance, attention, shapes'
@@ -86,9 +102,25 @@ npm-emoji:
 	mkdir -p data/npm
 	cd data/npm && for package in $(NPM_EMOJI); do test -f iconify-json-$${package/@/-}.tgz || npm pack --silent @iconify-json/$$package || exit; done
 
+debian-cards:
+	mkdir -p data/debian
+	cd data/debian && test -d usr || { apt-get download $(DEBIAN_CARDS) && dpkg-deb -x gnome-cards-data_*.deb .; }
+
 hands: $(DEMO_ENV)
-	$(RUN) m2m_jax.data.prepare --hands --size=64 --directory=data
-	$(RUN) m2m_jax.data.prepare --hands --size=32 --directory=data
+	$(RUN) m2m_jax.data.prepare --name=emoji_hands --size=64 --directory=data
+	$(RUN) m2m_jax.data.prepare --name=emoji_hands --size=32 --directory=data
+
+# Each line is skipped, or costs seconds, where it is done. With an environment of one's own, PRETRAIN_ENV= RUN='python3 -m'.
+pretrain: $(PRETRAIN_ENV) npm-emoji
+	$(RUN) m2m_jax.data.prepare --name=emoji_hands --size=64 --directory=data
+	test -d data/vit_s14 || $(RUN) m2m_jax.data.prepare_vit --output=data/vit_s14
+	test -d $(VAE) || test -d data/stlpips_vgg || $(RUN) m2m_jax.data.prepare_stlpips --output=data/stlpips_vgg
+	test -d $(VAE) || $(RUN) m2m_jax.train --config configs/sets_vae.py --workdir $(PRETRAIN)/sets_vae $(call minutes,0.3)
+	test -d $(VAE) || $(RUN) m2m_jax.to_diffusers --checkpoint $(PRETRAIN)/sets_vae --output $(VAE)
+	$(RUN) m2m_jax.train --config configs/sets_base.py --workdir $(PRETRAIN)/sets_base $(ON_SETS) $(call minutes,0.25)
+	test -d $(UNET) || $(RUN) m2m_jax.to_diffusers --checkpoint $(PRETRAIN)/sets_base --output $(UNET)
+	for variant in self dino; do $(RUN) m2m_jax.train --config configs/sets_$$variant.py $(ON_SETS) \
+	  --config.init.path=$(UNET) --workdir $(PRETRAIN)/sets_$$variant $(call minutes,0.225) || exit; done
 
 # Each line is skipped, or costs seconds, where it is done; docs/road.md has the hours and what comes out.
 road: $(ROAD_ENV)
@@ -199,6 +231,10 @@ endef
 .venv/.installed-road-$(VERSION): .venv/.installed-$(VERSION) requirements-dino.txt requirements-text.txt
 	$(call install,.venv,-r requirements-dino.txt,0.3 GB)
 	$(call install,.venv,--no-deps -r requirements-text.txt,0.1 GB)
+
+.venv/.installed-pretrain-$(VERSION): .venv/.installed-$(VERSION) requirements-dino.txt requirements-perceptual.txt
+	$(call install,.venv,-r requirements-dino.txt,0.3 GB)
+	$(call install,.venv,--no-deps -r requirements-perceptual.txt,0.1 GB)
 
 .venv-plan/.installed-$(VERSION): requirements.txt requirements-tpu.txt
 	$(call install,.venv-plan,-r requirements-tpu.txt,about 1.9 GB and 2 minutes)

@@ -8,7 +8,7 @@ Presets: none, the full run (hours on 2 cores, minutes on a GPU); `:demo`, what 
 scratch. Results: docs/emoji.md.
 """
 
-from m2m_jax.configuration import Config, apply_preset, default_config
+from m2m_jax.configuration import TINY, Config, apply_preset, default_config
 
 PRESETS = {
     "demo": {
@@ -27,17 +27,12 @@ PRESETS = {
         "checkpoint.every": 100,
     },
     "tiny": {
-        "data.images_per_set": 4,
-        "data.batch_size": 8,
+        **TINY,
         "model.block_out_channels": (16, 32),
         "init.path": "",
         "train.steps": 6,
         "train.log_every": 1,
-        "optimizer.warmup_steps": 2,
         "eval.every": 3,
-        "eval.batches": 1,
-        "eval.batch_size": 8,
-        "sample.steps": 2,
         "checkpoint.every": 3,
     },
 }

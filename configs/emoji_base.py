@@ -7,22 +7,9 @@ The U-Net of configs/emoji.py without Image-Set Attention, trained on sets of on
 Diffusion is without its text. Trained on the training split only. Figures and time: pretrained/README.md.
 """
 
-from m2m_jax.configuration import apply_preset, default_config
+from m2m_jax.configuration import TINY, apply_preset, default_config
 
-PRESETS = {
-    "tiny": {  # tests
-        "model.block_out_channels": (16, 32),
-        "data.batch_size": 8,
-        "optimizer.warmup_steps": 2,
-        "train.steps": 4,
-        "train.log_every": 2,
-        "eval.every": 4,
-        "eval.batches": 1,
-        "eval.batch_size": 8,
-        "sample.steps": 2,
-        "checkpoint.every": 4,
-    },
-}
+PRESETS = {"tiny": {**TINY, "model.block_out_channels": (16, 32)}}
 
 
 def get_config(preset: str = ""):

@@ -10,23 +10,9 @@ split's images and their captions, "cat face, animal mammal, twemoji". It is sma
 what it makes of a caption is often only of the right kind. Results: docs/road.md.
 """
 
-from m2m_jax.configuration import Config, apply_preset, default_config
+from m2m_jax.configuration import TINY, Config, apply_preset, default_config
 
-PRESETS = {
-    "tiny": {  # tests
-        "model.block_out_channels": (16, 32),
-        "init.path": "",
-        "data.batch_size": 8,
-        "optimizer.warmup_steps": 2,
-        "train.steps": 4,
-        "train.log_every": 2,
-        "eval.every": 4,
-        "eval.batches": 1,
-        "eval.batch_size": 8,
-        "sample.steps": 2,
-        "checkpoint.every": 4,
-    },
-}
+PRESETS = {"tiny": {**TINY, "model.block_out_channels": (16, 32), "init.path": ""}}
 
 
 def get_config(preset: str = "") -> Config:

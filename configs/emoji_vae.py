@@ -6,21 +6,9 @@
 Trained on the training split only. Figures and time: pretrained/README.md.
 """
 
-from m2m_jax.configuration import apply_preset, default_config
+from m2m_jax.configuration import TINY, apply_preset, default_config
 
-PRESETS = {
-    "tiny": {  # tests
-        "autoencoder.block_out_channels": (16, 16, 16),
-        "data.batch_size": 8,
-        "optimizer.warmup_steps": 2,
-        "train.steps": 4,
-        "train.log_every": 2,
-        "eval.every": 4,
-        "eval.batches": 1,
-        "eval.batch_size": 8,
-        "checkpoint.every": 4,
-    },
-}
+PRESETS = {"tiny": {**TINY, "autoencoder.block_out_channels": (16, 16, 16)}}
 
 
 def get_config(preset: str = ""):

@@ -1,29 +1,21 @@
 r"""The single-image latent diffusion model of 64 px emoji in many hands, from which M2M on them starts.
 
     python -m m2m_jax.train --config configs/sets_base.py --workdir runs/sets_base \
-        --config.autoencoder.path=models/sets_vae
-    python -m m2m_jax.to_diffusers --checkpoint runs/sets_base --output models/sets_unet
+        --config.autoencoder.path=pretrained/sets_vae
+    python -m m2m_jax.to_diffusers --checkpoint runs/sets_base --output pretrained/sets_unet
 
-`models/sets_vae` is the first stage of configs/sets_vae.py. 8.9 million parameters, two levels over latents of 8x8x32,
-no Image-Set Attention: trained on sets of one image, unconditional. Trained on the training split only.
+`pretrained/sets_vae` is the first stage of configs/sets_vae.py. 8.9 million parameters, two levels over latents of
+8x8x32, no Image-Set Attention: trained on sets of one image, unconditional. Trained on the training split only.
 """
 
-from m2m_jax.configuration import apply_preset, default_config
+from m2m_jax.configuration import TINY, apply_preset, default_config
 
 PRESETS = {
-    "tiny": {  # tests
+    "tiny": {
+        **TINY,
         "data.image_size": 32,
         "model.block_out_channels": (16, 32),
         "model.num_attention_heads": (2, 4),
-        "data.batch_size": 8,
-        "optimizer.warmup_steps": 2,
-        "train.steps": 4,
-        "train.log_every": 2,
-        "eval.every": 4,
-        "eval.batches": 1,
-        "eval.batch_size": 8,
-        "sample.steps": 2,
-        "checkpoint.every": 4,
     },
 }
 
@@ -34,7 +26,7 @@ def get_config(preset: str = ""):
     config.data.image_size = 64
     config.data.images_per_set = 1
     config.data.batch_size = 64
-    config.autoencoder.path = "models/sets_vae"
+    config.autoencoder.path = "pretrained/sets_vae"
     config.model.attentions = ("self",)
     config.model.block_out_channels = (96, 192)
     config.model.num_attention_heads = (3, 6)

@@ -4,7 +4,7 @@
     pip install --no-deps -r requirements-perceptual.txt
     python -m m2m_jax.data.prepare_stlpips --output=data/stlpips_vgg
     python -m m2m_jax.train --config configs/sets_vae.py --workdir runs/sets_vae
-    python -m m2m_jax.to_diffusers --checkpoint runs/sets_vae --output models/sets_vae
+    python -m m2m_jax.to_diffusers --checkpoint runs/sets_vae --output pretrained/sets_vae
 
 A U-Net over 8x8 costs at 64 px what it costs at 32 in the latents of configs/emoji_vae.py. How many channels: on images
 of the validation split, on white, the best linear code of 8x8 pixels (principal components) gives 21.6 dB in 16,
@@ -15,22 +15,15 @@ are narrow because they cost the most: 75 ms of a core for an image and its grad
 Trained on the training split only: neither the held-out subjects nor the hands `emojione-v1` and `streamline` are seen.
 """
 
-from m2m_jax.configuration import apply_preset, default_config
+from m2m_jax.configuration import TINY, apply_preset, default_config
 
 PRESETS = {
-    "tiny": {  # tests
+    "tiny": {
+        **TINY,
         "data.image_size": 32,
         "autoencoder.block_out_channels": (16, 16, 16),
         "autoencoder.latent_channels": 4,
         "autoencoder.perceptual_path": "",
-        "data.batch_size": 8,
-        "optimizer.warmup_steps": 2,
-        "train.steps": 4,
-        "train.log_every": 2,
-        "eval.every": 4,
-        "eval.batches": 1,
-        "eval.batch_size": 8,
-        "checkpoint.every": 4,
     },
 }
 

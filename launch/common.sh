@@ -46,7 +46,8 @@ whole() {
   done
 }
 
-# environment cpu|cuda|tpu: NAME=value, a line each. What the caller has in XLA_FLAGS comes after ours, and so decides.
+# environment cpu|cuda|tpu: NAME=value, a line each. What XLA is told of a platform every program sets for itself
+# (m2m_jax/core/runtime.py), however it is started.
 environment() {
   # Compiled programs outlive the process, beside the workdir on shared storage: a restart compiles nothing.
   echo "JAX_COMPILATION_CACHE_DIR=$(dirname "$workdir")/compilation_cache"
@@ -55,12 +56,9 @@ environment() {
     cpu) echo JAX_PLATFORMS=cpu ;;
     cuda)
       echo JAX_PLATFORMS=cuda,cpu
-      # Collectives run while the next layers are computed. (The documentation of JAX: GPU performance tips.)
-      echo "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true${XLA_FLAGS:+ $XLA_FLAGS}"
-      # The default, 0.75, leaves a quarter of the memory unused.
-      echo XLA_CLIENT_MEM_FRACTION=0.92
+      # Jobs do not get the environment of who submits them.
+      [[ -z ${XLA_FLAGS-} ]] || echo "XLA_FLAGS=$XLA_FLAGS"
       ;;
-    # libtpu's own defaults schedule collectives beside the computation: no flag of it is set.
     tpu) echo JAX_PLATFORMS=tpu,cpu ;;
   esac
 }

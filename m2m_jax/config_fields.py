@@ -10,54 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.field_types import described, is_of
+from m2m_jax.core.fields import MAX_NUMBER, About
 from m2m_jax.core.paths import expand_home
 from m2m_jax.core.registry import nearest
-
-MAX_NUMBER = 2**32 - 1  # of all fields; no field has use for more, and devices count no further
-
-
-@dataclasses.dataclass(frozen=True)
-class About:
-    """What is known of a field beside its type and its default.
-
-    Attributes:
-      help: one or more sentences.
-      low, high: limits of a number, or of each number of a tuple.
-      choices: the words that a text, or each text of a tuple, may be; or "module:NAME", where they stand.
-      also: further words, beside those of that table.
-      path: whether a text is the path of a file or folder; a leading `~` is the home folder.
-      options_of: of a dict: the field of its group that chooses the thing whose `Options` it holds.
-    """
-
-    help: str
-    low: float = -math.inf
-    high: float = MAX_NUMBER
-    choices: str | tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-    path: bool = False
-    options_of: str = ""
-
-    @property
-    def table(self) -> Mapping[str, Any]:
-        """What the words of `choices` choose: {word: thing}; {word: None} where they are only words."""
-        words = self.choices
-        if isinstance(words, str):
-            module, _, name = words.partition(":")
-            words = getattr(importlib.import_module(module), name)
-        return words if isinstance(words, Mapping) else dict.fromkeys(words)
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """All words that the field may hold; none where it may hold any."""
-        return (*self.also, *self.table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +69,7 @@ class Field:
         """Raise UserError where a value is outside of the field's limits or none of its choices."""
         if value == () and self.default:
             raise UserError(f"config.{name} is (); it takes at least one item, as in {self.default!r}")
-        for item in value if isinstance(value, tuple) else (value,):
-            if self.about.choices and item not in self.about.words:
-                words = self.about.words
-                hint = nearest(str(item), words) or ";"
-                raise UserError(f"config.{name} is {value!r}{hint} it must be one of {', '.join(words)}")
-            if isinstance(item, int | float) and not abs(item) <= MAX_NUMBER:
-                raise UserError(f"config.{name} is {value!r}; numbers are at most {MAX_NUMBER}")
-            if isinstance(item, int | float) and not self.about.low <= item <= self.about.high:
-                raise UserError(f"config.{name} is {value}; it must be {limits(self.about)}")
+        self.about.check(value, f"config.{name}")
 
 
 def field(default: Any, help: str, **about: Any) -> Any:
@@ -176,10 +129,7 @@ class Group:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.formerly:
-            before, (name, values) = self.name_of(name), self.formerly[name]
-            if not isinstance(value, str) or value not in values:
-                raise UserError(f"config.{before} is {value!r}; it must be one of {', '.join(values)}")
-            value = values[value]
+            name, value = self.today(name, value)
         if name not in fields_of(type(self)):
             raise self._unknown(name)
         object.__setattr__(self, name, fields_of(type(self))[name].accept(value, self.name_of(name)))
@@ -191,8 +141,16 @@ class Group:
         return unknown_field(self.name_of(name), names_of(type(self)))
 
     @classmethod
+    def today(cls, name: str, value: Any) -> tuple[str, Any]:
+        """Return what a field of before is called today, and its value. Raises UserError for what it never was."""
+        today, values = cls.formerly[name]
+        if not isinstance(value, str) or value not in values:
+            raise UserError(f"config.{cls.name_of(name)} is {value!r:.60}; it must be one of {', '.join(values)}")
+        return today, values[value]
+
+    @classmethod
     def name_of(cls, name: str) -> str:
-        """The dotted name of a field, from the root of the config."""
+        """Return the dotted name of a field, from the root of the config."""
         return cls.prefix + name
 
     def update(self, changes: Mapping[str, Any] = MappingProxyType({}), **fields: Any) -> None:
@@ -239,7 +197,7 @@ def groups_in(group: Group) -> Iterator[Group]:
 
 
 def flatten(group: Group) -> dict[str, Any]:
-    """{dotted name: value} of the fields of a group and of every group in it."""
+    """Return {dotted name: value} of the fields of a group and of every group in it."""
     return {
         part.name_of(name): getattr(part, name)
         for part in groups_in(group)
@@ -287,13 +245,6 @@ def options_known(group: Group, name: str) -> dict[str, Field]:
     """Return the options that there are of the thing that a group chooses: {option: field}."""
     cls = getattr(chosen(group, fields_of(type(group))[name].about.options_of), "Options", None)
     return fields_of(cls) if cls else {}
-
-
-def limits(about: About) -> str:
-    """Return the limits of a number in words; an empty text where there are none."""
-    if about.low == -math.inf:
-        return ""
-    return f"at least {about.low:g}" if about.high == MAX_NUMBER else f"between {about.low:g} and {about.high:g}"
 
 
 def _with_floats(value: Any, kind: Any) -> Any:

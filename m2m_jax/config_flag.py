@@ -29,7 +29,6 @@ from m2m_jax.config_fields import (
     fields_of,
     given_options,
     groups_in,
-    limits,
     names_of,
     options_known,
     unknown_field,
@@ -149,7 +148,7 @@ def _parted(argv: Sequence[str]) -> tuple[list[str], str | None, dict[str, str]]
 
 
 def _field(name: str) -> Field | None:
-    """The field of a dotted name; None where there is none, as of options."""
+    """Return the field of a dotted name; None where there is none, as of options."""
     cls, one = Config, None
     for part in name.split("."):
         one = fields_of(cls).get(part) if isinstance(cls, type) and issubclass(cls, Group) else None
@@ -195,7 +194,7 @@ def _listed(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _help(one: Field, value: object) -> str:
-    """The help of a field: what it is, its words and what they choose, its type, limits and value."""
+    """Return the help of a field: what it is, its words and what they choose, its type, limits and value."""
     about, lines = one.about, [one.about.help]
     if about.choices:
         lines.append(f"One of {', '.join(about.words)}.")
@@ -203,6 +202,6 @@ def _help(one: Field, value: object) -> str:
         # An instance has the docstring of its class.
         documented = {word: inspect.getdoc(x) for word, x in about.table.items() if hasattr(x, "__qualname__")}
         lines += [f"{word}: {text.splitlines()[0]}" for word, text in documented.items() if text]
-    kind = ", ".join(filter(None, [described(one.kind), limits(about)]))
+    kind = ", ".join(filter(None, [described(one.kind), about.limits]))
     here = "" if one.default == value else f"here {value!r}, "
     return "\n".join([*lines, f"({kind}; {here}default {one.default!r})"])

@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 MAX_IMAGES_PER_SET = 25  # the paper's sets; a record holds no more
+# A run of a few seconds, for tests: what the presets `:tiny` of configs/ begin with.
+TINY: Mapping[str, Any] = {
+    "data.batch_size": 8,
+    "optimizer.warmup_steps": 2,
+    "train.steps": 4,
+    "train.log_every": 2,
+    "eval.every": 4,
+    "eval.batches": 1,
+    "eval.batch_size": 8,
+    "sample.steps": 2,
+    "checkpoint.every": 4,
+}
 
 
 @dataclasses.dataclass
@@ -75,6 +87,11 @@ class Data(Group, prefix="data."):
     workers: int = field(
         0, "Processes that do so, each with data.threads threads; 0: the training process itself.", low=0
     )
+    resident: bool = field(
+        False,
+        "Whether every device holds all images of the training split, decoded, and a step picks and augments its own: "
+        "the same images, to the bit. For small data sets: an image of 64 px takes 16 KB.",
+    )
     log_examples: bool = field(False, "Whether each process logs which sets it saw at which step, in WORKDIR/examples.")
     on_error: str = field(
         "stop",
@@ -95,6 +112,8 @@ class Data(Group, prefix="data."):
                 "config.data.augment.enabled is True; precomputed latents cannot be augmented: "
                 "set --config.data.augment.enabled=False, or train on the images"
             )
+        if reads_latents(self) and self.resident:
+            raise UserError("config.data.resident is True; devices hold images, and this config trains on latents")
 
 
 @dataclasses.dataclass
@@ -284,6 +303,12 @@ class Train(Group, prefix="train."):
 
     parameters: str = field("all", "Parameters that train.", choices="m2m_jax.models.trained:PARAMETERS")
     steps: int = field(10_000, "Training steps of the whole run.", low=1)
+    minutes: float = field(
+        0.0,
+        "Minutes that the run may take, from its start to its last step: as many steps as fit at the speed of the "
+        "first, train.steps at most. 0: no limit.",
+        low=0,
+    )
     log_every: int = field(20, "Steps between lines of the log.", low=1)
     accumulation: int = field(1, "Parts that a batch is computed in, one after another, to save memory.", low=1)
     reduce_dtype: str = field(
@@ -474,7 +499,7 @@ def apply_preset(config: Config, preset: str, presets: Mapping[str, Mapping[str,
 
 
 def reads_latents(data: Data) -> bool:
-    """Whether batches hold latents, for which no step runs the autoencoder."""
+    """Say whether batches hold latents, for which no step runs the autoencoder."""
     return data.latents or getattr(chosen(data, "name"), "gives_latents", False)
 
 

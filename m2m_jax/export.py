@@ -1,4 +1,4 @@
-"""Exports a bundle: `python -m m2m_jax.export --checkpoint runs/demo --output bundle`.
+"""Export a bundle: `python -m m2m_jax.export --checkpoint runs/demo --output bundle`.
 
 A bundle (`sampling/bundle.py`) holds the sampler as StableHLO for every platform, and its parameters. It runs with
 `dist/m2m-sample.pyz` (`make sampler`), which needs jax, numpy, pillow and flatbuffers and no model code. The settings
@@ -15,7 +15,7 @@ SETTINGS = define_flags(ChosenSettings)
 def main(argv):
     from m2m_jax.sampling.from_checkpoint import export_bundle
 
-    print(export_bundle(**vars(EXPORT()), **SETTINGS().given()))
+    print(export_bundle(**vars(EXPORT()), **SETTINGS().explicit()))
 
 
 if __name__ == "__main__":

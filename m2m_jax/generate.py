@@ -18,7 +18,7 @@ SETTINGS = define_flags(ChosenSettings)
 
 
 def main(argv) -> int:
-    options, settings = OPTIONS(), SETTINGS().given()
+    options, settings = OPTIONS(), SETTINGS().explicit()
     from m2m_jax.sampling.generation import generate_sets
 
     return generate_sets(options, **settings)

@@ -1,4 +1,4 @@
-"""Samples: `python -m m2m_jax.sample --checkpoint runs/demo --context=a.png,b.png --num_images=4 --output=out`.
+"""Sample: `python -m m2m_jax.sample --checkpoint runs/demo --context=a.png,b.png --num_images=4 --output=out`.
 
 What is read and written stands in `sampling/run_job.py`.
 """
@@ -15,7 +15,7 @@ SETTINGS = define_flags(ChosenSettings)
 def main(argv):
     from m2m_jax.sampling.from_checkpoint import sample
 
-    if written := sample(CHECKPOINT().checkpoint, JOB(), **SETTINGS().given()):
+    if written := sample(CHECKPOINT().checkpoint, JOB(), **SETTINGS().explicit()):
         print(written)
 
 

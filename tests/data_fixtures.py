@@ -17,7 +17,7 @@ from PIL import Image
 from m2m_jax.configuration import Data
 from m2m_jax.core.images import decode_image, on_white
 from m2m_jax.data import precomputed
-from m2m_jax.data.emoji.preparing import prepare_emoji
+from m2m_jax.data.preparing import prepare
 from m2m_jax.data.records import ImageSetRecord
 
 IMAGE_SIZE = 32
@@ -32,7 +32,7 @@ def build_emoji(tmp_path_factory) -> str:
     # Whoever comes second waits here and then finds the data set made.
     with open(root / "emoji_data.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        prepare_emoji(IMAGE_SIZE, str(directory), verbose=False)
+        prepare("emoji", IMAGE_SIZE, str(directory), verbose=False)
     return str(directory)
 
 

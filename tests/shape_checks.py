@@ -24,6 +24,8 @@ MODULES = (
     "m2m_jax.diffusion.guidance",
     "m2m_jax.diffusion.steppers",
     "m2m_jax.models.attentions",
+    "m2m_jax.models.context_cache",
+    "m2m_jax.models.frozen",
     "m2m_jax.models.unet",
     "m2m_jax.tasks.objective",
 )
@@ -72,9 +74,9 @@ def _names_axes(hint: Any) -> bool:
 
 
 def _of_any_array(hint: Any) -> Any:
-    """Return a hint that takes NumPy's arrays where JAX's are named: JAX does, too."""
+    """Return a hint that takes NumPy's arrays and scalars where JAX's arrays are named: JAX does, too."""
     if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
-        return hint.dtype[jax.Array | np.ndarray, hint.dim_str]
+        return hint.dtype[jax.Array | np.ndarray | np.generic, hint.dim_str]
     if not _names_axes(hint):
         return hint
     arguments = tuple(map(_of_any_array, get_args(hint)))

@@ -66,7 +66,10 @@ def _refused(root, *arguments) -> str:
         ([TINY, "--config.mesh.fsdp=3"], "config.mesh.data=-1, config.mesh.fsdp=3"),
         ([TINY, "--config.data.batch_size=12"], "config.data.batch_size is 12; it must be a multiple of the 8 devices"),
         ([TINY, "--config.eval.batch_size=4"], "config.eval.batch_size is 4; it must be a multiple of the 8 devices"),
-        ([TINY, VAE, "--config.data.directory=none"], "python -m m2m_jax.data.prepare --size=32 --directory=none"),
+        (
+            [TINY, VAE, "--config.data.directory=none"],
+            "python -m m2m_jax.data.prepare --name=emoji --size=32 --directory=none",
+        ),
         ([TINY, "--config.data.name=folder"], "config.data.path is empty"),
         ([TINY, VAE, "--config.data.name=folder", "--config.data.path=none"], "data.path='none': no such folder"),
         ([TINY, "stray"], "unexpected argument 'stray'"),
@@ -162,7 +165,7 @@ def test_train_with_settings_that_only_evaluation_uses(tmp_path, folder, autoenc
 
 def test_train_in_the_workdir_of_another_model(tmp_path, tiny_run):
     workdir = shutil.copytree(tiny_run.workdir, tmp_path / "run")
-    arguments = (*tiny_run.arguments, "--config.model.block_out_channels=(16,16)", f"--workdir={workdir}")
+    arguments = (*tiny_run.arguments, "--config.model.block_out_channels=(32,)", f"--workdir={workdir}")
     line = _refused(tmp_path, "train", *arguments)
     assert "is of another model or optimizer" in line
     assert "use the config it was trained with, or another --workdir" in line
@@ -187,16 +190,16 @@ def picture(tmp_path_factory):
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("--num_images=0", "--num_images must be at least 1, not 0"),
-        ("--num_images=-2", "--num_images must be at least 1, not -2"),
+        ("--num_images=0", "--num_images is 0; it must be at least 1"),
+        ("--num_images=-2", "--num_images is -2; it must be at least 1"),
         ("--num_images=few", "--num_images"),
-        ("--seed=-1", "--seed must be between 0 and 4294967295, not -1"),
-        ("--seed=4294967296", "--seed must be between 0 and 4294967295, not 4294967296"),
-        ("--num_context=-1", "--num_context must be at least 0, not -1"),
+        ("--seed=-1", "--seed is -1; it must be at least 0"),
+        ("--seed=4294967296", "--seed is 4294967296; numbers are at most 4294967295"),
+        ("--num_context=-1", "--num_context is -1; it must be at least 0"),
         ("--stepper=rk4", "unknown stepper 'rk4'"),
         ("--steps=0", "sampling needs at least one step, not 0"),
-        ("--guidance_scale=-1", "--guidance_scale must be at least 0, not -1"),
-        ("--guidance_scale=nan", "--guidance_scale must be at least 0, not nan"),
+        ("--guidance_scale=-1", "--guidance_scale is -1.0; it must be at least 0"),
+        ("--guidance_scale=nan", "--guidance_scale is nan; numbers are at most"),
         ("--steppes=3", "steppes"),
         ("--context=none.png", "none.png: no such file"),
         ("--context=.", "there is no image at ."),
@@ -317,7 +320,7 @@ def test_no_checkpoint(tmp_path, tiny_run, program, spoil, words):
 def test_export(tmp_path, folder):
     data = (TINY, "--config.data.name=folder", f"--config.data.path={folder}")
     output = f"--output={tmp_path / 'out'}"
-    assert "--num_sets must be at least 1, not 0" in _refused(tmp_path, "data.export", *data, output, "--num_sets=0")
+    assert "--num_sets is 0; it must be at least 1" in _refused(tmp_path, "data.export", *data, output, "--num_sets=0")
     assert "split 'tset'" in _refused(tmp_path, "data.export", *data, output, "--split=tset")
     assert "data.images_per_set" in _refused(tmp_path, "data.export", *data, output, "--config.data.images_per_set=9")
     (tmp_path / "out").mkdir()

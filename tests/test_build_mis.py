@@ -24,6 +24,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image, on_white
 from m2m_jax.data import mis, records
 from m2m_jax.data.shards import ShardRecords
+from m2m_jax.data.splits import SPLITS
 from m2m_jax.sampling.text_to_image import TextToImage
 
 NUM_CAPTIONS = 22
@@ -76,7 +77,7 @@ def test_every_caption_is_one_set_in_one_split(built, captions):
     manifest, found = mis.read_manifest(built), {}
     assert manifest.sets == NUM_CAPTIONS and manifest.images == NUM_CAPTIONS * IMAGES_PER_SET
     assert manifest.dropped == {"captions": {}, "images": {}, "sets": {}}
-    assert set(manifest.splits) == set(mis.SPLITS)
+    assert set(manifest.splits) == set(SPLITS)
     builder = tfds.builder("mis", data_dir=str(built))
     for split, reports in manifest.splits.items():
         assert builder.info.splits[split].num_examples == sum(len(report.num_images) for report in reports)
@@ -124,7 +125,7 @@ def test_the_manifest_says_what_was_built(built, generator):
 def test_a_split_is_of_the_caption_and_not_of_its_case_or_place():
     captions = [f"caption {i}" for i in range(4000)]
     splits = [mis.split_of(caption, 0.2, 0.1) for caption in captions]
-    shares = [splits.count(split) / len(splits) for split in mis.SPLITS]
+    shares = [splits.count(split) / len(splits) for split in SPLITS]
     np.testing.assert_allclose(shares, [0.7, 0.2, 0.1], atol=0.03)
     assert splits == [mis.split_of(caption.upper(), 0.2, 0.1) for caption in captions]
     assert {mis.split_of(caption, 0.0, 0.0) for caption in captions} == {"train"}
@@ -331,11 +332,11 @@ def test_other_captions_and_other_weights_are_another_build(tmp_path, captions, 
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--images_per_set=26", "--images_per_set must be between 1 and 25, not 26"),
+        ("--images_per_set=26", "--images_per_set is 26; it must be between 1 and 25"),
         ("--images_at_once=2", "--images_at_once=2 must divide --images_per_set=3"),
         ("--min_images=4", "--min_images=4 is more than --images_per_set=3"),
         ("--validation_share=0.95", "leave captions to train on"),
-        ("--near_duplicate_bits=65", "--near_duplicate_bits must be between 0 and 64, not 65"),
+        ("--near_duplicate_bits=65", "--near_duplicate_bits is 65; it must be between 0 and 64"),
         ("--safety_filter=numpy", "safety_filter=numpy: not a module:function"),
         ("--process_index=0", "give both or neither"),
         ("--process_index=2 --process_count=2", "must be 0 to"),

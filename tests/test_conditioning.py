@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_fixtures import quick_jit, random_params
+from test_extensions import Memory
 
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.attention.plain import attend
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.diffusion.guidance import EVERYTHING
-from m2m_jax.models.attentions import ATTENTIONS, Attention, parameter_names
+from m2m_jax.models.attentions import ATTENTIONS, parameter_names
 from m2m_jax.models.conditioning import CachedContext, Conditioning
 from m2m_jax.models.context_cache import append_image, empty_cache
 from m2m_jax.models.embedders import EMBEDDERS, CameraEmbedder, Perceptron
@@ -40,18 +40,7 @@ TEXT = RNG.standard_normal((SETS, 5, WIDTH)).astype(np.float32)
 LAYOUT = SetLayout.training(IMAGES)
 
 
-@ATTENTIONS.register("memory")
-class MemoryAttention(Attention):
-    """Attention to tokens that the network has learnt: a kind of its own, as an extension would add it."""
-
-    def __init__(self, channels, num_heads, config, *, dtype, rngs):
-        super().__init__(channels, num_heads, dtype=dtype, rngs=rngs)
-        self.tokens = nnx.Param(nnx.initializers.normal()(rngs.params(), (6, channels)))
-
-    def __call__(self, x_btc, conditioning, address):
-        tokens_bsc = jnp.broadcast_to(self.tokens[...][None], (x_btc.shape[0], *self.tokens.shape))
-        k_bshd, v_bshd = self.heads(self.to_k(tokens_bsc)), self.heads(self.to_v(tokens_bsc))
-        return self.output(attend(self.heads(self.to_q(x_btc)), k_bshd, v_bshd), x_btc.shape), (k_bshd, v_bshd)
+ATTENTIONS.register("memory")(Memory)
 
 
 @EMBEDDERS.register("pose")

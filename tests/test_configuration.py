@@ -62,6 +62,8 @@ CONFIGS = {
     "emoji_vae": {"", "tiny"},
     "folder": {"", "demo", "road", "tiny"},
     "sets_base": {"", "tiny"},
+    "sets_dino": {"", "tiny"},
+    "sets_self": {"", "tiny"},
     "sets_vae": {"", "tiny"},
     "mis_sd21_self": {""},
     "mis_sd21_dino": {""},

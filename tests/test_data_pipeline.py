@@ -211,7 +211,7 @@ def test_fit_square_keeps_aspect_and_does_not_alias():
         ({"images_per_set": 0}, {}, "images_per_set=0"),
         ({"kinds": ("nonsense",)}, {}, "nonsense.*content.*style"),
         ({"name": "nonsense"}, {}, "nonsense.*emoji"),
-        ({"image_size": 40}, {}, r"prepare --size=40"),
+        ({"image_size": 40}, {}, r"prepare --name=emoji --size=40"),
     ],
 )
 def test_what_cannot_work_is_refused(config, changes, options, message):

@@ -14,9 +14,9 @@ from run_fixtures import run
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import pipeline
 from m2m_jax.data.emoji import hands, hands_builder, iconify, naming
-from m2m_jax.data.emoji.preparing import prepare_hands
 from m2m_jax.data.emoji.table import load_table
 from m2m_jax.data.likeness import COPY, likeness
+from m2m_jax.data.preparing import prepare
 from m2m_jax.data.sources.emoji_hands import EmojiHandsSource
 
 SIZE = 32
@@ -47,7 +47,7 @@ def directory(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("hands"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hands_builder, "load_table", lambda: few)
-        prepare_hands(SIZE, directory, directory, verbose=False)
+        prepare("emoji_hands", SIZE, directory, directory, verbose=False)
     return directory
 
 
@@ -130,7 +130,7 @@ def test_no_held_out_image_is_a_copy_of_a_training_image(without_npm):
 @pytest.mark.skipif(not iconify.families_in(PACKAGES), reason="npm's packages are not there: make npm-emoji")
 @pytest.mark.parametrize("size", [32, 64])
 def test_the_whole_data_set_shows_training_no_copy_of_what_is_held_out(tmp_path, size):
-    builder = prepare_hands(size, str(tmp_path), str(PACKAGES), verbose=False)
+    builder = prepare("emoji_hands", size, str(tmp_path), str(PACKAGES), verbose=False)
     splits = {}
     for split in hands_builder.SPLITS:
         source = EmojiHandsSource.open_split(str(tmp_path), size, split, strict=True)
@@ -214,7 +214,7 @@ def test_names_and_codepoints_bring_families_together(tmp_path):
 
 
 def test_missing_data_set_says_how_to_make_it(tmp_path):
-    with pytest.raises(UserError, match=r"python -m m2m_jax\.data\.prepare --hands --size=48 --directory="):
+    with pytest.raises(UserError, match=r"python -m m2m_jax\.data\.prepare --name=emoji_hands --size=48 --directory="):
         EmojiHandsSource.open_split(str(tmp_path / "none"), 48, "train", strict=True)
 
 

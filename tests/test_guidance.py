@@ -188,11 +188,11 @@ def test_weights_that_do_not_sum_to_one_are_a_mistake():
     ("fields", "message"),
     [
         ({"guidance": "cgf"}, "unknown guidance 'cgf'; did you mean cfg"),
-        ({"guidance_scale": -1.0}, "guidance_scale must be a number of at least 0, not -1"),
+        ({"guidance_scale": -1.0}, "--guidance_scale is -1.0; it must be at least 0"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
         ({"guidance_interval": (0.6, 0.2)}, "guidance_interval must be two fractions, the smaller first"),
         ({"guidance_interval": (0.0, 1.5)}, "guidance_interval"),
-        ({"guidance_rescale": 2.0}, "guidance_rescale must be between 0 and 1"),
+        ({"guidance_rescale": 2.0}, "--guidance_rescale is 2.0; it must be between 0 and 1"),
         ({"guidance_schedule": "none"}, "unknown guidance_schedule 'none'; .* there are constant, linear, cosine"),
     ],
 )

@@ -161,9 +161,9 @@ def test_options_are_converted():
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"share": 2}, "--share must be between 0 and 1, not 2"),
-        ({"share": float("nan")}, "--share must be between 0 and 1, not nan"),
-        ({"kind": "c"}, "--kind must be one of a, b, not 'c'"),
+        ({"share": 2}, "--share is 2.0; it must be between 0 and 1"),
+        ({"share": float("nan")}, "--share is nan; numbers are at most"),
+        ({"kind": "c"}, "--kind is 'c'; it must be one of a, b"),
         ({"ends": ("x",)}, "--ends=x: could not convert"),
         ({"output": ""}, "--output is empty"),
         ({"kind": None}, "--kind is None; it takes a value of type str"),
@@ -175,10 +175,13 @@ def test_options_that_cannot_be_meant_are_refused(wrong, words):
         Example(**{"output": "x"} | wrong)
 
 
-def test_every_setting_of_sampling_is_an_option():
-    assert [one.name for one in dataclasses.fields(ChosenSettings)] == [
-        one.name for one in dataclasses.fields(SamplingSettings)
-    ]
+def test_settings_of_sampling_are_options_of_which_none_need_be_given():
+    assert ChosenSettings().explicit() == {}
+    given = ChosenSettings(steps=3, slide=False, guidance_interval=["0.2", 1]).explicit()
+    assert given == {"steps": 3, "slide": False, "guidance_interval": (0.2, 1.0)}
+    assert SamplingSettings(**given).guidance_interval == (0.2, 1.0)
+    with pytest.raises(UserError, match=r"--guidance_scale is -1\.0; it must be at least 0"):
+        ChosenSettings(guidance_scale=-1)
 
 
 @pytest.mark.parametrize("kind", _options(), ids=lambda kind: kind.__name__)
@@ -190,7 +193,7 @@ def test_every_option_that_is_a_path_expands_a_home_folder(kind):
     names = {field.name for field, _ in fields(kind)}
     needed = {name: value for name, value in needed.items() if name in names}
     for field, what in fields(kind):
-        assert field.metadata["help"].endswith("."), field.name
+        assert field.metadata["about"].help.endswith("."), field.name
         if what.type is pathlib.Path:
             given = "v5p:2x2x2" if field.name == "hlo" else needed.get("topology")
             more = {"topology": given} if given else {}

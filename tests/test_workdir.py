@@ -23,7 +23,7 @@ from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import precomputed
-from m2m_jax.data.emoji.preparing import prepare_emoji
+from m2m_jax.data.preparing import prepare
 
 # Where it may lie
 
@@ -252,7 +252,7 @@ def test_programs_refuse_such_names_before_they_write(tmp_path):
     result = run("train", config_argument("emoji:tiny"), f"--workdir={bad}")
     assert result.code == 2 and "'[' in it; name another folder" in result.err and result.err.count("\n") == 1
     for write in (
-        lambda: prepare_emoji(32, str(bad)),
+        lambda: prepare("emoji", 32, str(bad)),
         lambda: build_folder.start(bad, None),
         lambda: precomputed.write_manifest(bad, "train", None),
     ):

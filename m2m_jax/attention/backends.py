@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
 
 from m2m_jax.attention.cudnn import prefix_cudnn
 from m2m_jax.attention.layout import SetLayout
-from m2m_jax.attention.plain import dense, prefix
+from m2m_jax.attention.plain import Keep, Keys, Queries, dense, prefix
 from m2m_jax.attention.splash import splash
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import Registry
@@ -40,13 +39,8 @@ class Backend:
         object.__setattr__(self, "__doc__", self.function.__doc__)  # what --help says of it
 
     def __call__(
-        self,
-        q_bqthd: Float[jax.Array, "b q t h d"],
-        k_bkshd: Float[jax.Array, "b k s h d"],
-        v_bkshd: Float[jax.Array, "b k s h d"],
-        layout: SetLayout,
-        keep_bk: Bool[jax.Array, "b k"] | None = None,
-    ) -> Float[jax.Array, "b q t h d"]:
+        self, q_bqthd: Queries, k_bkshd: Keys, v_bkshd: Keys, layout: SetLayout, keep_bk: Keep = None
+    ) -> Queries:
         """Attend under the layout's mask.
 
         Args:

@@ -12,6 +12,10 @@ from m2m_jax.core.errors import UserError
 
 # (q [b, t, h, d], k [b, s, h, d], v [b, s, h, d]) -> [b, t, h, d]; by keyword keep_bk: bool [b, s].
 Attend = Callable[..., jax.Array]
+# What all backends take: of each image of the stack, of each clean image, and which of these are seen.
+Queries = Float[jax.Array, "b q t h d"]
+Keys = Float[jax.Array, "b k s h d"]
+Keep = Bool[jax.Array, "b k"] | None
 
 
 def attend(
@@ -37,13 +41,7 @@ def attend(
     return jnp.einsum("bhqk,bkhd->bqhd", weights_bhqk, v_bthd)
 
 
-def dense(
-    q_bqthd: Float[jax.Array, "b q t h d"],
-    k_bkshd: Float[jax.Array, "b k s h d"],
-    v_bkshd: Float[jax.Array, "b k s h d"],
-    layout: SetLayout,
-    keep_bk: Bool[jax.Array, "b k"] | None = None,
-) -> Float[jax.Array, "b q t h d"]:
+def dense(q_bqthd: Queries, k_bkshd: Keys, v_bkshd: Keys, layout: SetLayout, keep_bk: Keep = None) -> Queries:
     """Attend by the reference: one attention over all tokens under the dense mask. Works on forbidden blocks too."""
     b, q, t, h, d = q_bqthd.shape
     s = k_bkshd.shape[2]
@@ -55,13 +53,7 @@ def dense(
     return jnp.where(sees_something_q[None, :, None, None, None], out_bqthd, jnp.zeros_like(out_bqthd))
 
 
-def prefix(
-    q_bqthd: Float[jax.Array, "b q t h d"],
-    k_bkshd: Float[jax.Array, "b k s h d"],
-    v_bkshd: Float[jax.Array, "b k s h d"],
-    layout: SetLayout,
-    keep_bk: Bool[jax.Array, "b k"] | None = None,
-) -> Float[jax.Array, "b q t h d"]:
+def prefix(q_bqthd: Queries, k_bkshd: Keys, v_bkshd: Keys, layout: SetLayout, keep_bk: Keep = None) -> Queries:
     """Attend by calls over slices of the keys: no work on forbidden blocks, and no mask but `keep_bk` in memory.
 
     Raises:
@@ -71,13 +63,8 @@ def prefix(
 
 
 def over_slices(
-    attend: Attend,
-    q_bqthd: Float[jax.Array, "b q t h d"],
-    k_bkshd: Float[jax.Array, "b k s h d"],
-    v_bkshd: Float[jax.Array, "b k s h d"],
-    layout: SetLayout,
-    keep_bk: Bool[jax.Array, "b k"] | None = None,
-) -> Float[jax.Array, "b q t h d"]:
+    attend: Attend, q_bqthd: Queries, k_bkshd: Keys, v_bkshd: Keys, layout: SetLayout, keep_bk: Keep = None
+) -> Queries:
     """Return what `attend` gives for each run of key images that is seen.
 
     Query images that see the same run of key images share one call: with `clean_sees="preceding"` clean i and

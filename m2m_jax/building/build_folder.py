@@ -1,4 +1,4 @@
-"""Writes what `mis.py` describes: every file whole or not at all, by any number of processes."""
+"""Write what `mis.py` describes: every file whole or not at all, by any number of processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.data import mis, records
 from m2m_jax.data.mis import Build, Manifest, Shard, ShardReport
 from m2m_jax.data.record_writer import RecordWriter
+from m2m_jax.data.splits import SPLITS
 
 
 def start(directory: str | Path, build: Build) -> None:
-    """Writes `build.json`, or finds it there.
+    """Write `build.json`, or find it there.
 
     Raises UserError where the folder holds another build or something else, or cannot be written.
     """
@@ -46,7 +47,7 @@ def start(directory: str | Path, build: Build) -> None:
 
 
 def finish(directory: str | Path, build: Build) -> Manifest | None:
-    """Writes TFDS's files and the manifest if all shards are done; None if some are not.
+    """Write TFDS's files and the manifest if all shards are done; None if some are not.
 
     The same whoever calls it: several processes may, at once. Raises UserError where the rules have dropped all sets.
     """
@@ -61,7 +62,7 @@ def finish(directory: str | Path, build: Build) -> Manifest | None:
             return None
         if size != reports[-1].num_bytes:
             return None
-    splits = {split: [report for shard, report in zip(shards, reports) if shard.split == split] for split in mis.SPLITS}
+    splits = {split: [report for shard, report in zip(shards, reports) if shard.split == split] for split in SPLITS}
     splits = {split: found for split, found in splits.items() if found}
     manifest = Manifest(
         version=mis.VERSION,
@@ -86,16 +87,16 @@ def finish(directory: str | Path, build: Build) -> Manifest | None:
 
 
 def all_there(directory: str | Path, build: Build) -> bool:
-    """Whether all shards and their reports have their names, by one look at the folder, however many there are."""
+    """Say whether all shards and their reports have their names, by one look at the folder, however many there are."""
     names = set(_names(mis.folder(directory)))
     return all({shard.name, mis.report_path(directory, shard).name} <= names for shard in build.shards)
 
 
 class ShardWriter:
-    """Writes one shard and what describes it."""
+    """Write one shard and what describes it."""
 
     def __init__(self, directory: str | Path, shard: Shard, made_on: str):
-        """Raises UserError, as all methods do, where the disk is full or cannot be written."""
+        """Raise UserError, as all methods do, where the disk is full or cannot be written."""
         self._directory, self._shard, self._made_on = directory, shard, made_on
         self._path = mis.folder(directory) / shard.name
         self._num_images: list[int] = []
@@ -108,13 +109,13 @@ class ShardWriter:
         self._num_images.append(num_images)
 
     def count_dropped(self, images: Mapping[str, int], set_by: str | None = None) -> None:
-        """images: of one set, by rule. set_by: the rule that dropped the set."""
+        """Count what was dropped. images: of one set, by rule. set_by: the rule that dropped the set."""
         self._dropped_images.update(images)
         if set_by is not None:
             self._dropped_sets[set_by] += 1
 
     def finish(self) -> None:
-        """The records are on disk before their name is, and that before what describes them."""
+        """Finish the shard: its records are on disk before their name is, and that before what describes them."""
         self._writer.finish()
         with disk.errors(self._path):
             report = ShardReport(
@@ -130,7 +131,7 @@ class ShardWriter:
             _write_json(mis.report_path(self._directory, self._shard), report)
 
     def abandon(self) -> None:
-        """Leaves nothing."""
+        """Leave nothing."""
         self._writer.abandon()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import Interruption
 from m2m_jax.core.printing import say
 from m2m_jax.data import mis, precomputed
+from m2m_jax.data.splits import SPLITS
 from m2m_jax.sampling.text_to_image import TextToImage
 
 Report = Callable[[str], object]
@@ -98,15 +100,7 @@ def build_sets(
                 lambda: interruption.requested(0),
                 report,
             )
-
-        def finished() -> mis.Manifest | None:
-            if index == 0 or not jax.distributed.is_initialized():
-                return build_folder.finish(options.output, build)
-            # Of processes that JAX joined the first writes it, and all wait for it.
-            there = (mis.folder(options.output) / mis.MANIFEST).exists()
-            written = there and build_folder.all_there(options.output, build)
-            return mis.read_manifest(options.output) if written else None
-
+        finished = functools.partial(_manifest, options, build, index)
         manifest = work_sharing.wait_for_all(finished, interruption) if done else None
         if manifest is None and interruption.requested(0):
             report(f"stopped; go on with: {build.command}")
@@ -121,12 +115,22 @@ def build_sets(
     return 0
 
 
+def _manifest(options: SetBuild, build: mis.Build, index: int) -> mis.Manifest | None:
+    """Return the manifest of a build whose shards are all there, as process `index` finds or writes it; or None."""
+    if index == 0 or not jax.distributed.is_initialized():
+        return build_folder.finish(options.output, build)
+    # Of processes that JAX joined the first writes it, and all wait for it.
+    there = (mis.folder(options.output) / mis.MANIFEST).exists()
+    written = there and build_folder.all_there(options.output, build)
+    return mis.read_manifest(options.output) if written else None
+
+
 def _read_splits(
     options: SetBuild, rules: CaptionRules, report: Report
 ) -> tuple[dict[str, list[tuple[int, str]]], dict[str, int]]:
-    """({split: (row, caption) of its captions, in order}, {rule: captions that it dropped})."""
+    """Return ({split: (row, caption) of its captions, in order}, {rule: captions that it dropped})."""
     kept, dropped = clean_captions(read_captions(options.captions), rules)
-    captions: dict[str, list[tuple[int, str]]] = {split: [] for split in mis.SPLITS}
+    captions: dict[str, list[tuple[int, str]]] = {split: [] for split in SPLITS}
     for row, caption in kept:
         captions[mis.split_of(caption, options.validation_share, options.test_share)].append((row, caption))
     report(f"{len(kept)} captions ({'; '.join(f'{len(of)} {split}' for split, of in captions.items())})")
@@ -149,7 +153,7 @@ def _too_little_memory_said(options: SetBuild, images_at_once: int) -> Iterator[
 def _settings(
     options: SetBuild, caption_rules: CaptionRules, set_rules: SetRules, generator: TextToImage
 ) -> dict[str, Any]:
-    """All that decides what the records are."""
+    """Return all that decides what the records are."""
     return {
         "captions": {
             "file": options.captions.name,

@@ -51,7 +51,7 @@ class SetMaker:
     safety_filter: SafetyFilter | None = None
 
     def __call__(self, slot: Slot, latents_nhwc: np.ndarray, images_nhwc: np.ndarray) -> MadeSet:
-        """latents float32 [n, h, w, c], images uint8 [n, S, S, 3]."""
+        """Keep a set of latents float32 [n, h, w, c] and images uint8 [n, S, S, 3]."""
         with np.errstate(over="ignore"):  # found below
             latents_nhwc = latents_nhwc.astype(self.latents_dtype)
         if not np.isfinite(latents_nhwc).all():
@@ -113,7 +113,7 @@ class Batching:
     seed: int
 
     def slots(self, shards: Sequence[Shard], captions: Mapping[str, list[tuple[int, str]]]) -> Iterator[Slot | None]:
-        """The sets of these shards, in order. None fills the last device that works on a shard.
+        """Yield the sets of these shards, in order. None fills the last device that works on a shard.
 
         captions: (row, caption) of each split.
         """
@@ -126,7 +126,7 @@ class Batching:
     def generate(
         self, slots: Iterable[Slot | None], generator: TextToImage
     ) -> Iterator[tuple[list[Slot | None], np.ndarray, np.ndarray]]:
-        """(slots, latents float32 [b, n, h, w, c], images uint8 [b, n, S, S, 3]) of one batch after another."""
+        """Yield (slots, latents float32 [b, n, h, w, c], images uint8 [b, n, S, S, 3]) of one batch after another."""
         calls = self.calls(iter(slots), generator)
         in_flight: collections.deque = collections.deque()
         parts: list[tuple[np.ndarray, np.ndarray]] = []
@@ -147,7 +147,7 @@ class Batching:
     def calls(
         self, slots: Iterator[Slot | None], generator: TextToImage
     ) -> Iterator[tuple[list[Slot | None], bool, tuple[jax.Array, jax.Array]]]:
-        """(slots, whether it has the last of their images, latents and images on the devices), made as it goes."""
+        """Yield (slots, whether it has the last of their images, latents, images), on the devices, as they are made."""
         size = self.sets_at_once * generator.num_devices
         while batch := list(itertools.islice(slots, size)):
             batch += [None] * (size - len(batch))
@@ -175,7 +175,7 @@ def build_shards(
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[str], object] = print,
 ) -> bool:
-    """Makes these shards, one after another.
+    """Make these shards, one after another.
 
     Args:
       captions: (row, caption) of each split.
@@ -215,7 +215,7 @@ def build_shards(
 
 
 class _Written:
-    """Puts sets into their shards, in the thread that writes."""
+    """Put sets into their shards, in the thread that writes."""
 
     def __init__(self, directory: str | Path, made_on: str):
         self._directory, self._made_on = directory, made_on

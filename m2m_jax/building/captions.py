@@ -72,7 +72,7 @@ def clean_captions(
 
 
 def read_captions(path: str | Path) -> Iterator[str]:
-    """The captions of a file, one a row and in its order, as they stand there. See the top of this module.
+    """Return the captions of a file, one a row and in its order, as they stand there. See the top of this module.
 
     Raises UserError for a file of another kind at once, and for what is wrong in it when it is reached.
     """
@@ -185,7 +185,7 @@ def _rows(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    r"""Lines of UTF-8 without their ends, \n or \r\n: of the other characters that end lines, captions may have any."""
+    r"""Yield lines of UTF-8 without their ends, \n or \r\n; captions may have other characters that end lines."""
     packed = path.suffix.lower() == ".gz"
     with (
         _refusing(path, OSError, EOFError, zlib.error),
@@ -207,7 +207,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _text(value: object, where: str) -> str:
-    """A caption from a typed field. Null is empty."""
+    """Return a caption from a typed field. Null is empty."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -228,7 +228,7 @@ def _text(value: object, where: str) -> str:
 
 @contextlib.contextmanager
 def _refusing(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """What a library says of a damaged file, as a UserError."""
+    """Raise what a library says of a damaged file as a UserError."""
     try:
         yield
     except errors as error:

@@ -103,6 +103,6 @@ def clean_set(
 
 
 def difference_hash(image_hwc: np.ndarray) -> np.ndarray:
-    """bool [64]: where the image, as 9 x 8 grey pixels, grows brighter from left to right ("dHash")."""
+    """Return bool [64]: where the image, as 9 x 8 grey pixels, grows brighter from left to right ("dHash")."""
     grey_hw = np.asarray(Image.fromarray(image_hwc).convert("L").resize((9, 8), Image.Resampling.LANCZOS))
     return (grey_hw[:, 1:] > grey_hw[:, :-1]).ravel()

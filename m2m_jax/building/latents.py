@@ -121,7 +121,7 @@ def _check_source(source: RecordSource) -> None:
 
 
 def _make_encode(models: FrozenModels, params: FrozenParams, batch_size: int) -> Encode:
-    """The compiled encoder of training; the devices of this host share each batch."""
+    """Return the compiled encoder of training; the devices of this host share each batch."""
     devices = jax.local_devices()
     if batch_size % len(devices):
         raise UserError(f"--batch_size is {batch_size}; it must be a multiple of the {len(devices)} devices")
@@ -134,7 +134,7 @@ def _make_encode(models: FrozenModels, params: FrozenParams, batch_size: int) ->
 def _encoded_records(
     source: RecordSource, indices: range, data: Data, options: Precomputation, encode: Encode
 ) -> Iterator[records.ImageSetRecord]:
-    """The records of one shard, with latents. Batches end with the shard: its bytes do not depend on other shards."""
+    """Yield the records of one shard, with latents. Batches end with it: its bytes depend on no other shard."""
 
     def load(index: int) -> tuple[records.ImageSetRecord, np.ndarray]:
         record = source[indices[int(index)]]
@@ -168,7 +168,7 @@ def _encoded_records(
 
 
 def _encode_images(images: Iterable[np.ndarray], encode: Encode, batch_size: int) -> Iterator[np.ndarray]:
-    """Latents float32 [h, w, c] of images uint8 [S, S, 3]."""
+    """Yield latents float32 [h, w, c] of images uint8 [S, S, 3]."""
     images = iter(images)
     while batch := list(itertools.islice(images, batch_size)):
         # The last batch is filled up: one shape, compiled once.

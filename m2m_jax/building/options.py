@@ -5,7 +5,7 @@ from pathlib import Path
 
 from m2m_jax.building.image_formats import IMAGE_FORMATS
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.options import MAX_SEED, Options, option
+from m2m_jax.core.options import Options, option
 from m2m_jax.core.work_sharing import SharedWork
 from m2m_jax.data.records import LATENT_DTYPES, MAX_IMAGES_PER_RECORD, STORES
 from m2m_jax.sampling.options import FromCheckpoint
@@ -22,7 +22,7 @@ class SetBuild(SharedWork):
     captions: Path = option("File of captions: .txt, .tsv, .jsonl or .parquet.")
     generator: Path = option("Stable Diffusion folder, or a text-to-image run.")
     output: Path = option("Folder to build in, or to go on in: data.path.")
-    seed: int = option("Of the noise.", 0, low=0, high=MAX_SEED)
+    seed: int = option("Of the noise.", 0, low=0)
     images_per_set: int = option("Images of a caption.", MAX_IMAGES_PER_RECORD, low=1, high=MAX_IMAGES_PER_RECORD)
     image_size: int | None = option("Pixels a side; the generator's own if not given.", None)
     steps: int | None = option("Of the stepper, an image; the generator's default if not given.", None)
@@ -100,6 +100,7 @@ class ImageEncoderCopy(Options):
 class PerceptualNetworkCopy(Options):
     """Where the perceptual network goes."""
 
+    network: str = option("Which of the two.", "vgg", choices=("vgg", "alex"))
     output: Path = option("Folder to write; must not exist.", Path("data/stlpips_vgg"))
 
 

@@ -1,4 +1,4 @@
-"""Reads state dicts that torch saved before version 1.6 (no zip), without torch and without running what they name.
+"""Read state dicts that torch saved before version 1.6 (no zip), without torch and without running what they name.
 
 The layout: three pickles (magic number, protocol, system), one of the dict, whose tensors name their storages, one with
 the list of the storages' keys, and then of each its number of elements and its raw values. The pickles are not
@@ -39,14 +39,14 @@ class _Mark:
 
 
 class _Reader:
-    """Reads one pickle after another. storages: key -> dtype and number of elements, of those that were named."""
+    """Read one pickle after another. storages: key -> dtype and number of elements, of those that were named."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self.storages: dict[str, tuple[str, int]] = {}
 
     def read(self) -> Any:
-        """Reads the value of the next pickle. Raises ValueError and others where it is none of a state dict's."""
+        """Read the value of the next pickle. Raises ValueError and others where it is none of a state dict's."""
         stack: list[Any] = []
         memo: dict[int, Any] = {}
 
@@ -117,7 +117,7 @@ def _require(value: Any, kind: type) -> Any:
 
 
 def _made(function: str, arguments: tuple) -> Any:
-    """What of the two calls of a state dict comes."""
+    """Return what the two calls of a state dict give."""
     if function == _ORDERED_DICT and not arguments:
         return {}
     if function == _REBUILD:
@@ -127,7 +127,7 @@ def _made(function: str, arguments: tuple) -> Any:
 
 
 def read_legacy_torch(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a state dict: name -> array, of its own dtype.
+    """Read a state dict: name -> array, of its own dtype.
 
     Raises UserError where the file is missing, damaged, of another format, or holds anything but whole tensors.
     """

@@ -50,7 +50,7 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 
 
 def load_graph():
-    """The ONNX graph of the installed package, which is not imported (it would load onnxruntime and OpenCV).
+    """Return the ONNX graph of the installed package, which is not imported (it would load onnxruntime and OpenCV).
 
     Raises:
       UserError: the package, or onnx to read it with, is not installed.
@@ -67,7 +67,7 @@ def load_graph():
 
 
 def encoder_params(graph) -> Params:
-    """The encoder's parameters, of the initializers of an exported graph.
+    """Return the encoder's parameters, of the initializers of an exported graph.
 
     The export kept the names of most; the kernel of a linear layer is known by the bias that is added to its product,
     the position embeddings, which it split, by what they enter.
@@ -103,7 +103,7 @@ def encoder_params(graph) -> Params:
 
 
 def _bias(add) -> str | None:
-    """The encoder's bias that this node adds, if there is one."""
+    """Return the encoder's bias that this node adds, if there is one."""
     names = [name for name in (add.input if add else ()) if name.startswith(BACKBONE) and name.endswith(".bias")]
     return names[0].removeprefix(BACKBONE) if names else None
 

@@ -1,4 +1,4 @@
-"""Writes checkpoints and resumes from them. It and `saved_model.py`, which reads them, alone import Orbax.
+"""Write checkpoints and resume from them. It and `saved_model.py`, which reads them, alone import Orbax.
 
 WORKDIR/checkpoints/STEP/ holds
     train_state   what resuming needs: the state but for the average
@@ -68,7 +68,7 @@ _WRITERS = ocp.type_handlers.create_type_handler_registry(
 
 
 class Checkpointer:
-    """Saves in the background and restores the train state, in WORKDIR/checkpoints.
+    """Save the train state in the background and restore it, in WORKDIR/checkpoints.
 
     All processes make one and call the same methods. `wait` or `close` before another program reads, or another
     Checkpointer of the same folder saves. As a context manager it is closed at the end: where that is an error, what is
@@ -101,7 +101,7 @@ class Checkpointer:
             self._let_go = stack.pop_all()
 
     def _open(self, keep: int, keep_every: int, keep_best: int) -> ocp.CheckpointManager:
-        """Orbax's manager of the folder, without what an interrupted save left there."""
+        """Open Orbax's manager of the folder, without what an interrupted save left there."""
         with disk.errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
@@ -134,7 +134,7 @@ class Checkpointer:
         return manager
 
     def latest_step(self) -> int | None:
-        """The newest step, whole or damaged; None where there is none."""
+        """Return the newest step, whole or damaged; None where there is none."""
         return self._manager.latest_step()
 
     def save(
@@ -146,7 +146,7 @@ class Checkpointer:
         metadata: Mapping[str, Any],
         score: float | None = None,
     ) -> None:
-        """Begins to save; returns once the arrays are copied, so the caller may donate them.
+        """Begin to save; returns once the arrays are copied, so the caller may donate them.
 
         Args:
             step: `state.step`, known to the caller without waiting for the device.
@@ -182,7 +182,7 @@ class Checkpointer:
     def restore_train_state(
         self, target: Any, step: int | None = None, metadata: Mapping[str, Any] | None = None
     ) -> Any:
-        """The saved state, placed as `target` says. Its files are compared with their checksums first.
+        """Return the saved state, placed as `target` says. Its files are compared with their checksums first.
 
         Args:
             target: a TrainState of ShapeDtypeStructs with shardings; they need not be those it was saved with.
@@ -215,16 +215,16 @@ class Checkpointer:
         return dataclasses.replace(target, **resumed, ema_params=restore(folder, EMA, target.ema_params))
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """What `save` was given under that name. Raises UserError where there is no such checkpoint."""
+        """Return what `save` was given under that name. Raises UserError where there is no such checkpoint."""
         return read_about(self._folder, self._whole(step, (ABOUT,)))["metadata"]
 
     def wait(self) -> None:
-        """Returns when everything is on disk. A failure to save is raised here, or by the next save."""
+        """Wait until everything is on disk. A failure to save is raised here, or by the next save."""
         with self._plain_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """`wait`, and let go of the folder."""
+        """Wait as `wait`, and let go of the folder."""
         with self._let_go:
             self.wait()
             self._manager.close()
@@ -237,7 +237,7 @@ class Checkpointer:
             self.close()
 
     def _seal(self) -> None:
-        """The last thing before a save gets its name; in the background, in the first process."""
+        """Seal a save, the last thing before it gets its name; in the background, in the first process."""
         folder = self._folder / f"{self._saving}{_UNFINISHED}"
         for item, arrays in self._written.items():
             if lost := stored_arrays.lost(folder / item, arrays):
@@ -248,7 +248,7 @@ class Checkpointer:
         checksums.write(folder)
 
     def _whole(self, step: int | None, items: Sequence[str]) -> int:
-        """`step`, or the newest, whose items were found to be whole; with `fallback`, the newest where they are."""
+        """Return `step`, or the newest, where its items are whole; with `fallback`, the newest where they are."""
         steps = sorted(self._manager.all_steps(), reverse=True)
         chosen = choose(self._folder, steps, step)
         damaged: dict[int, str] = {}
@@ -266,7 +266,7 @@ class Checkpointer:
         raise UserError(f"the checkpoint {self._folder / str(chosen)} is damaged: {damaged[chosen]}; {remedy}")
 
     def _set_aside(self, damaged: Mapping[int, str], step: int) -> None:
-        """Renames them, not to be found again; their owner may want to look at them. `step` is used instead."""
+        """Rename damaged steps, not to be found again; their owner may want to look at them. `step` is used instead."""
         if not damaged:
             return
         problem = ""
@@ -287,7 +287,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _plain_errors(self) -> Iterator[None]:
-        """A disk that is full or cannot be written becomes a UserError; what was written of the save is removed."""
+        """Raise UserError where the disk is full or cannot be written, and remove what was written of the save."""
         try:
             with disk.run_errors(f"the checkpoint {self._folder / str(self._saving)}"):
                 yield
@@ -299,7 +299,7 @@ class Checkpointer:
 
 @dataclasses.dataclass
 class _Best:
-    """Keeps the n checkpoints with the lowest scores. Orbax's own would read every checkpoint's files to know them."""
+    """Keep the n checkpoints with the lowest scores. Orbax's own would read every checkpoint's files to know them."""
 
     n: int
     scores: Mapping[int, float]
@@ -311,7 +311,7 @@ class _Best:
 
 
 def _resumed(state: Any) -> dict[str, Any]:
-    """All but the average, which is an item of its own."""
+    """Return all but the average, which is an item of its own."""
     fields = (field.name for field in dataclasses.fields(state))
     return {name: getattr(state, name) for name in fields if name != "ema_params"}
 
@@ -322,7 +322,7 @@ def _shape(array: Any) -> jax.ShapeDtypeStruct:
 
 @contextlib.contextmanager
 def _owned(workdir: Path) -> Iterator[None]:
-    """`workdir_lock.hold` by the first process, for all; all of them raise UserError where another launch holds it."""
+    """Hold the workdir's lock by the first process, for all; all raise UserError where another launch holds it."""
     with contextlib.ExitStack() as stack:
         refused = ""
         if jax.process_index() == 0:
@@ -336,7 +336,7 @@ def _owned(workdir: Path) -> Iterator[None]:
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    """{dotted path: leaf} in the order of `jax.tree.leaves`."""
+    """Return {dotted path: leaf} in the order of `jax.tree.leaves`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -367,7 +367,7 @@ def _require_same_leaves(
 
 
 def _require_same_frozen(folder: Path, was: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
-    """Raises UserError where a frozen model is not the one of the checkpoint: its latents, or tokens, mean something
+    """Raise UserError where a frozen model is not the one of the checkpoint: its latents, or tokens, mean something
     else. was: {name: sha256}."""
     for name, digest in metadata.get("sha256", {}).items():
         if was.get(name, digest) != digest:
@@ -379,7 +379,7 @@ def _require_same_frozen(folder: Path, was: Mapping[str, str], metadata: Mapping
 
 
 def _of_all_processes(text: str) -> str:
-    """The first text, by process, that is not empty; all processes must call, and all get the same."""
+    """Return the first text, by process, that is not empty; all processes must call, and all get the same."""
     if jax.process_count() == 1:
         return text
     encoded = np.zeros(1024, np.uint8)

@@ -21,7 +21,7 @@ _THREADS = 8  # hashing and reading wait for neither each other nor Python
 
 
 def write(folder: Path) -> None:
-    """Writes FILE for all files of the items in `folder`, each of which is on the disk, not in a cache, afterwards.
+    """Write FILE for all files of the items in `folder`, each of which is on the disk, not in a cache, afterwards.
 
     Raises OSError where the disk is full or a file cannot be read.
     """
@@ -33,7 +33,7 @@ def write(folder: Path) -> None:
 
 
 def damage(folder: Path, items: Iterable[str], share: tuple[int, int] = (0, 1)) -> str:
-    """What is wrong with these items of `folder`, naming item and file; nothing (an empty text) if they are whole.
+    """Return what is wrong with these items of `folder`, by item and file; an empty text if they are whole.
 
     Args:
       share: (i, n): the contents of every n-th file, from the i-th, are read. What is missing or extra is always seen.
@@ -70,7 +70,7 @@ def damage(folder: Path, items: Iterable[str], share: tuple[int, int] = (0, 1)) 
 
 
 def _read(path: Path) -> dict[str, str]:
-    """{name: digest}. Raises ValueError for what `write` cannot have written."""
+    """Return {name: digest}. Raises ValueError for what `write` cannot have written."""
     *lines, end = path.read_text(encoding="utf-8").split("\n")
     matches = [match for line in lines if (match := _LINE.fullmatch(line))]
     if end or len(matches) < len(lines):

@@ -22,6 +22,7 @@ _DO_NOT_MATTER = (
     "data.threads",
     "data.workers",
     "data.augment.on_device",  # the same images, to the bit
+    "data.resident",  # likewise
     "data.log_examples",
     "train.log_every",
 )
@@ -31,7 +32,7 @@ _ABSENT = object()
 
 
 def config_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`config.FIELD: was -> now` for every field that matters, and then what follows from it; empty if none does.
+    """Return `config.FIELD: was -> now` for every field that matters, and what follows from it; empty if none does.
 
     was, now: configs as `configuration.to_json` writes them, perhaps of versions with other fields.
     """
@@ -52,7 +53,7 @@ def config_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def listing_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for every split whose listing, as `SetExamples.fingerprint` tells, is another; empty if none is.
+    """Return a line for every split whose listing, as `SetExamples.fingerprint` tells, is another; empty if none is.
 
     was, now: {split: fingerprint}; what is in only one of them cannot be compared.
     """
@@ -62,7 +63,7 @@ def listing_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 @functools.cache
 def code_version() -> str:
-    """`m2m_jax.__version__`, and the git commit where the package lies in a checkout."""
+    """Return `m2m_jax.__version__`, and the git commit where the package lies in a checkout."""
     root = Path(m2m_jax.__file__).parents[1]
     if not (root / ".git").exists():
         return m2m_jax.__version__

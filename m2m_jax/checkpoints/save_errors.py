@@ -9,7 +9,7 @@ from m2m_jax.core import disk
 
 
 def say_once() -> None:
-    """Keeps from the terminal the traces of a save that failed: Orbax raises the same error to whoever waits for it."""
+    """Keep from the terminal the traces of a save that failed: Orbax raises the same error to whoever waits for it."""
     logging.getLogger("absl").addFilter(_is_news)
     logging.getLogger("asyncio").addFilter(_is_awaited)
     if sys.unraisablehook is sys.__unraisablehook__:

@@ -1,4 +1,4 @@
-"""Reads checkpoints: what is in one, and all of it that sampling needs. `checkpointer.py` writes them, and says how.
+"""Read checkpoints: what is in one, and all of it that sampling needs. `checkpointer.py` writes them, and says how.
 
 Processes that JAX joined must restore together: Orbax has them wait for each other.
 """
@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from m2m_jax.checkpoints import checksums
-from m2m_jax.core.errors import UserError
+from m2m_jax.checkpoints.shipped import is_shipped, load_shipped
+from m2m_jax.core.errors import UserError, one_line
 from m2m_jax.core.parameters import Params
 from m2m_jax.models.frozen import AUTOENCODER, IMAGE_ENCODER, TEXT_ENCODER, FrozenParams
 from m2m_jax.models.trained import PARAMETERS
@@ -44,7 +45,7 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
     Parameters that do not train have no average: they are those of the train state. Nothing else is read.
 
     Args:
-        path: WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP.
+        path: WORKDIR, WORKDIR/checkpoints or WORKDIR/checkpoints/STEP, or a model that ships (`shipped.py`).
         step: which checkpoint; the latest if None.
 
     Raises:
@@ -54,6 +55,9 @@ def load_for_sampling(path: str | Path, step: int | None = None) -> SavedModel:
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint folder {path}; give the --workdir of a training run")
+    if is_shipped(folder):
+        found = SavedModel(*load_shipped(folder))
+        return found._replace(step=choose(folder, [found.step], step))
     if (folder / FOLDER).is_dir():
         folder /= FOLDER
     elif folder.name.isdecimal() and folder.parent.name == FOLDER:
@@ -127,7 +131,7 @@ def read_about(folder: Path, step: int) -> dict[str, Any]:
 
 
 def saved_leaves(folder: Path, item: str) -> dict[str, Any]:
-    """{name: metadata with shape and dtype} of one item."""
+    """Return {name: metadata with shape and dtype} of one item."""
     with _unreadable(folder, item):
         return dict(ocp.StandardCheckpointHandler().metadata(folder / item).items())
 
@@ -143,11 +147,10 @@ def restore(folder: Path, item: str, target: Mapping[str, Any]) -> dict[str, jax
 
 @contextlib.contextmanager
 def _unreadable(folder: Path, item: str) -> Iterator[None]:
-    """The files are what was saved: the disk fails, or another run removes them now."""
+    """Raise UserError where files that are whole cannot be read: the disk fails, or another run removes them."""
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
-        line = " ".join(str(error).split())[:300]
         raise UserError(
-            f"the checkpoint {folder} cannot be read ({item}: {line}); try again, or an older one"
+            f"the checkpoint {folder} cannot be read ({item}: {one_line(error)}); try again, or an older one"
         ) from error

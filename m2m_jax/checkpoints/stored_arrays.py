@@ -46,7 +46,7 @@ def lost(folder: Path, arrays: Mapping[str, Any]) -> str:
 
 
 def _part(index: int, shape: tuple[int, ...], chunks: list[int]) -> str:
-    """The key of the index-th chunk of an array, in row-major order: 0.3 of two axes, 0 of none."""
+    """Return the key of the index-th chunk of an array, in row-major order: 0.3 of two axes, 0 of none."""
     numbers = []
     for size, chunk in reversed(list(zip(shape, chunks, strict=True))):
         index, number = divmod(index, -(-size // chunk))

@@ -91,7 +91,7 @@ def _who(owner: Owner, path: Path) -> str:
 
 
 def _owner(text: bytes) -> Owner | None:
-    """What a lock says; None where it says nothing: a machine that went down may leave an empty file."""
+    """Return what a lock says; None where it says nothing: a machine that went down may leave an empty file."""
     try:
         return Owner(**json.loads(text))
     except (ValueError, TypeError):
@@ -108,7 +108,7 @@ def _replace(file, text: bytes) -> None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator:
-    """The lock's file, open, while no other process looks at it."""
+    """Yield the lock's file, open, while no other process looks at it."""
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             try:
@@ -127,7 +127,7 @@ def _boot() -> str:
 
 
 def _container() -> str:
-    """The space of process numbers, which containers on one machine have each their own of."""
+    """Return the space of process numbers, which containers on one machine have each their own of."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

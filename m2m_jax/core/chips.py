@@ -46,7 +46,7 @@ class Chip:
     options: tuple[tuple[str, str], ...] = ()
 
     def share(self, parts: int) -> Chip:
-        """What each of `parts` devices on one chip has of it."""
+        """Return what each of `parts` devices on one chip has of it."""
         fields: dict[str, Any] = {
             name: value / parts for name, value in dataclasses.asdict(self).items() if isinstance(value, int | float)
         }
@@ -73,12 +73,13 @@ KINDS: dict[str, str] = {
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
 }
-# What a program can have of a GPU's memory is 0.92 of it, as the scripts in launch/ set it. Links: NVLink, of the L4
+# What a program can have of a GPU's memory is 0.92 of it, as core/runtime.py sets it. Links: NVLink, of the L4
 # PCIe. The network: one adapter a GPU, as in NVIDIA's own machines.
 GPUS: dict[str, Chip] = {
     "a100": Chip(312e12, 0.92 * 80 * GIB, 2039e9, 600e9 / 2, 200e9 / 8),  # SXM, 80 GB
     "h100": Chip(989e12, 0.92 * 79.6 * GIB, 3350e9, 900e9 / 2, 400e9 / 8),  # SXM; the PCIe card and the NVL are slower
     "h200": Chip(989e12, 0.92 * 140.4 * GIB, 4800e9, 900e9 / 2, 400e9 / 8),
+    "b200": Chip(2250e12, 0.92 * 178.3 * GIB, 8000e9, 1800e9 / 2, 400e9 / 8),
     "l4": Chip(121e12, 0.92 * 22.5 * GIB, 300e9, 64e9 / 2, None),
 }
 # Beginning of what JAX calls them.
@@ -86,12 +87,13 @@ GPU_KINDS: dict[str, str] = {
     "NVIDIA A100": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
     "NVIDIA L4": "l4",
 }
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """FLOPs a second of one of these devices, which are alike, in bfloat16; None: they are not in the tables."""
+    """Return FLOPs a second of one of these devices, which are alike, in bfloat16; None: they are not in the tables."""
     kind = devices[0].device_kind
     if kind in KINDS:
         chips = {tuple(device.coords) for device in devices}
@@ -102,7 +104,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 
 
 def gpus_of(topology: str) -> tuple[Chip, int] | None:
-    """The GPU of a topology's name and how many a node has ("h100:8"); None: it is no GPU's."""
+    """Return the GPU of a topology's name and how many a node has ("h100:8"); None: it is no GPU's."""
     name, _, count = topology.partition(":")
     if name not in GPUS:
         return None
@@ -112,7 +114,7 @@ def gpus_of(topology: str) -> tuple[Chip, int] | None:
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology's name ("v5p:4x4x4"). Raises UserError where there is none of it in the table."""
+    """Return the chip of a topology's name ("v5p:4x4x4"). Raises UserError where there is none of it in the table."""
     name, _, shape = topology.partition(":")
     if name in CHIPS and shape:
         return CHIPS[name]

@@ -37,7 +37,7 @@ _CODES = (
 
 
 def reason(error: BaseException | None) -> str:
-    """What the disk said, of an error or of what caused it; an empty text where it was not the disk."""
+    """Return what the disk said, of an error or of what caused it; an empty text where it was not the disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _CODES:
             return error.strerror or str(error)
@@ -51,7 +51,7 @@ def reason(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def errors(what: str | Path, more: str = "") -> Iterator[None]:
-    """Makes what the disk says a UserError: `what` cannot be written, why, and `more`."""
+    """Make what the disk says a UserError: `what` cannot be written, why, and `more`."""
     try:
         yield
     except UserError:
@@ -69,7 +69,7 @@ def errors(what: str | Path, more: str = "") -> Iterator[None]:
 
 
 def run_errors(what: str | Path) -> contextlib.AbstractContextManager[None]:
-    """`errors`, for what a run writes."""
+    """Handle `errors` of what a run writes."""
     return errors(what, "; what was saved before is whole, and the run goes on from there when it is started again")
 
 
@@ -98,19 +98,19 @@ def require_plain(path: Path, flag: str) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """What to write in the place of `path`, beside it, and then to `finish`."""
+    """Return what to write in the place of `path`, beside it, and then to `finish`."""
     return path.with_name(f".{path.name}.{_ME}{UNFINISHED}")
 
 
 def finish(aside: Path, path: Path) -> None:
-    """Gives a file its name, once its content is on the disk. Raises OSError."""
+    """Give a file its name, once its content is on the disk. Raises OSError."""
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     aside.replace(path)
 
 
 def sha256(path: Path, flush: bool = False) -> str:
-    """Of a file's content, in hexadecimal. flush: it is on the disk, not in a cache, afterwards. Raises OSError."""
+    """Return a file's SHA-256, in hexadecimal. flush: it is on the disk, not in a cache, afterwards. Raises OSError."""
     with path.open("rb") as file:
         if flush:
             os.fsync(file.fileno())
@@ -118,7 +118,7 @@ def sha256(path: Path, flush: bool = False) -> str:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Of processes that were killed while they wrote what has that name; None: whatever they wrote."""
+    """Remove what processes left that were killed while they wrote what has that name; None: whatever they wrote."""
     leftovers = re.compile(rf"\.{'.*' if name is None else re.escape(name)}\.[^.]+{re.escape(UNFINISHED)}")
     for path in folder.iterdir():
         if not leftovers.fullmatch(path.name):
@@ -131,7 +131,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write, which replaces `path` in the end, or is removed if anything goes wrong. Raises OSError."""
+    """Yield a file to write, which replaces `path` in the end, or is removed if anything goes wrong. Raises OSError."""
     aside = unfinished(path)
     try:
         yield aside
@@ -142,7 +142,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes a file, also where other processes write it alike at the same time. Raises OSError."""
+    """Write a file, also where other processes write it alike at the same time. Raises OSError."""
     for tries_left in reversed(range(_TRIES)):
         try:
             with new_file(path) as aside:
@@ -155,14 +155,14 @@ def write(path: Path, data: bytes) -> None:
 
 
 def require_new(path: Path) -> None:
-    """Raises UserError where there is something already: before work is done that could not be written."""
+    """Raise UserError where there is something already: before work is done that could not be written."""
     if path.exists() or path.is_symlink():
         raise UserError(f"--output={path} exists already; remove it or name another folder")
 
 
 @contextlib.contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, which is removed in the end. Raises OSError."""
+    """Yield a new folder beside `path`, which is removed in the end. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
     aside = unfinished(path)
@@ -175,7 +175,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` in the end, or is removed if anything goes wrong. Raises UserError."""
+    """Yield a folder to fill, which becomes `path` in the end, or is removed if anything fails. Raises UserError."""
     require_new(path)
     with errors(f"--output={path}"), folder_aside(path) as aside:
         yield aside

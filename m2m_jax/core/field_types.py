@@ -11,7 +11,7 @@ _MANY = {int: "whole numbers", float: "finite numbers", str: "texts"}
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type: bool, int, float, str, dict, None, or a union or a tuple of these.
+    """Say whether a value is of a type: bool, int, float, str, dict, None, or a union or a tuple of these.
 
     A whole number is a float, too; a bool is no number. Numbers are finite, and whole ones below 2**53, as in JSON.
     """

@@ -93,7 +93,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether a file of this name is taken for an image."""
+    """Say whether a file of this name is taken for an image."""
     return path.suffix.lower() in SUFFIXES
 
 

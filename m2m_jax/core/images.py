@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from m2m_jax.core import disk
-from m2m_jax.core.errors import UserError
+from m2m_jax.core.errors import UserError, one_line
 
 # What is read. Pillow knows more formats, but some of those start other programs (EPS) or are no pictures.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -44,7 +44,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """A file, a Pillow image or uint8 [h, w, 3] as uint8 [size, size, 3], on white; or a UserError that names it."""
+    """Return a file, a Pillow image or uint8 [h, w, 3] as uint8 [size, size, 3], on white. Raises UserError."""
     if isinstance(source, np.ndarray):
         image = as_pillow(source)
     elif isinstance(source, Image.Image):
@@ -67,7 +67,7 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The content of the file at `path`; a missing or unreadable one is a UserError."""
+    """Return the content of the file at `path`; a missing or unreadable one is a UserError."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder, and one image file is needed")
     try:
@@ -99,7 +99,7 @@ def check_header(path: str | os.PathLike[str]) -> None:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """An encoded image of any mode as a Pillow image in mode RGBA, upright, at its own size.
+    """Return an encoded image of any mode as a Pillow image in mode RGBA, upright, at its own size.
 
     Handles palettes, grey (8 and 16 bit), CMYK, transparency of every kind and the orientation in EXIF.
 
@@ -133,7 +133,7 @@ def _upright_rgba(image: Image.Image, name: str) -> Image.Image:
 
 
 def fit_square(image: Image.Image, size: int) -> np.ndarray:
-    """A Pillow image as uint8 RGBA [size, size, 4]: whole, centred, antialiased, transparent beside it.
+    """Return a Pillow image as uint8 RGBA [size, size, 4]: whole, centred, antialiased, transparent beside it.
 
     The longer side becomes `size`. An image of that size already keeps its pixels.
     """
@@ -151,7 +151,7 @@ def fit_square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def write_png(path: str | os.PathLike[str], image: np.ndarray | Image.Image) -> None:
-    """Writes uint8 [H, W, 3] (or a Pillow image) as PNG; the file appears whole or not at all."""
+    """Write uint8 [H, W, 3] (or a Pillow image) as PNG; the file appears whole or not at all."""
     if not isinstance(image, Image.Image):
         image = as_pillow(image)
     path = pathlib.Path(path)
@@ -167,7 +167,7 @@ def png_bytes(image_hwc: np.ndarray) -> bytes:
 
 
 def as_pillow(image_hwc: np.ndarray) -> Image.Image:
-    """uint8 [H, W, 3] as a Pillow image; anything else is a programming error."""
+    """Return uint8 [H, W, 3] as a Pillow image; anything else is a programming error."""
     image_hwc = np.asarray(image_hwc)
     if image_hwc.dtype != np.uint8 or image_hwc.ndim != 3 or image_hwc.shape[-1] != 3 or not image_hwc.size:
         raise ValueError(f"expected uint8 [H, W, 3], got {image_hwc.dtype} {list(image_hwc.shape)}")
@@ -175,7 +175,7 @@ def as_pillow(image_hwc: np.ndarray) -> Image.Image:
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:
-    """An image whose header was read and whose size is allowed."""
+    """Return an image whose header was read and whose size is allowed."""
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
@@ -236,8 +236,7 @@ def _to_rgba(image: Image.Image, name: str) -> Image.Image:
 
 
 def _damaged(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f"{name}: the image is damaged ({reason}): replace or remove it"
+    return f"{name}: the image is damaged ({one_line(error)}): replace or remove it"
 
 
 def _too_large(name: str, image: Image.Image | None = None) -> str:

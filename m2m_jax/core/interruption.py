@@ -51,7 +51,7 @@ class Interruption:
         os.close(self._pipe)
 
     def requested(self, step: int) -> bool:
-        """Whether to save and stop after this step: all processes call it after every step, and hear the same."""
+        """Say whether to save and stop after this step: all processes call it after every step, and hear the same."""
         if not self._joined:
             return self._terminated or self._presses > 0
         # JAX agrees on the step after the last one that any process has asked about, and says yes at that one alone: a
@@ -62,7 +62,7 @@ class Interruption:
         return self._stopping
 
     def exit_code(self) -> int:
-        """Of a run that stopped as requested: the same on all processes, which must all call it."""
+        """Return the exit code of a run that stopped as requested: the same on all processes, which all must call."""
         pressed = self._presses > 0
         if self._joined:
             pressed = bool(np.any(multihost_utils.process_allgather(np.int32(pressed))))

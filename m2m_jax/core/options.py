@@ -15,39 +15,23 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.fields import MAX_NUMBER, About
 from m2m_jax.core.paths import expand_home
 
-MAX_SEED = 2**32 - 1
+MAX_SEED = MAX_NUMBER
 _KINDS = {int: Integral, float: Real}  # NumPy's numbers are of these, too
 
 
-def option(
-    help: str,
-    default: Any = dataclasses.MISSING,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    choices: Iterable[str] = (),
-) -> Any:
-    """Return a field of an `Options` dataclass.
-
-    Args:
-      help: what it means, for `--help`.
-      default: its value where none is given; without a default one must be given.
-      low, high: limits of a number, both included.
-      choices: the words that a text may be; none: any.
-    """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "low": low, "high": high, "choices": tuple(choices)}
-    )
+def option(help: str, default: Any = dataclasses.MISSING, **about: Any) -> Any:
+    """Return a field of an `Options` dataclass: its help, a default unless one must be given, and more of `About`."""
+    return dataclasses.field(default=default, metadata={"about": About(help, **about)})
 
 
 class Kind(NamedTuple):
@@ -74,6 +58,23 @@ class Options:
     def __post_init__(self):
         for field, kind in fields(type(self)):
             object.__setattr__(self, field.name, _checked(field, kind, getattr(self, field.name)))
+
+    def explicit(self) -> dict[str, Any]:
+        """Return {name: value} of those that are not None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def all_optional(options: type[Options]) -> type[Options]:
+    """Return a class of the same options, each None unless it is given."""
+    hints = get_type_hints(options)
+    optional = [
+        (field.name, hints[field.name] | None, dataclasses.field(default=None, metadata=field.metadata))
+        for field, _ in fields(options)
+    ]
+    namespace = {"__module__": options.__module__}
+    return dataclasses.make_dataclass(
+        f"Chosen{options.__name__}", optional, bases=(Options,), namespace=namespace, frozen=True, kw_only=True
+    )
 
 
 def fields(options: type) -> Iterator[tuple[dataclasses.Field, Kind]]:
@@ -108,13 +109,13 @@ def _checked(field: dataclasses.Field, kind: Kind, value: Any) -> Any:
 
 
 def _checked_one(field: dataclasses.Field, kind: type, value: Any) -> Any:
-    name, about = f"--{field.name}", field.metadata
+    name, about = f"--{field.name}", field.metadata["about"]
     if kind is Path:
         if value is not None and str(value):
             return expand_home(value)
         if field.default is not dataclasses.MISSING:
             return None
-        raise UserError(f"{name} is empty: {about['help']}")
+        raise UserError(f"{name} is empty: {about.help}")
     if value is None and field.default is None:
         return None
     if kind is float and isinstance(value, str | int):
@@ -124,10 +125,5 @@ def _checked_one(field: dataclasses.Field, kind: type, value: Any) -> Any:
             raise UserError(f"{name}={value}: {error}") from None
     if not isinstance(value, _KINDS.get(kind, kind)):
         raise UserError(f"{name} is {value!r:.80}; it takes a value of type {kind.__name__}")
-    low, high = about["low"], about["high"]
-    if kind in (int, float) and not low <= value <= high:
-        limits = f"at least {low:.10g}" if math.isinf(high) else f"between {low:.10g} and {high:.10g}"
-        raise UserError(f"{name} must be {limits}, not {value}")
-    if about["choices"] and value not in about["choices"]:
-        raise UserError(f"{name} must be one of {', '.join(about['choices'])}, not {value!r}")
+    about.check(value, name)
     return value

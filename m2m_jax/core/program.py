@@ -87,11 +87,12 @@ def define_flags(kind: type[T], renamed: Mapping[str, str] | None = None) -> Cal
 def _define(name: str, field: dataclasses.Field, kind: options.Kind) -> flags.FlagHolder:
     required = field.default is dataclasses.MISSING
     default: Any = None if required else str(field.default) if isinstance(field.default, Path) else field.default
-    help = f"{field.metadata['help']}{' Must be given.' * required}"
+    about = field.metadata["about"]
+    help = f"{about.help}{' Must be given.' * required}"
     if kind.several:
         return flags.DEFINE_list(name, default and list(default), help, required=required)
-    if field.metadata["choices"]:
-        return flags.DEFINE_enum(name, default, list(field.metadata["choices"]), help, required=required)
+    if about.choices and not isinstance(about.choices, str):  # a table is too slow to import for --help
+        return flags.DEFINE_enum(name, default, list(about.words), help, required=required)
     numbers: dict[Any, Callable[..., flags.FlagHolder]] = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
@@ -112,7 +113,7 @@ def command_line(module: str, without: Sequence[str] = ()) -> str:
 
 
 def _refused_by_jax(error: Exception) -> bool:
-    """Whether JAX could not be imported for a variable of the environment: it leaves half of its modules."""
+    """Say whether JAX could not be imported for a variable of the environment: it leaves half of its modules."""
     return isinstance(error, ValueError) and "jax._src" in sys.modules and "jax" not in sys.modules
 
 

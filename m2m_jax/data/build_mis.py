@@ -1,4 +1,4 @@
-"""Makes image sets from captions: each set is one caption, drawn again and again from other noise ("MIS").
+"""Make image sets from captions: each set is one caption, drawn again and again from other noise ("MIS").
 
     python -m m2m_jax.data.build_mis --captions=captions.tsv --generator=stable-diffusion-2-1-base --output=data \
         --guidance_scale=7.5

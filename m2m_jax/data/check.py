@@ -1,4 +1,4 @@
-"""Reads a whole data set, every image of it, and says what is wrong with it.
+"""Read a whole data set, every image of it, and say what is wrong with it.
 
     python -m m2m_jax.data.check DIR
     python -m m2m_jax.data.check --config configs/emoji.py --config.data.name=folder --config.data.path=DIR

@@ -53,7 +53,7 @@ def configured_sources(config: Config) -> list[RecordSource]:
 
 
 def _in_order(pool: concurrent.futures.Executor, most: int, source: RecordSource, wanted: int) -> Iterator[SetReport]:
-    """The reports of all sets, so many of them made ahead: not all thumbnails have to fit into memory."""
+    """Yield the reports of all sets, so many of them made ahead: not all thumbnails have to fit into memory."""
     ahead: collections.deque[concurrent.futures.Future] = collections.deque()
     for index in range(len(source.kinds)):
         ahead.append(pool.submit(inspect_set, source, index, wanted))
@@ -72,7 +72,7 @@ class _Sheet:
         self._good: list[SetReport] = []
 
     def add(self, number: int, total: int, report: SetReport) -> None:
-        """number: of this report, from 1, of `total`."""
+        """Add a report. number: of it, from 1, of `total`."""
         if report.problems and len(self._bad) < self._num_sets:
             self._bad.append(report)
         elif not report.problems and number * self._num_sets // total > (number - 1) * self._num_sets // total:

@@ -1,4 +1,4 @@
-"""Writes captions to make image sets from: recombined annotations of emoji, see `emoji/recombination.py`.
+"""Write captions to make image sets from: recombined annotations of emoji, see `emoji/recombination.py`.
 
     python -m m2m_jax.data.emoji_captions --output=data/emoji_captions.txt --num_captions=2400
 

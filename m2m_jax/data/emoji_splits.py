@@ -1,4 +1,4 @@
-"""Makes the emoji splits again: python -m m2m_jax.data.emoji_splits --packages=data/npm
+"""Make the emoji splits again: python -m m2m_jax.data.emoji_splits --packages=data/npm
 
 Writes, beside the code that reads them, `emoji/subjects.tsv`: the subjects of all families of `emoji/hands.py` with
 their splits, and `emoji/moved_subjects.txt`: those subjects of `emoji/subjects.py` whose split changes so that nothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from m2m_jax.data.augmentation import SetAugmentation
 from m2m_jax.data.choose import Chooser, Stream, drop_tags
 from m2m_jax.data.fetch import HostFetch
 from m2m_jax.data.records import BadRecord
+from m2m_jax.data.resident import ResidentImages
 from m2m_jax.data.source import RecordSource, open_source
 
 # With data.on_error=skip: so many sets are tried in the place of a damaged one, and so many are told of.
@@ -27,37 +29,19 @@ def open_examples(
     *,
     split: str,
     seed: int,
-    augment: bool = True,
-    whole_captions: bool = False,
-    tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
-    with_images: bool = False,
-    in_step: bool = False,
     attributes: Mapping[str, int] = MappingProxyType({}),
+    **how: Any,
 ) -> SetExamples:
     """Open the examples of a split of the data set that `config`, the `data` part of a configuration, names.
 
     Args:
-      augment: False composites on white, leaves captions whole, and does nothing else.
-      whole_captions: no tag is dropped, also where images are augmented: those of held-out sets.
-      tokenizer: captions to ids, int32 [captions, s], where they are wanted.
-      with_images: images are wanted also where `config` names latents.
-      in_step: with data.augment.on_device, images are left for `transform.finish` in the step to augment.
       attributes: {name: numbers an image} that the source must have.
+      how: further arguments of `SetExamples`.
 
     Raises:
       UserError: the data cannot be used as the configuration asks.
     """
-    examples = SetExamples(
-        open_source(config, split),
-        config,
-        split=split,
-        seed=seed,
-        augment=augment,
-        whole_captions=whole_captions,
-        tokenizer=tokenizer,
-        with_images=with_images,
-        in_step=in_step,
-    )
+    examples = SetExamples(open_source(config, split), config, split=split, seed=seed, **how)
     examples.require_attributes(attributes)
     return examples
 
@@ -66,7 +50,7 @@ class SetExamples:
     """Example i of a split, for any i: a dict of arrays, whose names `loader.batched_name` turns into a batch's.
 
     images_nhwc: uint8 [N, S, S, 3], where images are wanted; or, where the step augments them, rgba_nhwc, uint8
-      [N, S, S, 4], and augmentation_s, int32 [p];
+      [N, S, S, 4], or place_n, int32 [N], in `resident`; and augmentation_s, int32 [p];
     latents_nhwc: float32 [N, h, w, c], where the source gives latents;
     token_ids_ns: int32 [N, s], with a tokenizer: of each image's caption or, where there is none, its set's;
     attribute_NAME_nc: float32 [N, c], of each attribute of the source;
@@ -78,6 +62,7 @@ class SetExamples:
 
     Attributes:
       split: its name.
+      resident: the images that the devices have to hold, where the step picks its own; else None.
 
     Example:
         examples = open_examples(config.data, split="train", seed=0)
@@ -91,13 +76,24 @@ class SetExamples:
         *,
         split: str,
         seed: int,
-        augment: bool,
+        augment: bool = True,
         whole_captions: bool = False,
         tokenizer: Callable[[Sequence[str]], np.ndarray] | None = None,
         with_images: bool = False,
         in_step: bool = False,
     ):
-        """See `open_examples`."""
+        """
+        Args:
+          augment: False composites on white, leaves captions whole, and does nothing else.
+          whole_captions: no tag is dropped, also where images are augmented: those of held-out sets.
+          tokenizer: captions to ids, int32 [captions, s], where they are wanted.
+          with_images: images are wanted also where `config` names latents.
+          in_step: with data.augment.on_device, images are left for `transform.finish` in the step to augment; with
+            data.resident, to pick, too.
+
+        Raises:
+          UserError: the data cannot be used as the configuration asks.
+        """
         if config.images_per_set < 1:
             raise UserError(f"data.images_per_set={config.images_per_set}: must be at least 1")
         self._latents = reads_latents(config)
@@ -115,6 +111,10 @@ class SetExamples:
         self._augmentation = None
         if augment and config.augment.enabled:
             self._augmentation = build(SetAugmentation, config.augment)
+        self.resident = None
+        if in_step and self._images and config.resident:
+            self.resident = ResidentImages(source, config.image_size, self._chooser.usable, config.threads)
+            self._augmentation = self._augmentation or SetAugmentation()  # which changes nothing
         self._in_step = in_step and self._augmentation is not None and config.augment.on_device
         self._tokenizer = tokenizer
         self._tag_dropout = config.caption_tag_dropout if augment and not whole_captions else 0.0
@@ -161,7 +161,7 @@ class SetExamples:
         return [one.caption or one.set_id for one in sets]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Raises BadRecord, or, with data.on_error=skip, UserError where all substitutes are damaged, too."""
+        """Raise BadRecord, or, with data.on_error=skip, UserError where all substitutes are damaged, too."""
         index = int(index)
         first_error = None
         for attempt in range(_MAX_SUBSTITUTES + 1):
@@ -184,12 +184,12 @@ class SetExamples:
         )
 
     def _content(self, index: int, record: int, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Raises BadRecord."""
+        """Raise BadRecord."""
         content: dict[str, np.ndarray] = {}
         if self._latents:
             content["latents_nhwc"] = self._fetch.latents(record, images)
         if self._images:
-            content |= self._pixels(index, self._fetch.images(record, images))
+            content |= self._pixels(index, record, images)
         if self._tokenizer is not None:
             rng = self._chooser.rng(Stream.CAPTION, index)
             captions = self._fetch.captions(record, images)
@@ -197,10 +197,13 @@ class SetExamples:
         attributes = self._fetch.attributes(record, images)
         return content | {f"attribute_{name}_nc": values for name, values in attributes.items()}
 
-    def _pixels(self, index: int, rgba_nhwc: np.ndarray) -> dict[str, np.ndarray]:
+    def _pixels(self, index: int, record: int, images: np.ndarray) -> dict[str, np.ndarray]:
         if self._augmentation is None:
-            return {"images_nhwc": on_white(rgba_nhwc)}
+            return {"images_nhwc": on_white(self._fetch.images(record, images))}
         parameters = self._augmentation.draw(self._chooser.rng(Stream.AUGMENTATION, index), self._image_size)
+        if self.resident is not None:
+            return {"place_n": self.resident.places(record, images), "augmentation_s": parameters}
+        rgba_nhwc = self._fetch.images(record, images)
         if self._in_step:
             return {"rgba_nhwc": rgba_nhwc, "augmentation_s": parameters}
         return {"images_nhwc": transform.augment(rgba_nhwc, parameters)}

@@ -1,4 +1,4 @@
-"""Writes image sets as a folder of folders of PNGs, as `m2m_jax.sample --sets` and `data.name=folder` read them.
+"""Write image sets as a folder of folders of PNGs, as `m2m_jax.sample --sets` and `data.name=folder` read them.
 
     python -m m2m_jax.data.export --config configs/emoji.py:demo --split=test --num_sets=12 --output=runs/demo/test_sets
 

@@ -22,7 +22,7 @@ _RECORDS_KEPT = 32  # more than there are threads, data.threads
 
 
 class HostFetch:
-    """Reads and decodes, and keeps what was read last. All methods raise BadRecord for what is damaged.
+    """Read and decode records, and keep what was read last. All methods raise BadRecord for what is damaged.
 
     Example:
         fetch = HostFetch(source, image_size=32)

@@ -37,7 +37,7 @@ class SetReport:
 
 
 def inspect_set(source, index: int, wanted: int) -> SetReport:
-    """Reads record `index` of a `pipeline.RecordSource` and decodes every image of it. wanted: images, at least."""
+    """Read record `index` of a `pipeline.RecordSource` and decode every image of it. wanted: images, at least."""
     try:
         record = source[index]
     except BadRecord as error:
@@ -104,7 +104,7 @@ class Summary:
         self._ids: dict[str, str] = {}
 
     def add(self, source: str, report: SetReport) -> None:
-        """source: the split, for messages."""
+        """Add a report. source: the split, for messages."""
         self.sets += 1
         self.images += report.num_images
         self.num_bytes += report.num_bytes
@@ -124,7 +124,7 @@ class Summary:
             self.problems[problem] = self.problems.get(problem, 0) + 1
 
     def text(self, max_problems: int) -> str:
-        """The report, problems last."""
+        """Return the report, problems last."""
         lines = [f"{self.sets} sets, {self.images} images, {self.num_bytes / 1e6:.1f} MB"]
         width = max([len(source) for source, _ in self._kinds], default=0)
         for (source, kind), (sets, images) in self._kinds.items():

@@ -11,7 +11,7 @@ from m2m_jax.models.autoencoder import AutoencoderConfig
 
 
 def require_autoencoder(data: Data, folder: str, config: AutoencoderConfig, params: Params) -> None:
-    """Raises UserError if `config.data` names latents that were not made by the autoencoder in `folder`."""
+    """Raise UserError if `config.data` names latents that were not made by the autoencoder in `folder`."""
     if not reads_latents(data):
         return
     used = precomputed.describe_autoencoder(config, params)

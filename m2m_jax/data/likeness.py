@@ -10,7 +10,7 @@ _ROWS_AT_ONCE = 2048
 
 
 def shapes(images_nhwc: np.ndarray) -> np.ndarray:
-    """Describes images by their shapes: unit vectors whose inner products are correlations of luminance.
+    """Describe images by their shapes: unit vectors whose inner products are correlations of luminance.
 
     A rotation of hue keeps luminance, and zero mean and unit norm forget contrast and ground: a red heart and a green
     one have the same shape. What has one luminance all over has none, and is like nothing.
@@ -24,17 +24,17 @@ def shapes(images_nhwc: np.ndarray) -> np.ndarray:
 
 
 def likeness(images_nhwc: np.ndarray, others_mhwc: np.ndarray) -> np.ndarray:
-    """Correlates the shapes of images with those of others and of their mirror images: float32 [n, m], at most 1."""
+    """Correlate the shapes of images with those of others and of their mirror images: float32 [n, m], at most 1."""
     return likeness_to(images_nhwc, shapes(others_mhwc))
 
 
 def likeness_to(images_nhwc: np.ndarray, shapes_md: np.ndarray) -> np.ndarray:
-    """Does the same where the others' shapes are there already."""
+    """Do the same where the others' shapes are there already."""
     return np.maximum(shapes(images_nhwc) @ shapes_md.T, shapes(images_nhwc[:, :, ::-1]) @ shapes_md.T)
 
 
 def like_pairs(images_nhwc: np.ndarray, threshold: float = COPY) -> Iterator[tuple[int, int]]:
-    """Yields pairs (i, j), i < j, of images whose likeness is above the threshold, in blocks that fit into memory.
+    """Yield pairs (i, j), i < j, of images whose likeness is above the threshold, in blocks that fit into memory.
 
     images_nhwc: uint8 [n, h, w, 3], on one ground.
     """
@@ -50,7 +50,7 @@ def like_pairs(images_nhwc: np.ndarray, threshold: float = COPY) -> Iterator[tup
 
 
 def without_copies(images_nhwc: np.ndarray, threshold: float = COPY) -> list[int]:
-    """Chooses images of which none is a copy of another: each that is none of one chosen before. Returns indices."""
+    """Choose images of which none is a copy of another: each that is none of one chosen before. Returns indices."""
     likeness_nn = likeness(images_nhwc, images_nhwc)
     chosen: list[int] = []
     for i in range(len(images_nhwc)):

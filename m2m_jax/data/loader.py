@@ -16,7 +16,7 @@ from m2m_jax.data.examples import SetExamples
 
 # What of a batch says what it is. It stays on the host; all else is what a step computes with.
 BOOKKEEPING = ("example_index_b", "record_index_b", "substituted_b")
-_AXES = {"nhwc", "nc", "ns", "s"}  # that end the names of an example's arrays
+_AXES = {"nhwc", "nc", "ns", "n", "s"}  # that end the names of an example's arrays
 _ENDLESS = 2**48  # number of examples: more than any run takes
 
 

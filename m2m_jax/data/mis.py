@@ -15,21 +15,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import unicodedata
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.data import records
+from m2m_jax.data.descriptions import MAX_SIDE, is_whole, read_description
 from m2m_jax.data.shards import count_records
+from m2m_jax.data.splits import SPLITS
 
 VERSION = 1
 KIND = "mis"  # of every record
-SPLITS = ("train", "validation", "test")
 TFDS_VERSION = "1.0.0"
 BUILD, MANIFEST = "build.json", "manifest.json"
-_MAX_SIDE = 2**16  # of images and latents, pixels
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,20 +121,20 @@ class Manifest:
     splits: dict[str, list[ShardReport]]
 
     def num_images(self, split: str) -> list[int]:
-        """Of each record of a split."""
+        """Return the number of images of each record of a split."""
         return [count for shard in self.splits[split] for count in shard.num_images]
 
     def check(self) -> None:
-        """Raises ValueError for what `build_mis` does not write, of what reading depends on."""
+        """Raise ValueError for what `build_mis` does not write, of what reading depends on."""
         for split, reports in self.splits.items():
             names = [shard_name(split, number, len(reports)) for number in range(len(reports))]
             if split not in SPLITS or [report.name for report in reports] != names:
                 raise ValueError(f"shards of {split!r}")
-            if not all(_whole(x, 1, records.MAX_IMAGES_PER_RECORD) for x in self.num_images(split)):
+            if not all(is_whole(x, 1, records.MAX_IMAGES_PER_RECORD) for x in self.num_images(split)):
                 raise ValueError(f"num_images of {split}")
         values = self.settings
         shape, dtype = values["latent_shape"], values["latents_dtype"]
-        if len(shape) != 3 or not all(_whole(x, 1, _MAX_SIDE) for x in (values["image_size"], *shape)):
+        if len(shape) != 3 or not all(is_whole(x, 1, MAX_SIDE) for x in (values["image_size"], *shape)):
             raise ValueError("image_size, latent_shape")
         if values["store"] not in records.STORES or dtype not in (None, *records.LATENT_DTYPES):
             raise ValueError("store, latents_dtype")
@@ -142,25 +143,27 @@ class Manifest:
 
 
 def shard_name(split: str, number: int, count: int) -> str:
-    """The file, as TFDS wants it to be called."""
+    """Return the name of the file, as TFDS wants it."""
     return f"mis-{split}.array_record-{number:05d}-of-{count:05d}"
 
 
 def folder(directory: str | Path) -> Path:
-    """Where TFDS looks for it."""
+    """Return where TFDS looks for the data set."""
     return Path(directory) / "mis" / TFDS_VERSION
 
 
 def digest(caption: str) -> int:
-    """64 bits of a caption, the same for those that count as duplicates. Among 12 million captions the
-    chance that any two that differ agree is 4 in a million."""
+    """Return 64 bits of a caption, the same for those that count as duplicates.
+
+    Among 12 million captions the chance that any two that differ agree is 4 in a million.
+    """
     if not caption.isascii():
         caption = " ".join(unicodedata.normalize("NFKC", caption).split())
     return int.from_bytes(hashlib.blake2b(caption.casefold().encode(), digest_size=8).digest(), "little")
 
 
 def split_of(caption: str, validation_share: float, test_share: float) -> str:
-    """By a hash, in which captions that count as duplicates agree: no split has seen another's."""
+    """Name the split of a caption, by a hash that duplicates share: no split has seen another's."""
     place = digest(caption) / 2**64
     if place < validation_share:
         return "validation"
@@ -168,7 +171,7 @@ def split_of(caption: str, validation_share: float, test_share: float) -> str:
 
 
 def is_done(directory: str | Path, shard: Shard) -> bool:
-    """Whether the shard is there and whole; its records are counted, and not read."""
+    """Say whether the shard is there and whole; its records are counted, and not read."""
     path = folder(directory) / shard.name
     try:
         report = read_report(directory, shard)
@@ -179,51 +182,38 @@ def is_done(directory: str | Path, shard: Shard) -> bool:
 
 
 def read_build(directory: str | Path) -> Build:
-    """What is built there. Raises UserError where nothing is."""
+    """Return what is built there. Raises UserError where nothing is."""
     return _read(folder(directory) / BUILD, Build)
 
 
 def read_report(directory: str | Path, shard: Shard) -> ShardReport:
-    """Of a shard that is done. Raises UserError where it is not."""
+    """Return the report of a shard that is done. Raises UserError where it is not."""
     return _read(report_path(directory, shard), ShardReport)
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """Raises UserError where there is no finished data set."""
+    """Return what is there. Raises UserError where there is no finished data set."""
     path = folder(directory) / MANIFEST
     if not path.exists() and (folder(directory) / BUILD).exists():
         command = read_build(directory).command
         raise UserError(f"{path.parent} is not finished: go on with {command}")
-    manifest = _read(path, Manifest)
-    try:
-        splits = {split: [ShardReport(**report) for report in reports] for split, reports in manifest.splits.items()}
-        manifest = dataclasses.replace(manifest, splits=splits)
-        manifest.check()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r:.200}); build it again") from error
-    return manifest
+    return _read(path, _make_manifest)
 
 
 def report_path(directory: str | Path, shard: Shard) -> Path:
-    """Of the file that describes a shard."""
+    """Return the path of the file that describes a shard."""
     return folder(directory) / f"{shard.name}.json"
 
 
-def _read(path: Path, cls: type) -> Any:
+def _read(path: Path, make: Callable[..., T]) -> T:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("version", VERSION) != VERSION:
-            raise UserError(f"{path} is of version {values['version']!r}, not {VERSION}: build it again")
-        return cls(**values)
-    except (FileNotFoundError, NotADirectoryError):
+        return read_description(path, make, VERSION, "build it again")
+    except FileNotFoundError:
         raise UserError(f"{path} is missing: make the data set with python -m m2m_jax.data.build_mis") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({error!r:.200}); build it again") from error
 
 
-def _whole(value: Any, low: int, high: int) -> bool:
-    return type(value) is int and low <= value <= high
+def _make_manifest(splits: Mapping[str, list], **others: Any) -> Manifest:
+    reports = {split: [ShardReport(**report) for report in shards] for split, shards in splits.items()}
+    manifest = Manifest(splits=reports, **others)
+    manifest.check()
+    return manifest

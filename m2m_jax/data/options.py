@@ -36,13 +36,16 @@ class SetExport(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EmojiDrawing(Options):
-    """Which emoji data set is made, and where."""
+class Drawing(Options):
+    """Which data set of installed artwork is made, and where."""
 
+    name: str = option("Which: data.name.", "emoji", choices=("emoji", "emoji_hands", "cards"))
     size: int = option("Side of the images, pixels.", 32)
     directory: Path = option("Where prepared data sets live: data.directory.", Path("data"))
-    hands: bool = option("Whether it is the data set of many hands.", False)
-    packages: Path = option("Folder of npm packages, read with --hands.", Path("data/npm"))
+    packages: Path | None = option(
+        "Folder of the packages that hold the artwork: data/npm for emoji_hands, data/debian for cards if not given.",
+        None,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

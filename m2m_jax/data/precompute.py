@@ -1,4 +1,4 @@
-"""Encodes a data set once: training then reads latents and needs no pass through the encoder.
+"""Encode a data set once: training then reads latents and needs no pass through the encoder.
 
     python -m m2m_jax.data.precompute --config configs/emoji.py --split=train --output=data/latents
     python -m m2m_jax.data.precompute --config configs/emoji.py --split=validation --output=data/latents

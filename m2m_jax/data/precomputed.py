@@ -20,13 +20,12 @@ from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, fingerprint
 from m2m_jax.data import records
+from m2m_jax.data.descriptions import MAX_SIDE, is_whole, read_description
 from m2m_jax.data.record_writer import RecordWriter
-from m2m_jax.data.records import BadRecord
 from m2m_jax.data.shards import ShardRecords
 from m2m_jax.models.autoencoder import AutoencoderConfig
 
 VERSION = 1
-_MAX_SIDE = 2**16  # of images and latents, pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +61,24 @@ class Manifest:
         return -(-len(self.kinds) // self.records_per_shard)
 
     def check(self) -> None:
-        """Raises ValueError for values that `precompute` does not write."""
-        if not all(_whole(x, 1, records.MAX_IMAGES_PER_RECORD) for x in _items(self.num_images)):
+        """Raise ValueError for values that `precompute` does not write."""
+        if not all(is_whole(x, 1, records.MAX_IMAGES_PER_RECORD) for x in _items(self.num_images)):
             raise ValueError("num_images")
         if not all(isinstance(kind, str) for kind in _items(self.kinds)) or len(self.kinds) != len(self.num_images):
             raise ValueError("kinds")
-        if len(_items(self.latent_shape)) != 3 or not all(_whole(x, 1, _MAX_SIDE) for x in self.latent_shape):
+        if len(_items(self.latent_shape)) != 3 or not all(is_whole(x, 1, MAX_SIDE) for x in self.latent_shape):
             raise ValueError("latent_shape")
-        if not _whole(self.image_size, 1, _MAX_SIDE) or not _whole(self.records_per_shard, 1, 2**48):
+        if not is_whole(self.image_size, 1, MAX_SIDE) or not is_whole(self.records_per_shard, 1, 2**48):
             raise ValueError("image_size, records_per_shard")
         if type(self.has_images) is not bool:
             raise ValueError("has_images")
         if self.latent_dtype not in records.LATENT_DTYPES or not isinstance(self.autoencoder, dict):
             raise ValueError("latent_dtype, autoencoder")
-        if not isinstance(self.attributes, dict) or not all(_whole(x, 1, 2**16) for x in self.attributes.values()):
+        if not isinstance(self.attributes, dict) or not all(is_whole(x, 1, 2**16) for x in self.attributes.values()):
             raise ValueError("attributes")
 
     def shard_records(self, shard: int) -> range:
-        """The records of one shard."""
+        """Return the records of one shard."""
         first = shard * self.records_per_shard
         return range(first, min(first + self.records_per_shard, len(self.kinds)))
 
@@ -98,7 +97,7 @@ class PrecomputedRecords(ShardRecords):
                 f"data.path={directory!r} holds latents of images of {manifest.image_size} px: "
                 f"set --config.data.image_size={manifest.image_size}, not {image_size}"
             )
-        self._latent_shape, self.has_images = tuple(manifest.latent_shape), manifest.has_images
+        self.has_images = manifest.has_images
         super().__init__(
             f"{directory} ({split})",
             [shard_path(directory, split, i, manifest.num_shards) for i in range(manifest.num_shards)],
@@ -110,43 +109,31 @@ class PrecomputedRecords(ShardRecords):
             split=split,
             version=json.dumps([manifest.autoencoder, manifest.latent_dtype, manifest.has_images]),
             attributes=manifest.attributes,
+            latent_shape=tuple(manifest.latent_shape),
         )
-
-    def __getitem__(self, index: int) -> records.ImageSetRecord:
-        record = super().__getitem__(index)
-        expected = (self.num_images[index], *self._latent_shape)
-        found = None if record.latents is None else record.latents.shape
-        if found != expected:
-            raise BadRecord(f"{record.origin}, set {record.set_id!r}: its latents are {found}, not {expected}")
-        return record
 
 
 def read_manifest(directory: str | Path, split: str) -> Manifest:
-    """The manifest of a split. Raises UserError where there is none that can be read."""
+    """Return the manifest of a split. Raises UserError where there is none that can be read."""
     path = manifest_path(directory, split)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["version"] != VERSION:
-            raise UserError(f"{path} is of version {values['version']!r}, not {VERSION}: precompute the latents again")
-        manifest = Manifest(**values)
-        manifest.check()
-        return manifest
-    except (FileNotFoundError, NotADirectoryError):
+        return read_description(path, _make_manifest, VERSION, "precompute the latents again")
+    except FileNotFoundError:
         found = sorted(p.name for p in Path(directory).glob(manifest_path("", "*").name))
         remedy = f"it has {', '.join(found)}" if found else "make them with python -m m2m_jax.data.precompute"
         raise UserError(
             f"data.path={str(directory)!r} holds no precomputed latents of split {split!r}: {remedy}"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({error}): precompute the latents again") from error
+
+
+def _make_manifest(**values: Any) -> Manifest:
+    manifest = Manifest(**values)
+    manifest.check()
+    return manifest
 
 
 def write_manifest(directory: Path, split: str, manifest: Manifest) -> None:
-    """Writes the manifest, whole or not at all.
+    """Write the manifest, whole or not at all.
 
     One that is there already stays as it is. UserError where it says that the shards beside it are others.
     """
@@ -170,7 +157,7 @@ def write_manifest(directory: Path, split: str, manifest: Manifest) -> None:
 
 
 def write_shard(path: Path, image_sets: Iterable[records.ImageSetRecord]) -> None:
-    """Writes one shard, whole or not at all; the same records make the same bytes."""
+    """Write one shard, whole or not at all; the same records make the same bytes."""
     with RecordWriter(path) as writer:
         for record in image_sets:
             writer.write(serialize(record))
@@ -185,7 +172,7 @@ def shard_path(directory: str | Path, split: str, shard: int, num_shards: int) -
 
 
 def describe_autoencoder(config: AutoencoderConfig, params: Params) -> dict:
-    """{"config": its architecture and scaling factor, "sha256": of all its weights}; what JSON holds."""
+    """Return {"config": its architecture and scaling factor, "sha256": of all its weights}; what JSON holds."""
     return {"config": json.loads(json.dumps(dataclasses.asdict(config))), "sha256": fingerprint(params)}
 
 
@@ -200,7 +187,3 @@ def _items(values: Any) -> list:
     if not isinstance(values, list):
         raise ValueError(f"{values!r:.40} is no list")
     return values
-
-
-def _whole(value: Any, low: int, high: int) -> bool:
-    return type(value) is int and low <= value <= high

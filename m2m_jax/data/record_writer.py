@@ -1,4 +1,4 @@
-"""Writes one array_record file, whole or not at all; the same records make the same bytes."""
+"""Write one array_record file, whole or not at all; the same records make the same bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RecordWriter:
     """Call `finish`, or `abandon` if anything went wrong; as a context manager it does so itself."""
 
     def __init__(self, path: Path):
-        """Raises UserError, as all methods do, where the disk is full or cannot be written."""
+        """Raise UserError, as all methods do, where the disk is full or cannot be written."""
         self._path, self._aside = path, disk.unfinished(path)
         with disk.errors(path):
             disk.remove_leftovers(path.parent, path.name)
@@ -27,7 +27,7 @@ class RecordWriter:
             self._writer.write(serialized)
 
     def finish(self) -> None:
-        """Gives the file its name. Raises UserError where another process began it, too."""
+        """Give the file its name. Raises UserError where another process began it, too."""
         with disk.errors(self._path):
             self._writer.close()
             try:
@@ -38,7 +38,7 @@ class RecordWriter:
                 ) from None
 
     def abandon(self) -> None:
-        """Leaves nothing."""
+        """Leave nothing."""
         with contextlib.suppress(RuntimeError):
             self._writer.close()
         with contextlib.suppress(OSError):

@@ -78,7 +78,7 @@ class ImageSetRecord:
         return len(self.images) if self.images else (0 if self.latents is None else len(self.latents))
 
     def image_name(self, index: int) -> str:
-        """What messages call one of its images."""
+        """Return what messages call one of its images."""
         return self.files[index] if self.files else f"{self.origin}, set {self.set_id!r}, image {index}"
 
 
@@ -133,7 +133,7 @@ def encode_record(record: ImageSetRecord) -> dict:
 
 
 def decode_record(example: dict, *, origin: str) -> ImageSetRecord:
-    """A TFDS example -> ImageSetRecord.
+    """Return a TFDS example as an ImageSetRecord.
 
     origin: where the example was read, for messages. Raises BadRecord naming origin and set.
     """
@@ -210,7 +210,7 @@ def check_attributes(record: ImageSetRecord, where: str) -> None:
 
 
 def _check(record: ImageSetRecord, where: str) -> None:
-    """Refuses records that no reader could use. `where` opens the message."""
+    """Refuse records that no reader could use. `where` opens the message."""
     if record.num_images == 0:
         raise BadRecord(f"{where}: empty, neither images nor latents")
     if record.num_images > MAX_IMAGES_PER_RECORD:

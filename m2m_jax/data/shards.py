@@ -15,11 +15,12 @@ import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import EllipsisType
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from m2m_jax.core.errors import UserError
+from m2m_jax.core.errors import UserError, one_line
 from m2m_jax.data import records
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.source import RecordSource
@@ -51,6 +52,7 @@ class ShardRecords(RecordSource):
         split: str = "",
         version: str = "",
         attributes: Mapping[str, int] | None = None,
+        latent_shape: tuple[int, ...] | EllipsisType | None = ...,
     ):
         """
         Args:
@@ -61,6 +63,7 @@ class ShardRecords(RecordSource):
           split: the name of the split.
           version: of the content, for the fingerprint.
           attributes: see `RecordSource`.
+          latent_shape: of each image's latents, which records must hold; None: they must hold none; ...: any.
         """
         if not sum(counts) == len(kinds) == len(num_images):
             raise UserError(
@@ -69,7 +72,7 @@ class ShardRecords(RecordSource):
             )
         self.name, self.split, self.kinds, self.num_images = name, split, kinds, num_images
         self._paths, self._remedy = list(paths), remedy
-        self.attributes = dict(attributes or {})
+        self.attributes, self._latent_shape = dict(attributes or {}), latent_shape
         self._features = records.features(attributes=bool(self.attributes))
         listing = hashlib.sha256(json.dumps([version, list(counts), self.attributes]).encode())
         listing.update("\n".join(kinds).encode())
@@ -95,7 +98,7 @@ class ShardRecords(RecordSource):
         self.__dict__.update(state, _lock=threading.Lock())
 
     def __getitem__(self, index: int) -> records.ImageSetRecord:
-        """Raises BadRecord, which names the file, the record in it and, where it can be read, the set."""
+        """Raise BadRecord, which names the file, the record in it and, where it can be read, the set."""
         shard = bisect_right(self._ends, index)
         place = index - (self._ends[shard - 1] if shard else 0)
         if shard in self.faults:
@@ -106,11 +109,11 @@ class ShardRecords(RecordSource):
         except (RuntimeError, IndexError, ValueError) as error:
             with self._lock:  # a reader that failed may not read on
                 self._readers.pop(shard, None)
-            raise BadRecord(f"{origin}: damaged ({_one_line(error)}); {self._remedy}") from error
+            raise BadRecord(f"{origin}: damaged ({one_line(error)}); {self._remedy}") from error
         try:
             example = self._features.deserialize_example_np(serialized)
         except Exception as error:  # of protobuf, TFDS or NumPy, whichever comes first
-            raise BadRecord(f"{origin}: not an image-set record ({_one_line(error)}); {self._remedy}") from error
+            raise BadRecord(f"{origin}: not an image-set record ({one_line(error)}); {self._remedy}") from error
         record = records.decode_record(example, origin=origin)
         if record.num_images != self.num_images[index]:
             raise BadRecord(
@@ -119,6 +122,11 @@ class ShardRecords(RecordSource):
             )
         if self.has_images and not record.images:
             raise BadRecord(f"{origin}, set {record.set_id!r}: holds no images; {self._remedy}")
+        if self._latent_shape is not ...:
+            expected = self._latent_shape and (self.num_images[index], *self._latent_shape)
+            found = None if record.latents is None else record.latents.shape
+            if found != expected:
+                raise BadRecord(f"{origin}, set {record.set_id!r}: its latents are {found}, not {expected}")
         return record
 
     def _reader(self, shard: int) -> ArrayRecordReader:
@@ -133,7 +141,7 @@ class ShardRecords(RecordSource):
 
 
 def count_records(path: Path) -> int:
-    """Records of a shard; 0 for what is missing, cut off or no array_record file."""
+    """Count the records of a shard; 0 for what is missing, cut off or no array_record file."""
     if not path.is_file():
         return 0
     with contextlib.suppress(RuntimeError):
@@ -145,7 +153,7 @@ def count_records(path: Path) -> int:
 
 
 def _allow_open_files(more: int) -> int:
-    """Has the system let this process open so many more files. Returns how many of them it may."""
+    """Have the system let this process open so many more files. Returns how many of them it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if more <= _OTHER_FILES // 2 or soft == resource.RLIM_INFINITY:
         return more
@@ -164,7 +172,3 @@ def _fault(path: Path, count: int) -> str | None:
     if found == count:
         return None
     return f"{path} holds {found} records, not {count}" if found else f"{path} is cut off or damaged"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

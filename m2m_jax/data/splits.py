@@ -1,4 +1,4 @@
-"""Splits that part no likeness: what looks alike, or is the same thing, falls into one split together.
+"""Make splits that part no likeness: what looks alike, or is the same thing, falls into one split together.
 
 Items are parted into connected components of whatever links them (equal subjects, pictures that are copies of each
 other by `likeness.py`), and a component falls into a split by its name alone: by a threshold on a hash, so that
@@ -14,7 +14,7 @@ TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 
 
 def connected_components(items: Iterable[str], links: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Names the component of every item, by the component's least item in the order of strings.
+    """Name the component of every item, by the component's least item in the order of strings.
 
     links: pairs of items that must not be parted, in any order, directly or over others.
     """
@@ -34,7 +34,7 @@ def connected_components(items: Iterable[str], links: Iterable[tuple[str, str]])
 def split_by_component(
     components: Mapping[str, str], *, held_out_share: float = 0.1, largest: int | None = None
 ) -> dict[str, str]:
-    """Splits items: "validation" and "test" get about `held_out_share` of the components each, "train" the rest.
+    """Split items: "validation" and "test" get about `held_out_share` of the components each, "train" the rest.
 
     components: item -> component, as from `connected_components`.
     largest: components of more items than this are training data, whatever their hash; None: no limit.
@@ -54,7 +54,7 @@ def split_by_component(
 
 
 def mend_split(splits: Mapping[str, str], components: Mapping[str, str]) -> dict[str, str]:
-    """Changes a split that parts components to one that doesn't, so that nothing new is held out.
+    """Change a split that parts components to one that doesn't, so that nothing new is held out.
 
     A component of which anything trains goes to "train", one that lies in "validation" and "test" to "validation":
     models that were trained on the old split have seen nothing that the new one holds out, and nothing that they were

@@ -28,6 +28,7 @@ from m2m_jax.data.augmentation import (
 )
 
 RGBA, PARAMETERS = "rgba_bnhwc", "augmentation_bs"  # of a batch that is to be augmented in the step
+PLACES = "place_bn"  # in the images that the device holds, in the place of RGBA
 IMAGES = "images_bnhwc"
 _NO_CHANGE = np.append(2**COLOUR_BITS * np.eye(3, dtype=np.int32), np.int32(0))  # of MATRIX and OFFSET
 _GREY_TOLERANCE = 8  # channels of line art differ by less than this, of 255
@@ -35,15 +36,18 @@ _GREY_TOLERANCE = 8  # channels of line art differ by less than this, of 255
 Array = Any  # of NumPy or JAX
 
 
-def finish(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return a batch with images, augmented here where the host left that to the step; may be traced.
+def finish(batch: dict[str, jax.Array], resident_nhwc: jax.Array | None = None) -> dict[str, jax.Array]:
+    """Return a batch with images, picked and augmented here where the host left that to the step; may be traced.
 
-    batch: has `images_bnhwc`, or `rgba_bnhwc` and `augmentation_bs`, or neither.
+    Args:
+      batch: has `images_bnhwc`; or `augmentation_bs` and either `rgba_bnhwc` or `place_bn`; or neither.
+      resident_nhwc: uint8 [images, S, S, 4], which `place_bn` are places in.
     """
-    if RGBA not in batch:
+    if PARAMETERS not in batch:
         return batch
-    rest = {name: value for name, value in batch.items() if name not in (RGBA, PARAMETERS)}
-    return rest | {IMAGES: augment(batch[RGBA], batch[PARAMETERS], jnp)}
+    rgba_bnhwc = batch[RGBA] if resident_nhwc is None else resident_nhwc[batch[PLACES]]
+    rest = {name: value for name, value in batch.items() if name not in (RGBA, PLACES, PARAMETERS)}
+    return rest | {IMAGES: augment(rgba_bnhwc, batch[PARAMETERS], jnp)}
 
 
 def augment(rgba: Array, parameters: Array, xp: ModuleType = np) -> Array:

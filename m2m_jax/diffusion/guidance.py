@@ -15,7 +15,6 @@ outputs are combined, where a weighted sum is not meant, is a function in `COMBI
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -121,12 +120,10 @@ def classifier_free(
 
     Args:
       noise_s: fractions of the noise levels.
-      scale: 1 is plain conditional sampling, 0 ignores the conditions, above 1 exaggerates what they change. diffusers'
-        `guidance_scale` is this scale above 1, and no guidance at all below; the paper's w is scale - 1.
+      scale: at least 0; 1 is plain conditional sampling, 0 ignores the conditions, above 1 exaggerates what they
+        change. diffusers' `guidance_scale` is this scale above 1, and no guidance below; the paper's w is scale - 1.
       interval, schedule: see `fade`.
     """
-    if not 0.0 <= scale < math.inf:
-        raise UserError(f"guidance_scale must be a number of at least 0, not {scale}")
     return GuidanceTable((EVERYTHING, NOTHING), fade(noise_s, (scale, 1.0 - scale), interval, schedule))
 
 

@@ -127,7 +127,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Reads a diffusers scheduler_config.json, of any scheduler that has betas or is a rectified flow.
+        """Read a diffusers scheduler_config.json, of any scheduler that has betas or is a rectified flow.
 
         Missing fields take the defaults of DDIMScheduler or FlowMatchEulerDiscreteScheduler. Fields that are a
         stepper's (solver_order, clip_sample, set_alpha_to_one, ...) are ignored: a stepper is chosen apart from
@@ -149,7 +149,7 @@ class NoiseSchedule:
         return cls(**{name: x for name, x in values.items() if (name in _FLOW_FIELDS if flow else name != "shift")})
 
     def to_config(self) -> dict[str, Any]:
-        """A diffusers scheduler_config.json, for a scheduler that samples as the stepper ddim does.
+        """Return a diffusers scheduler_config.json, for a scheduler that samples as the stepper ddim does.
 
         It is a `DDIMScheduler`, or a `FlowMatchEulerDiscreteScheduler`: on a rectified flow the two are one.
         """
@@ -169,8 +169,8 @@ class NoiseSchedule:
         return self.beta_schedule == "rectified_flow"
 
     def differences(self, other: NoiseSchedule) -> list[str]:
-        """What a network that was trained under this schedule finds changed under the other, field by field: `beta_end
-        is 0.02, not 0.012`. Fields that only say which timesteps a sampler visits are left out."""
+        """Return what a network that was trained under this schedule finds changed under the other, field by field:
+        `beta_end is 0.02, not 0.012`. Fields that only say which timesteps a sampler visits are left out."""
         free = {"timestep_spacing", "steps_offset"}
         if self.beta_schedule != other.beta_schedule or self.beta_schedule == "squaredcos_cap_v2":
             free |= {"beta_start", "beta_end"}  # not read by both, or not alike
@@ -204,16 +204,16 @@ class NoiseSchedule:
         return alphas_cumprod
 
     def _shifted(self, sigma: np.ndarray) -> np.ndarray:
-        """Levels of a rectified flow: 1 stays 1, and with a large `shift` all but the least noise comes near."""
+        """Return levels of a rectified flow: 1 stays 1, and with a large `shift` all but the least noise comes near."""
         return self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma)
 
     def add_noise(self, clean: jax.Array, noise: jax.Array, timestep: jax.Array) -> jax.Array:
-        """alpha * clean + sigma * noise, [..., H, W, C]; timestep int [...]."""
+        """Return alpha * clean + sigma * noise, [..., H, W, C]; timestep int [...]."""
         alpha, sigma = self._alpha_sigma(timestep, clean)
         return alpha * clean + sigma * noise
 
     def target(self, clean: jax.Array, noise: jax.Array, timestep: jax.Array) -> jax.Array:
-        """What the network should output for `add_noise(clean, noise, timestep)`; shape of `clean`."""
+        """Return what the network should output for `add_noise(clean, noise, timestep)`; shape of `clean`."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
@@ -224,11 +224,11 @@ class NoiseSchedule:
         return alpha * noise - sigma * clean
 
     def to_clean(self, output: jax.Array, noised: jax.Array, timestep: jax.Array) -> jax.Array:
-        """The clean image a network output stands for; shape and dtype of `noised`."""
+        """Return the clean image a network output stands for; shape and dtype of `noised`."""
         return self.clean_at(output, noised, *self._alpha_sigma(timestep, noised))
 
     def clean_at(self, output: jax.Array, noised: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-        """`to_clean` at any level; alpha and sigma broadcast against `noised` and have its dtype."""
+        """Return what `to_clean` gives, at any level; alpha and sigma broadcast against `noised` and have its dtype."""
         output = output.astype(noised.dtype)
         if self.prediction_type == "sample":
             return output
@@ -239,7 +239,7 @@ class NoiseSchedule:
         return alpha * noised - sigma * output
 
     def to_noise(self, output: jax.Array, noised: jax.Array, timestep: jax.Array) -> jax.Array:
-        """The noise a network output stands for; shape and dtype of `noised`."""
+        """Return the noise a network output stands for; shape and dtype of `noised`."""
         output = output.astype(noised.dtype)
         if self.prediction_type == "epsilon":
             return output
@@ -251,7 +251,7 @@ class NoiseSchedule:
         return sigma * noised + alpha * output
 
     def network_timestep(self, timestep: jax.Array) -> jax.Array:
-        """What the network is told in training, shape of `timestep`.
+        """Return what the network is told in training, shape of `timestep`.
 
         The integer itself, or of a rectified flow num_train_timesteps * sigma, float32: in (0,
         num_train_timesteps], and without `shift` one more than the integer.
@@ -273,7 +273,7 @@ class NoiseSchedule:
         return _look_up(LOSS_WEIGHTS.choose(kind)(self, gamma), timestep)
 
     def inference_timesteps(self, num_steps: int, drop_zero: bool = False) -> np.ndarray:
-        """The timesteps a sampler visits, as the network is told them: [num_steps], descending.
+        """Return the timesteps a sampler visits, as the network is told them: [num_steps], descending.
 
         int32, or of a rectified flow, which has a spacing of its own, float64.
 
@@ -308,7 +308,7 @@ class NoiseSchedule:
         return timesteps
 
     def _alpha_sigma(self, timestep: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """alpha and sigma in the dtype and rank of `images`: [..., 1, 1, 1] for timestep [...]."""
+        """Return alpha and sigma in the dtype and rank of `images`: [..., 1, 1, 1] for timestep [...]."""
         shape = jnp.shape(timestep)
         if images.shape[: len(shape)] != shape:
             raise ValueError(f"timestep {shape} lacks the leading dimensions of the images {images.shape}")
@@ -339,7 +339,7 @@ def _squared_cosine(schedule: NoiseSchedule) -> np.ndarray:
 
 @BETA_SCHEDULES.register("rectified_flow")
 def _no_betas(schedule: NoiseSchedule) -> np.ndarray:
-    """A straight line from noise to image, which has no betas."""
+    """Return a straight line from noise to image, which has no betas."""
     raise ValueError(f"{schedule.beta_schedule} has no betas")
 
 
@@ -368,7 +368,7 @@ def _min_snr(schedule: NoiseSchedule, gamma: float) -> np.ndarray:
 
 
 def _look_up(table: np.ndarray, timestep: jax.Array) -> jax.Array:
-    """table[timestep] as float32, shape of `timestep`."""
+    """Return table[timestep] as float32, shape of `timestep`."""
     return jnp.asarray(table, jnp.float32)[jnp.asarray(timestep)]
 
 

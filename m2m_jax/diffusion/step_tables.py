@@ -103,7 +103,7 @@ def euler(schedule: NoiseSchedule, num_steps: int) -> StepTable:
 
 @STEPPERS.register("euler_ancestral")
 def euler_ancestral(schedule: NoiseSchedule, num_steps: int) -> StepTable:
-    """An Euler step to less noise than the next level has, then noise up to it: `sample_euler_ancestral` of
+    """Take an Euler step to less noise than the next level has, then noise up to it: `sample_euler_ancestral` of
     k-diffusion (Crowson). Values: diffusers' `EulerAncestralDiscreteScheduler`.
 
     The step is that of `ddpm`; the grid and the initial noise are those of `euler`.
@@ -183,7 +183,7 @@ def unipc(schedule: NoiseSchedule, num_steps: int) -> StepTable:
 
 @STEPPERS.register("heun")
 def heun(schedule: NoiseSchedule, num_steps: int) -> StepTable:
-    """Heun's method on a rectified flow: an Euler step, and the step again with the mean of the slopes at its ends.
+    """Take Heun's steps on a rectified flow: an Euler step, and the step again with the mean of the slopes at its ends.
 
     Values: diffusers' `FlowMatchHeunDiscreteScheduler`. The last step is Euler's: 2 * num_steps - 1 evaluations.
     """
@@ -207,7 +207,7 @@ def heun(schedule: NoiseSchedule, num_steps: int) -> StepTable:
 
 
 def _levels(schedule: NoiseSchedule, timestep: np.ndarray) -> Levels:
-    """The levels at `schedule.inference_timesteps`."""
+    """Return the levels at `schedule.inference_timesteps`."""
     if schedule.is_flow:
         sigma = timestep / schedule.num_train_timesteps
         return _and_clean(timestep, 1.0 - sigma, sigma)
@@ -216,7 +216,7 @@ def _levels(schedule: NoiseSchedule, timestep: np.ndarray) -> Levels:
 
 
 def _euler_levels(schedule: NoiseSchedule, num_steps: int) -> Levels:
-    """Those of `EulerDiscreteScheduler`: under "linspace" between the timesteps, sigma / alpha interpolated."""
+    """Return the levels of `EulerDiscreteScheduler`: under "linspace" between timesteps, sigma / alpha interpolated."""
     timestep = schedule.inference_timesteps(num_steps)
     if schedule.is_flow or schedule.timestep_spacing != "linspace":
         return _levels(schedule, timestep)
@@ -230,7 +230,7 @@ def _euler_levels(schedule: NoiseSchedule, num_steps: int) -> Levels:
 
 
 def _euler_start(schedule: NoiseSchedule, levels: Levels) -> float:
-    """`init_noise_sigma` times the first alpha: sigma / alpha, or sqrt((sigma / alpha)**2 + 1) for "leading"."""
+    """Return `init_noise_sigma` times the first alpha: sigma / alpha, or sqrt((sigma / alpha)**2 + 1) for "leading"."""
     return 1.0 if schedule.timestep_spacing == "leading" else levels.sigma[0]
 
 
@@ -239,7 +239,7 @@ def _and_clean(timestep: np.ndarray, alpha: np.ndarray, sigma: np.ndarray) -> Le
 
 
 def _deterministic(levels: Levels) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of x and of the clean image, each [S]: alpha' * clean + sigma' * noise, the noise that of x.
+    """Return weights of x and of the clean image, each [S]: alpha' * clean + sigma' * noise, the noise that of x.
 
     The second is DPM-Solver++'s alpha' * (1 - exp(-h)), with exp(-h) = alpha * sigma' / (sigma * alpha') written out,
     so that neither end of the schedule needs a logarithm.
@@ -249,7 +249,7 @@ def _deterministic(levels: Levels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _posterior(levels: Levels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights of x, the clean image and fresh noise, each [S]: a draw from q(next | x, clean), with exp(-h) as above.
+    """Return weights of x, the clean image and fresh noise, each [S]: a draw from q(next | x, clean), exp(-h) as above.
 
     DDPM's eq. 7, k-diffusion's ancestral step and the first order of SDE-DPM-Solver++ are all this.
     """
@@ -260,13 +260,13 @@ def _posterior(levels: Levels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _half_log_snr(levels: Levels) -> np.ndarray:
-    """lambda, [S + 1]: -infinity at pure noise, +infinity at the end."""
+    """Return lambda, [S + 1]: -infinity at pure noise, +infinity at the end."""
     with np.errstate(divide="ignore"):
         return np.log(levels.alpha) - np.log(levels.sigma)
 
 
 def _extrapolated(levels: Levels, gain: np.ndarray) -> dict[str, np.ndarray]:
-    """gain * (clean + (clean - previous) / (2 r)) with r = h_previous / h: the second order of DPM-Solver++.
+    """Return gain * (clean + (clean - previous) / (2 r)) with r = h_previous / h: the second order of DPM-Solver++.
 
     The first step knows no previous clean image and the last ends at lambda = infinity: both are of first order. From
     pure noise the second is too, as the limit says: the slope over the infinite interval of the first is 0.
@@ -279,7 +279,7 @@ def _extrapolated(levels: Levels, gain: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _weights(rows: int, **columns: np.ndarray | float) -> np.ndarray:
-    """[rows, TERMS], 0 where no column is given."""
+    """Return a table of weights [rows, TERMS], 0 where no column is given."""
     weights = np.zeros((rows, len(TERMS)))
     for term, column in columns.items():
         weights[:, TERMS.index(term)] = column
@@ -287,7 +287,7 @@ def _weights(rows: int, **columns: np.ndarray | float) -> np.ndarray:
 
 
 def _table(levels: Levels, start: np.ndarray | float = 1.0, **columns: np.ndarray) -> StepTable:
-    """The table of a stepper that keeps nothing but clean images."""
+    """Return the table of a stepper that keeps nothing but clean images."""
     rows = len(levels.timestep)
     return _round(
         levels.timestep, levels.alpha[:-1], levels.sigma[:-1], _weights(rows, **columns), _weights(rows), start
@@ -295,5 +295,5 @@ def _table(levels: Levels, start: np.ndarray | float = 1.0, **columns: np.ndarra
 
 
 def _round(timestep, alpha, sigma, x, kept, start=1.0) -> StepTable:
-    """Rounds float64 once."""
+    """Round float64 once."""
     return StepTable(*(np.asarray(column, np.float32) for column in (start, timestep, alpha, sigma, x, kept)))

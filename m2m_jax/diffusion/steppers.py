@@ -77,6 +77,8 @@ def advance(
 
 
 def _used(table: StepTable) -> set[str]:
-    """Terms that some row gives a weight. The others are left out of what is traced: most steppers keep nothing and
-    draw nothing."""
+    """Return the terms that some row gives a weight.
+
+    The others are left out of what is traced: most steppers keep nothing and draw nothing.
+    """
     return {term for i, term in enumerate(TERMS) if table.x[:, i].any() or table.kept[:, i].any()}

@@ -137,7 +137,7 @@ def evaluate_context(config: Config, options: ContextEvaluation) -> ContextRepor
 
 
 def _used(examples: SetExamples, count: int) -> list[str]:
-    """The names of the sets that the first so many examples are of, each once."""
+    """Return the names of the sets that the first so many examples are of, each once."""
     return examples.set_ids(dict.fromkeys(examples.choose(index)[0] for index in range(count)))
 
 
@@ -173,7 +173,7 @@ def _require_comparable(samplers: dict[str, Sampler], image_size: int) -> None:
 def _losses(
     sampler: Sampler, dataset: grain.MapDataset, num_batches: int, config: Config, mesh: Mesh
 ) -> dict[str, list[float | None]]:
-    """{name: [mean, standard error over the records that were evaluated, or None where that is one]}."""
+    """Return {name: [mean, standard error over the records that were evaluated, or None where that is one]}."""
     unet_config, models, schedule = sampler.static.unet_config, sampler.models, sampler.schedule
     graphdef = unet_structure(unet_config)[0]
 

@@ -102,7 +102,7 @@ def training_images(data: Data) -> np.ndarray:
 
 
 def _context_files(record: Path) -> list[str]:
-    """What a sample.json says was the context. Raises UserError where it is damaged."""
+    """Return what a sample.json says was the context. Raises UserError where it is damaged."""
     try:
         files = json.loads(record.read_text(encoding="utf-8"))["context"]
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):

@@ -90,7 +90,7 @@ AUTOENCODER_DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1}
 
 
 def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
-    """The architecture that a U-Net folder describes, of this project or of diffusers; `overrides` replace fields."""
+    """Return the architecture that a U-Net folder, ours or diffusers', describes; `overrides` replace fields."""
     values = _read_config(folder, "UNet2DConditionModel")
     levels = len(_list(folder, values, "block_out_channels", UNetConfig.block_out_channels))
     heads = values.get("attention_head_dim", 8)  # diffusers' default; the number of heads, despite the name
@@ -112,7 +112,7 @@ def load_unet_config(folder: str | Path, **overrides) -> UNetConfig:
 
 
 def load_autoencoder_config(folder: str | Path) -> AutoencoderConfig:
-    """The architecture that an autoencoder folder describes."""
+    """Return the architecture that an autoencoder folder describes."""
     values = _read_config(folder, "AutoencoderKL")
     values = AUTOENCODER_DEFAULTS | values
     folders.require_fixed(folder, values, AUTOENCODER_FIXED)
@@ -134,7 +134,7 @@ def load_schedule(file: Path) -> NoiseSchedule:
 
 
 def unet_values(config: UNetConfig) -> dict[str, Any]:
-    """The `config.json` of a U-Net folder: diffusers' fields, and those of ours that it ignores."""
+    """Return the `config.json` of a U-Net folder: diffusers' fields, and those of ours that it ignores."""
     values = {UNET_FIELDS.get(k, k): v for k, v in dataclasses.asdict(config).items()}
     for runtime_choice in ("dtype", "attention_backend", "remat", "precision"):
         del values[runtime_choice]
@@ -143,19 +143,19 @@ def unet_values(config: UNetConfig) -> dict[str, Any]:
 
 
 def save_unet(folder: str | Path, config: UNetConfig, params: Params, dtype=np.float32) -> None:
-    """Writes a U-Net folder."""
+    """Write a U-Net folder."""
     folders.save_folder(folder, unet_values(config), params, dtype, DIFFUSERS)
 
 
 def save_autoencoder(folder: str | Path, config: AutoencoderConfig, params: Params, dtype=np.float32) -> None:
-    """Writes an autoencoder folder."""
+    """Write an autoencoder folder."""
     blocks = {name: [kind] * len(config.block_out_channels) for name, kind in AUTOENCODER_BLOCKS.items()}
     values = {"_class_name": "AutoencoderKL", **dataclasses.asdict(config), **blocks}
     folders.save_folder(folder, values, params, dtype, DIFFUSERS)
 
 
 def load_params(folder: str | Path) -> Params:
-    """All parameters of a diffusers folder; see `folder.load_params`."""
+    """Return all parameters of a diffusers folder; see `folder.load_params`."""
     return folders.load_params(folder, DIFFUSERS)
 
 
@@ -167,7 +167,7 @@ def _list(folder: str | Path, values: dict, name: str, default: Sequence) -> Seq
 
 
 def _mirrored(down_block_types: Sequence[str]) -> list[str]:
-    """The block types of the way up."""
+    """Return the block types of the way up."""
     return [kind.replace("Down", "Up") for kind in reversed(down_block_types)]
 
 

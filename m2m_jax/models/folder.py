@@ -44,12 +44,12 @@ class Format:
 
 
 def read_config(folder: str | Path, library: str) -> dict[str, Any]:
-    """The fields of `config.json`. Raises UserError where there is none, or no JSON object in it."""
+    """Return the fields of `config.json`. Raises UserError where there is none, or no JSON object in it."""
     return read_json(Path(folder) / "config.json", f"{folder} is not a {library} model folder")
 
 
 def read_json(path: Path, otherwise: str = "a part of the model is missing") -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where there is none; otherwise: what that means."""
+    """Return the JSON object in a file. Raises UserError where there is none; otherwise: what that means."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
     except FileNotFoundError:
@@ -64,7 +64,7 @@ def read_json(path: Path, otherwise: str = "a part of the model is missing") -> 
 
 
 def config_from(cls, values: Mapping[str, Any], renamed: Mapping[str, str], **overrides):
-    """A config dataclass from the fields of a `config.json`.
+    """Return a config dataclass from the fields of a `config.json`.
 
     Args:
       renamed: {field here: field there}, where they differ. Fields that `values` lacks keep their default.
@@ -89,7 +89,7 @@ def config_from(cls, values: Mapping[str, Any], renamed: Mapping[str, str], **ov
 
 
 def load_config(cls, folder: str | Path, values: Mapping[str, Any], renamed: Mapping[str, str], **overrides):
-    """`config_from` what `read_config` read, with the folder's name in its errors."""
+    """Return `config_from` of what `read_config` read, with the folder's name in its errors."""
     try:
         return config_from(cls, values, renamed, **overrides)
     except UserError as error:
@@ -154,7 +154,7 @@ def load_params(folder: str | Path, form: Format) -> Params:
 
 
 def _weight_files(folder: Path, form: Format) -> list[Path]:
-    """The safetensors of a folder. Raises UserError where there are none, or several to choose from."""
+    """Return the safetensors of a folder. Raises UserError where there are none, or several to choose from."""
     weights, index = folder / form.weights, folder / f"{form.weights}.index.json"
     if index.exists():
         return _indexed(index)
@@ -183,7 +183,7 @@ def _weight_files(folder: Path, form: Format) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files of an index. Raises UserError for one that is damaged, names what is not there or leaves its folder."""
+    """Return the files of an index. Raises UserError where it is damaged, or names what is not there or elsewhere."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index} is damaged: it has no weight_map of file names")
@@ -230,13 +230,13 @@ def require_same(folder: str | Path, expected: Mapping[str, Any], found: Mapping
 
 
 def first_of(problems: list[str]) -> str:
-    """Some of them, and how many more there are."""
+    """Return some of them, and how many more there are."""
     more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
     return "; ".join(problems[:8]) + more
 
 
 def save_folder(folder: str | Path, values: dict[str, Any], params: Params, dtype, form: Format) -> None:
-    """Writes `config.json` and one safetensors file. `dtype`: what the weights are stored in."""
+    """Write `config.json` and one safetensors file. `dtype`: what the weights are stored in."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(_to_torch(name, np.asarray(x).astype(dtype), form) for name, x in params.items())

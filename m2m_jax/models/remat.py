@@ -13,7 +13,7 @@ _KEPT = ("conv_general_dilated", "dot_product_attention_fwd", "dot_product_atten
 
 
 def _convolutions_and_attention(primitive: Any, *_, **params: Any) -> bool:
-    """Whether a result is kept, to `jax.checkpoint`."""
+    """Say whether a result is kept, to `jax.checkpoint`."""
     return primitive.name in _KEPT or (primitive.name == "name" and params["name"] == CHECKPOINT_NAME)
 
 

@@ -95,20 +95,20 @@ DINOV2, DINOV2_WITH_REGISTERS = "dinov2", "dinov2_with_registers"
 
 
 def load_clip_text_config(folder: str | Path, **overrides) -> CLIPTextConfig:
-    """The architecture that a text encoder's folder describes; `overrides` replace fields."""
+    """Return the architecture that a text encoder's folder describes; `overrides` replace fields."""
     values = _read_config(folder, CLIP_TEXT)
     return folders.load_config(CLIPTextConfig, folder, CLIP_DEFAULTS | values, {}, **overrides)
 
 
 def load_bert_config(folder: str | Path, **overrides) -> BertConfig:
-    """The architecture that a BERT folder describes; `overrides` replace fields."""
+    """Return the architecture that a BERT folder describes; `overrides` replace fields."""
     values = _read_config(folder, BERT)
     folders.require_fixed(folder, values, BERT_FIXED)
     return folders.load_config(BertConfig, folder, BERT_DEFAULTS | values, {}, **overrides)
 
 
 def load_dinov2_config(folder: str | Path, **overrides) -> DINOv2Config:
-    """The architecture that a DINOv2 folder describes, with or without registers; `overrides` replace fields."""
+    """Return the architecture that a DINOv2 folder describes, with or without registers; `overrides` replace fields."""
     values = _read_config(folder, DINOV2, DINOV2_WITH_REGISTERS)
     folders.require_fixed(folder, values, DINOV2_FIXED)
     values = folders.one_for_all(folder, values, ("image_size", "patch_size"), length=2)
@@ -147,14 +147,14 @@ def load_clip(folder: str | Path) -> tuple[clip_image.CLIPImageConfig, CLIPTextC
 
 
 def save_clip_text(folder: str | Path, config: CLIPTextConfig, params: Params, dtype=np.float32) -> None:
-    """Writes a text encoder's folder, which all versions of transformers read."""
+    """Write a text encoder's folder, which all versions of transformers read."""
     values = {"architectures": ["CLIPTextModel"], "model_type": CLIP_TEXT, **dataclasses.asdict(config)}
     params = {f"{CLIP_PREFIX}{name}": x for name, x in params.items()}
     folders.save_folder(folder, values, params, dtype, TRANSFORMERS)
 
 
 def save_bert(folder: str | Path, config: BertConfig, params: Params, dtype=np.float32) -> None:
-    """Writes a BERT folder."""
+    """Write a BERT folder."""
     values = {"architectures": ["BertModel"], "model_type": BERT, **_only(BERT_FIXED), **dataclasses.asdict(config)}
     folders.save_folder(folder, values, params, dtype, BERT_FORMAT)
 
@@ -184,18 +184,18 @@ def load_params(folder: str | Path) -> Params:
 
 
 def load_bert_params(folder: str | Path) -> Params:
-    """All parameters of a BERT folder but BERT_UNUSED; see `folder.load_params`."""
+    """Return all parameters of a BERT folder but BERT_UNUSED; see `folder.load_params`."""
     params = _of_part(folders.load_params(folder, BERT_FORMAT), BERT_PREFIX)
     return {name: x for name, x in params.items() if name not in BERT_UNUSED}
 
 
 def _only(fixed: Mapping[str, tuple]) -> dict[str, Any]:
-    """The fields that have one value, as `config.json` has them."""
+    """Return the fields that have one value, as `config.json` has them."""
     return {name: known[0] for name, known in fixed.items()}
 
 
 def _of_part(params: Params, *prefixes: str) -> Params:
-    """What stands under one of the prefixes, without it; all, where nothing does."""
+    """Return what stands under one of the prefixes, without it; all, where nothing does."""
     for prefix in prefixes:
         part = {name.removeprefix(prefix): x for name, x in params.items() if name.startswith(prefix)}
         if part:

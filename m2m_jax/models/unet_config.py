@@ -8,6 +8,7 @@ from typing import Any
 
 from m2m_jax.attention.backends import BACKENDS
 from m2m_jax.attention.layout import CLEAN_SEES
+from m2m_jax.configuration import Model
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import Registry
 from m2m_jax.models.attentions import ATTENTIONS
@@ -103,26 +104,20 @@ class UNetConfig:
         return {name: EMBEDDERS[name].width for name in self.global_embeddings}
 
 
-# What `attn2` said before blocks held named attentions.
-_ATTN2 = {"image_set": ["self", "set"], "text": ["self", "text"], "none": ["self"]}
-
-
 def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a saved `UNetConfig` under today's names.
 
-    Checkpoints and folders of before have attn2 in the place of attentions, and cross_attention_dim also for the tokens
-    of an image encoder.
+    Checkpoints and folders of before have attn2 in the place of attentions, as configs had (`Model.formerly`), and
+    cross_attention_dim also for the tokens of an image encoder.
 
     Raises:
       UserError: attn2 is none of the words that there were.
     """
     values = dict(values)
-    if "attn2" not in values:
-        return values
-    word = values.pop("attn2")
-    if word not in _ATTN2:
-        raise UserError(f"attn2 is {word!r:.60}; it must be one of {', '.join(_ATTN2)}")
-    values["attentions"] = _ATTN2[word]
-    if word != "text":
-        values["context_dim"] = values.pop("cross_attention_dim", None)
+    if "attn2" in values:
+        word = values.pop("attn2")
+        name, attentions = Model.today("attn2", word)
+        values[name] = list(attentions)
+        if word != "text":
+            values["context_dim"] = values.pop("cross_attention_dim", None)
     return values

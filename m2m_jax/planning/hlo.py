@@ -134,3 +134,18 @@ def kernel_calls(text: str) -> dict[str, int]:
                 raise ValueError(f"what this kernel computes is not known: {line.strip():.200}")
             calls[kind[1]] += 1
     return calls
+
+
+def kinds_of_kernels(text: str) -> dict[str, int]:
+    """Return {what a device launches: how many stand in the program}, of a program for a GPU.
+
+    "fusions" are kernels of XLA's own, "reductions" those of them that sum; "convolutions", "attentions" and "products"
+    are calls of cuDNN and cuBLAS; "others" any other call.
+    """
+    calls = re.findall(r'custom_call_target="([^"]+)"', text)
+    kinds = {"convolutions": "conv", "attentions": "fmha", "products": "cublas"}
+    found = {kind: sum(word in call for call in calls) for kind, word in kinds.items()}
+    fusions = re.findall(r"^ +(?:ROOT )?%?\S+ = .*? fusion\(.*$", text, re.MULTILINE)
+    reductions = sum("reduce" in line.split(" = ")[0] or "/reduce_sum" in line for line in fusions)
+    others = len(calls) - sum(found.values())
+    return {"fusions": len(fusions), "reductions": reductions, **found, "others": others}

@@ -24,13 +24,15 @@ import jax.export
 import numpy as np
 
 from m2m_jax.core import disk
-from m2m_jax.core.errors import UserError
+from m2m_jax.core.errors import UserError, one_line
 from m2m_jax.sampling.program_check import ForbiddenProgram, require_arithmetic
 from m2m_jax.sampling.set_sampler import PROGRAMS, SetSampler
 
 FORMAT = 2
 PLATFORMS = ("cpu", "cuda", "tpu")
 MANIFEST, PARAMS = "manifest.json", "params.safetensors"
+# Attributes of a `SetSampler` that the manifest holds.
+NUMBERS, TRUTHS = ("image_size", "num_steps", "cache_size"), ("slide", "encodes_generated", "reads_context")
 SEPARATOR = "/"  # between a model and the name of its parameter
 
 
@@ -40,15 +42,6 @@ def program_file(name: str) -> str:
 
 class Bundle(SetSampler):
     """The sampler of a bundle, on JAX's first device. Its settings were chosen when it was exported."""
-
-    image_size: int
-    num_steps: int
-    cache_size: int
-    slide: bool
-    encodes_generated: bool
-    reads_context: bool
-    global_widths: Mapping[str, int]
-    programs: Mapping[str, Callable]
 
     def __init__(self, folder: str | Path):
         """Read and check all of it.
@@ -68,16 +61,16 @@ class Bundle(SetSampler):
             _check_file(folder, name, manifest["files"])
         self._fingerprint = disk.sha256(folder / MANIFEST)  # which holds the hashes of all other files
         self._about = {"bundle": str(folder), **manifest["about"]}
-        self.image_size = manifest["image_size"]
-        self.num_steps = manifest["num_steps"]
-        self.cache_size = manifest["cache_size"]
-        self.slide = manifest["slide"]
-        self.encodes_generated = manifest["encodes_generated"]
-        self.reads_context = manifest["reads_context"]
+        for name in (*NUMBERS, *TRUTHS):
+            setattr(self, name, manifest[name])
         self.global_widths = manifest.get("global_widths", {})
         self._conditioned_on = str(manifest.get("conditioned_on", ""))
         params = jax.device_put(_read_params(folder / PARAMS))
-        self.programs = {name: functools.partial(_load(folder, name, manifest), params) for name in PROGRAMS}
+        self._programs = {name: functools.partial(_load(folder, name, manifest), params) for name in PROGRAMS}
+
+    @property
+    def programs(self) -> Mapping[str, Callable]:
+        return self._programs
 
     @property
     def fingerprint(self) -> str:
@@ -93,7 +86,7 @@ class Bundle(SetSampler):
 
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
-    """manifest.json for what stands in `folder`."""
+    """Write manifest.json for what stands in `folder`."""
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": disk.sha256(file)} for file in sorted(folder.iterdir())
     }
@@ -120,11 +113,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Raises ValueError, KeyError or TypeError for what `m2m_jax.export` does not write."""
-    for name in ("image_size", "num_steps", "cache_size"):
+    """Raise ValueError, KeyError or TypeError for what `m2m_jax.export` does not write."""
+    for name in NUMBERS:
         if type(manifest[name]) is not int or not 1 <= manifest[name] < 2**31:
             raise ValueError(f"{name} is {manifest[name]!r:.40}")
-    for name in ("slide", "encodes_generated", "reads_context"):
+    for name in TRUTHS:
         if type(manifest[name]) is not bool:
             raise ValueError(f"{name} is {manifest[name]!r:.40}")
     widths = manifest.get("global_widths", {})  # of models that have such
@@ -162,10 +155,10 @@ def _load(folder: Path, name: str, manifest: Mapping[str, Any]) -> Callable:
     except ValueError as error:
         raise UserError(
             f"{path} was exported by jax {manifest['jax']} and this is {jax.__version__}, which can't read it "
-            f"({_one_line(error)}): install jax {manifest['jax']}, or export the checkpoint again"
+            f"({one_line(error)}): install jax {manifest['jax']}, or export the checkpoint again"
         ) from error
     except Exception as error:  # FlatBuffers' reader trusts what it reads
-        raise UserError(f"{path} is damaged ({_one_line(error)}): export the bundle again") from error
+        raise UserError(f"{path} is damaged ({one_line(error)}): export the bundle again") from error
     # The cache is large and handed on: its memory is used again.
     program = jax.jit(exported.call, donate_argnums=1 if name == "append" else ())
 
@@ -176,14 +169,17 @@ def _load(folder: Path, name: str, manifest: Mapping[str, Any]) -> Callable:
         except (ValueError, TypeError, KeyError, AssertionError, jax.errors.JaxRuntimeError) as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            raise UserError(f"{path} does not run ({_one_line(error)}): export the bundle again") from error
+            raise UserError(f"{path} does not run ({one_line(error)}): export the bundle again") from error
 
     return call
 
 
 def _read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """{model: {name: float32 array}}, mapped into memory. The format is 8 bytes of header length, a JSON header with
-    dtype, shape and place of each tensor, and the data (its own library is one more thing to install)."""
+    """Return {model: {name: float32 array}}, mapped into memory.
+
+    The format is 8 bytes of header length, a JSON header with dtype, shape and place of each tensor, and the data (its
+    own library is one more thing to install).
+    """
     params: dict[str, dict[str, np.ndarray]] = {}
     size = path.stat().st_size
     try:
@@ -202,9 +198,5 @@ def _read_params(path: Path) -> dict[str, dict[str, np.ndarray]]:
                 raise ValueError(f"{key} is not float32, or outside of the file")
             params.setdefault(model, {})[name] = data[start:end].view(np.float32).reshape(tensor["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({_one_line(error)}): export the bundle again") from error
+        raise UserError(f"{path} is damaged ({one_line(error)}): export the bundle again") from error
     return params
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

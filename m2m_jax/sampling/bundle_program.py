@@ -22,7 +22,7 @@ def main() -> None:
         else:
             how = {"type": split_list if kind.several else str if kind.type is Path else kind.type}
         default = None if required else field.default
-        help = field.metadata["help"]
+        help = field.metadata["about"].help
         parser.add_argument(f"--{field.name}", default=default, required=required, help=help, **how)
     with safe_streams():
         options = vars(parser.parse_args())

@@ -18,7 +18,7 @@ from m2m_jax.sampling.set_sampler import PROGRAMS
 
 
 def write_bundle(sampler: Sampler, folder: Path) -> None:
-    """All files of a bundle, into a folder that is empty."""
+    """Write all files of a bundle into a folder that is empty."""
     for name, exported in export_programs(sampler).items():
         try:
             require_arithmetic(exported)
@@ -48,7 +48,7 @@ def write_bundle(sampler: Sampler, folder: Path) -> None:
 
 
 def export_programs(sampler: Sampler) -> dict[str, jax.export.Exported]:
-    """`sampling/programs.py`, for any number of sets, with a dict in the place of `ContextCache`."""
+    """Export `sampling/programs.py` for any number of sets, with a dict in the place of `ContextCache`."""
     static, params = sampler.static, jax.eval_shape(lambda: jax.tree.map(jnp.float32, sampler.params))
     (b,) = jax.export.symbolic_shape("b")
     seed_b, append_b = jax.ShapeDtypeStruct((b,), jnp.uint32), jax.ShapeDtypeStruct((b,), jnp.bool_)
@@ -58,7 +58,7 @@ def export_programs(sampler: Sampler) -> dict[str, jax.export.Exported]:
     told = (shapes,) if shapes else ()
 
     def fields(cache: ContextCache) -> dict[str, Any]:
-        """What a program without this project's classes can hold: dicts with string keys."""
+        """Return what a program without this project's classes can hold: dicts with string keys."""
         return {name: value for name, value in vars(cache).items() if name != "levels"}
 
     def cached(fields: dict[str, Any]) -> ContextCache:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.image_folder import list_images, list_sets
-from m2m_jax.core.options import MAX_SEED, Options, option
+from m2m_jax.core.options import Options, option
 from m2m_jax.core.paths import expand_home, natural_order
 
 RECORD = "sample.json"  # the mark of a folder that this program wrote
@@ -33,7 +33,7 @@ class Job(Options):
     num_context: int | None = option("Use so many of each set's images, the first by name.", None, low=0)
     num_images: int = option("Images to generate for each set.", 4, low=1)
     seed: int = option(
-        "Of the first set; each further one has the next. The same seed gives the same images.", 0, low=0, high=MAX_SEED
+        "Of the first set; each further one has the next. The same seed gives the same images.", 0, low=0
     )
     batch_size: int = option("Sets that a process samples at once, on all of its devices together.", 16, low=1)
     contact_sheet: bool = option("Write contact_sheet.png.", True)
@@ -75,7 +75,7 @@ class Job(Options):
         return sets
 
     def _find_context(self) -> list[Path]:
-        """The files that `context` names, in its order; those of a pattern or a folder by name."""
+        """Return the files that `context` names, in its order; those of a pattern or a folder by name."""
         files = []
         for number, item in enumerate(self.context):
             path = expand_home(item)
@@ -93,7 +93,7 @@ class Job(Options):
         return files
 
     def _about_commas(self, number: int) -> str:
-        """A hint where an item that is no file is a part of a file's name, which commas have parted."""
+        """Return a hint where an item that is no file is a part of a file's name, which commas have parted."""
         for first in range(number, -1, -1):
             for end in range(number + 1, len(self.context) + 1):
                 for comma in (",", ", "):
@@ -109,7 +109,7 @@ def numbered_images(folder: Path) -> list[Path]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """What a pattern finds. The folders that are there by that very name are no part of it: `runs [2]/*.png`."""
+    """Return what a pattern finds. The folders that are there by that very name are no part of it: `runs [2]/*.png`."""
     folder = next((parent for parent in pattern.parents if parent.exists()), Path())
     rest = str(pattern.relative_to(folder))
     found = glob.glob(rest, root_dir=folder) if glob.has_magic(rest) else ()

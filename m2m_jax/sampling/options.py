@@ -2,12 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.options import MAX_SEED, Options, option
+from m2m_jax.core.options import MAX_SEED, Options, all_optional, option
 from m2m_jax.core.work_sharing import SharedWork
 from m2m_jax.data.records import FORMATS
+from m2m_jax.sampling.settings import SamplingSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,29 +24,8 @@ class BundleExport(FromCheckpoint):
     output: Path = option("Folder to write; must not exist.")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChosenSettings(Options):
-    """Fields of `SamplingSettings` that stand in the place of those that the run's config chose; None: its own."""
-
-    steps: int | None = option("Steps of the stepper, an image.", None)
-    stepper: str | None = option("Name of the stepper; a wrong one is answered with all there are.", None)
-    guidance: str | None = option("Name of the guidance; a wrong one is answered with all there are.", None)
-    guidance_scale: float | None = option("Over the context; 1 is none.", None, low=0)
-    guidance_interval: tuple[float, ...] | None = option("Fractions of the noise levels: 0.2,0.8.", None)
-    guidance_rescale: float | None = option("0 to 1: how far contrast is brought back.", None)
-    guidance_schedule: str | None = option(
-        "How the scale goes over the steps; a wrong name is answered with all there are.", None
-    )
-    guidance_options: tuple[str, ...] | None = option("Further numbers of a guidance: NAME=NUMBER,NAME=NUMBER.", None)
-    cache_size: int | None = option("Context images of a set that are kept at most.", None)
-    cache_dtype: str | None = option(
-        "What they are kept in, if not in the model's own, which is exact: bfloat16 halves the memory of float32.", None
-    )
-    slide: bool | None = option("In a set that outgrows the cache, forget the oldest image.", None)
-
-    def given(self) -> dict[str, Any]:
-        """Return {name: value} of those that were given."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+# Fields of `SamplingSettings` that stand in the place of those that the run's config chose; None: its own.
+ChosenSettings = all_optional(SamplingSettings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

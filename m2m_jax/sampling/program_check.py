@@ -143,5 +143,5 @@ def _text(operation: ir.Operation, field: str) -> str:
 
 
 def _names(attributes) -> set[str]:
-    """The names in an attribute map, whose iteration gives names or named attributes by the version of jaxlib."""
+    """Return the names in an attribute map; iteration gives names or named attributes, by the version of jaxlib."""
     return {one if isinstance(one, str) else one.name for one in attributes}

@@ -239,7 +239,7 @@ def compiled(programs: Programs, mesh: Mesh) -> dict[str, jax.stages.Wrapped]:
 
 
 def _keys(cache: ContextCache, seed_b: jax.Array) -> jax.Array:
-    """The key of each set's next image."""
+    """Return the key of each set's next image."""
 
     def key(seed, position):
         return jax.random.fold_in(domain_key(Domain.SAMPLE_SETS, seed), position)

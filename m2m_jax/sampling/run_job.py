@@ -83,7 +83,7 @@ def run(
 def _sample_sets(
     job: Job, sampler: SetSampler, contexts: dict[str, np.ndarray], report: Callable[[str], object]
 ) -> Iterator[tuple[str, int, np.ndarray, float]]:
-    """(name, seed, images uint8 [num_images, size, size, 3], seconds an image) of each set, on every process alike."""
+    """Yield (name, seed, uint8 [num_images, size, size, 3], seconds an image) of each set, on every process alike."""
     process, count = jax.process_index(), jax.process_count()
     room = max(map(len, contexts.values())) + job.num_images - 1  # of every batch: one compilation
     numbered = [(name, (job.seed + number) % (MAX_SEED + 1)) for number, name in enumerate(contexts)]

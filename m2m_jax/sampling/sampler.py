@@ -64,7 +64,18 @@ class Sampler(SetSampler):
     devices: tuple[jax.Device, ...] | None = None
 
     def __post_init__(self):
-        self.static  # noqa: B018 (refuses steppers and guidances that are none for this schedule or model)
+        static = self.static  # refuses steppers and guidances that are none for this schedule or model
+        of_set_sampler = {
+            "num_steps": len(static.table.timestep),
+            "cache_size": self.settings.cache_size,
+            "slide": self.settings.slide,
+            "encodes_generated": self.unet_config.attends_to_encoded,
+            "reads_context": "set" in self.unet_config.attentions,
+            "global_widths": self.unet_config.global_widths,
+            "num_devices": len(self.devices or (None,)),
+        }
+        for name, value in of_set_sampler.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_checkpoint(
@@ -159,31 +170,3 @@ class Sampler(SetSampler):
     def about(self) -> dict[str, Any]:
         """What is to be known of the images."""
         return {"step": self.step, "settings": dataclasses.asdict(self.settings)}
-
-    @functools.cached_property
-    def num_steps(self) -> int:
-        return len(self.static.table.timestep)
-
-    @property
-    def cache_size(self) -> int:
-        return self.settings.cache_size
-
-    @property
-    def slide(self) -> bool:
-        return self.settings.slide
-
-    @property
-    def encodes_generated(self) -> bool:
-        return self.unet_config.attends_to_encoded
-
-    @property
-    def reads_context(self) -> bool:
-        return "set" in self.unet_config.attentions
-
-    @property
-    def global_widths(self) -> Mapping[str, int]:
-        return self.unet_config.global_widths
-
-    @property
-    def num_devices(self) -> int:
-        return len(self._mesh.devices)

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +59,6 @@ class SetSampler(abc.ABC):
       cache_size: context images of a set that are kept at most.
       slide: whether a set that outgrows the cache forgets its oldest image.
       encodes_generated: whether a generated image is encoded again to become context (M2M-DINO), or its latents are.
-      programs: {name in `PROGRAMS`: method of `programs.Programs` with parameters bound}.
       reads_context: whether context changes anything: not where a model was trained on single images.
       num_devices: how many devices share the sets of a batch.
       global_widths: {what the model is told of each image as a whole: numbers of a value}; see `sample_sets`.
@@ -73,28 +72,19 @@ class SetSampler(abc.ABC):
         images = sampler.sample_sets(contexts, num_images=4, seed_b=np.array([0, 1]))  # uint8 [2, 4, size, size, 3]
     """
 
-    if TYPE_CHECKING:  # only read here: a subclass may have them as attributes or as properties
+    image_size: int
+    num_steps: int
+    cache_size: int
+    slide: bool
+    encodes_generated: bool
+    reads_context: bool = True
+    num_devices: int = 1
+    global_widths: Mapping[str, int] = MappingProxyType({})
 
-        @property
-        def image_size(self) -> int: ...
-        @property
-        def num_steps(self) -> int: ...
-        @property
-        def cache_size(self) -> int: ...
-        @property
-        def slide(self) -> bool: ...
-        @property
-        def encodes_generated(self) -> bool: ...
-        @property
-        def programs(self) -> Mapping[str, Callable]: ...
-        @property
-        def reads_context(self) -> bool: ...
-        @property
-        def num_devices(self) -> int: ...
-        @property
-        def global_widths(self) -> Mapping[str, int]: ...
-    else:
-        reads_context, num_devices, global_widths = True, 1, MappingProxyType({})
+    @property
+    @abc.abstractmethod
+    def programs(self) -> Mapping[str, Callable]:
+        """The programs, {name in `PROGRAMS`: method of `programs.Programs` with parameters bound}."""
 
     def place(self, tree: Any) -> Any:
         """Return arrays with a leading axis of sets where the programs want them."""
@@ -215,7 +205,7 @@ class SetSampler(abc.ABC):
         everyone = self.place(np.ones(len(padded), bool))
 
         def told(number_b: np.ndarray) -> tuple[dict[str, Any], ...]:
-            """What the programs get besides: the values of one image of each set, where there are any."""
+            """Return what the programs get besides: the values of one image of each set, where there are any."""
             of_image = {name: x_bnc[np.arange(len(x_bnc)), number_b] for name, x_bnc in values_bnc.items()}
             return (self.place(of_image),) if of_image else ()
 

@@ -5,67 +5,65 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.diffusion.guidance import GuidanceTable, make_table
-from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.diffusion.step_tables import STEPPERS, StepTable
-from m2m_jax.models.folder import config_from
+from m2m_jax.core.options import Options, option
 
-CACHE_DTYPES = ("float32", "bfloat16")
+if TYPE_CHECKING:  # at run time within functions: these are options, and --help need not wait for JAX
+    import numpy as np
+
+    from m2m_jax.diffusion.guidance import GuidanceTable
+    from m2m_jax.diffusion.schedule import NoiseSchedule
+    from m2m_jax.diffusion.step_tables import StepTable
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-    """How images are drawn; static and hashable.
-
-    Attributes:
-      steps: steps of the stepper, an image.
-      stepper: a name in `STEPPERS`.
-      guidance: a name in `GUIDANCES`.
-      guidance_scale: how far the context, or a caption, is exaggerated; 1 is not at all.
-      guidance_interval: fractions of the noise levels between which there is guidance; 0 is clean, 1 noise.
-      guidance_schedule: a name in `diffusion.guidance.SCHEDULES`, how the scale goes over the noise levels.
-      guidance_options: further numbers of the guidance, "NAME=NUMBER" each.
-      guidance_rescale: 0 to 1, how far a guided output is brought back to the deviation of the conditional one.
-      cache_size: context images of a set that can be kept, given and generated together.
-      cache_dtype: what their keys and values are kept in; None: what the model computes in, which is exact.
-        "bfloat16" halves the memory of a float32 model, and is not exact.
-      slide: in a set that outgrows the cache, the oldest image makes room: an approximation. Without it such a set is
-        refused.
+class SamplingSettings(Options):
+    """Say how images are drawn; static and hashable.
 
     Example:
         SamplingSettings(steps=50, stepper="unipc", guidance_scale=1.5, guidance_interval=(0.2, 0.8))
     """
 
-    steps: int = 25
-    stepper: str = "dpmpp_2m"
-    guidance: str = "cfg"
-    guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0
-    guidance_schedule: str = "constant"
-    guidance_options: tuple[str, ...] = ()
-    cache_size: int = 25
-    cache_dtype: str | None = None
-    slide: bool = False
+    steps: int = option("Steps of the stepper, an image.", 25, low=1)
+    stepper: str = option("Name of the stepper; a wrong one is answered with all there are.", "dpmpp_2m")
+    guidance: str = option("Name of the guidance; a wrong one is answered with all there are.", "cfg")
+    guidance_scale: float = option("How far the context, or a caption, is exaggerated; 1 is not at all.", 1.0, low=0)
+    guidance_interval: tuple[float, ...] = option(
+        "Fractions of the noise levels between which there is guidance, 0 clean and 1 noise: 0.2,0.8.",
+        (0.0, 1.0),
+        low=0,
+        high=1,
+    )
+    guidance_rescale: float = option(
+        "How far a guided output is brought back to the deviation of the conditional one.", 0.0, low=0, high=1
+    )
+    guidance_schedule: str = option(
+        "How the scale goes over the noise levels; a wrong name is answered with all there are.", "constant"
+    )
+    guidance_options: tuple[str, ...] = option("Further numbers of a guidance: NAME=NUMBER,NAME=NUMBER.", ())
+    cache_size: int = option("Context images of a set that are kept at most, given and generated together.", 25, low=1)
+    cache_dtype: str | None = option(
+        "What they are kept in, if not in the model's own, which is exact: bfloat16 halves the memory of float32.",
+        None,
+        choices=("float32", "bfloat16"),
+    )
+    slide: bool = option(
+        "In a set that outgrows the cache, forget the oldest image: an approximation. Without, it is refused.", False
+    )
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise UserError(f"sampling needs at least one step, not {self.steps}")
+        import numpy as np
+
+        from m2m_jax.diffusion.step_tables import STEPPERS
+
+        super().__post_init__()
         STEPPERS.choose(self.stepper)
-        interval = self.guidance_interval
-        if not (len(interval) == 2 and 0.0 <= interval[0] <= interval[1] <= 1.0):
-            raise UserError(f"guidance_interval must be two fractions, the smaller first, not {interval}")
-        if not 0.0 <= self.guidance_rescale <= 1.0:
-            raise UserError(f"guidance_rescale must be between 0 and 1, not {self.guidance_rescale}")
-        if self.cache_size < 1:
-            raise UserError(f"cache_size must be at least 1, not {self.cache_size}")
-        if self.cache_dtype not in (None, *CACHE_DTYPES):
-            raise UserError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {self.cache_dtype!r}")
+        if len(self.guidance_interval) != 2 or self.guidance_interval[0] > self.guidance_interval[1]:
+            raise UserError(
+                f"--guidance_interval must be two fractions, the smaller first, not {self.guidance_interval}"
+            )
         self.guidance_table(np.array([1.0, 0.5]))  # which refuses bad options
 
     @classmethod
@@ -79,7 +77,7 @@ class SamplingSettings:
         for name in given:
             if name not in fields:
                 raise UserError(f"{name} is no setting of sampling; there are {', '.join(fields)}")
-        return config_from(cls, {**config, **given}, {})
+        return cls(**{name: value for name, value in {**config, **given}.items() if name in fields})
 
     def step_table(self, schedule: NoiseSchedule) -> StepTable:
         """Return the steps of one image.
@@ -87,13 +85,17 @@ class SamplingSettings:
         Raises:
           UserError: the stepper is none for this schedule, or there are too many steps for it.
         """
+        from m2m_jax.diffusion.step_tables import STEPPERS
+
         return STEPPERS[self.stepper](schedule, self.steps)
 
     def guidance_table(self, noise_s: np.ndarray) -> GuidanceTable:
         """Return branches and weights. noise_s: fractions of the noise levels, one a step."""
+        from m2m_jax.diffusion.guidance import make_table
+
         options = {
             "scale": (self.guidance_scale, 1.0),
-            "interval": (tuple(self.guidance_interval), (0.0, 1.0)),
+            "interval": (self.guidance_interval, (0.0, 1.0)),
             "schedule": (self.guidance_schedule, "constant"),
         }
         return make_table(self.guidance, noise_s, options, dict(map(_option, self.guidance_options)))

@@ -164,7 +164,7 @@ class TextToImage:
         devices: Sequence[jax.Device] | None = None,
         **settings,
     ) -> TextToImage:
-        """A Stable Diffusion folder in diffusers' layout, or a run of `task=text_to_image`.
+        """Open a Stable Diffusion folder in diffusers' layout, or a run of `task=text_to_image`.
 
         Args:
           image_size: pixels along each side, if not those that the model was trained at.
@@ -196,7 +196,7 @@ class TextToImage:
         devices: Sequence[jax.Device] | None = None,
         **settings,
     ) -> TextToImage:
-        """Of a checkpoint that was read already; path: where, for messages."""
+        """Return the model of a checkpoint that was read already; path: where, for messages."""
         try:
             config = saved.metadata["config"]
             if config["task"] != "text_to_image":
@@ -258,8 +258,10 @@ def _open_folder(
 
 
 def _schedule(file: Path, stepper: str) -> NoiseSchedule:
-    """A pipeline's, where its file says nothing as diffusers has it: each of its schedulers has a spacing of its own,
-    and the pipeline makes the offset 1 whatever the file says."""
+    """Return the schedule of a pipeline; where its file says nothing, what diffusers takes.
+
+    Each of its schedulers has a spacing of its own, and the pipeline makes the offset 1 whatever the file says.
+    """
     schedule, values = diffusers_folder.load_schedule(file), read_json(file)
     if schedule.is_flow:
         return schedule

@@ -98,14 +98,15 @@ def _judging(
     features: Features, choose: Callable[[np.ndarray, Any], np.ndarray], logits: Mapping[str, np.ndarray]
 ) -> Features:
     """Return features that judge other images: `choose` makes them, [n, k, ...], of the real and the given ones."""
-    found = {
+    found: dict[str, Any] = {
         "made_nkc": (features.real_nkc, features.given_nmc),
         "made_nkhwc": (features.real_nkhwc, features.given_nmhwc),
         "logits_nkl": (logits.get("real"), logits.get("given")),
     }
-    return dataclasses.replace(
-        features, **{name: None if real is None else choose(real, given) for name, (real, given) in found.items()}
-    )
+    judges: dict[str, Any] = {
+        name: None if real is None else choose(real, given) for name, (real, given) in found.items()
+    }
+    return dataclasses.replace(features, **judges)
 
 
 def _num_positions(features: Features) -> int:

@@ -76,7 +76,9 @@ class Sets:
 
     def choose(self, indices: Sequence[int]) -> Sets:
         """Return some of the sets, in this order."""
-        of = {name: [getattr(self, name)[i] for i in indices] for name in ("numbers", "set_ids", "captions")}
+        of: dict[str, Any] = {
+            name: [getattr(self, name)[i] for i in indices] for name in ("numbers", "set_ids", "captions")
+        }
         return dataclasses.replace(self, **of)
 
     @functools.cached_property
@@ -131,7 +133,7 @@ def open_sets(text: str, num_images: int | None = None, image_size: int | None =
     return sets if size else dataclasses.replace(sets, image_size=int(sets.images(0).shape[1]))
 
 
-def open_images(text: str, image_size: int) -> Sets:
+def open_images(text: str, image_size: int | None) -> Sets:
     """Open every image of a data set as a set of its own, scaled to so many pixels a side."""
     source = open_named(text)
     if not source.has_images:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from m2m_jax.attention.mesh import WITHIN_IMAGES, axes_of_heads_and_tokens
 from m2m_jax.attention.splash import visited_pairs
 from m2m_jax.models.attentions import ONE_IMAGE
 from m2m_jax.models.unet import UNetConfig
+from m2m_jax.training.products import sum_of_products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +86,4 @@ def _computed_pairs(config: UNetConfig, layout: SetLayout, t: int, s: int) -> fl
         jax.ShapeDtypeStruct((1, images, n, 1, 1), jnp.float32)
         for images, n in ((layout.num_images, t), (len(layout.clean), s), (len(layout.clean), s))
     ]
-    return _sum_of_products(jax.make_jaxpr(lambda q, k, v: backend(q, k, v, layout))(*shapes).jaxpr) / 4
-
-
-def _sum_of_products(jaxpr: Any) -> float:
-    """Return the FLOPs of the matrix products of a program."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            contracted = equation.params["dimension_numbers"][0][0]
-            shape = equation.invars[0].aval.shape
-            total += 2 * math.prod(shape[axis] for axis in contracted) * equation.outvars[0].aval.size
-        for inner in _inner(equation.params):
-            total += _sum_of_products(inner) * equation.params.get("length", 1)
-    return total
-
-
-def _inner(params: dict) -> Iterator[Any]:
-    """Yield the programs that an equation holds."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(item, "eqns"):
-                yield item
-            elif hasattr(getattr(item, "jaxpr", None), "eqns"):
-                yield item.jaxpr
+    return sum_of_products(jax.make_jaxpr(lambda q, k, v: backend(q, k, v, layout))(*shapes).jaxpr) / 4

@@ -18,7 +18,7 @@ from m2m_jax.data.pipeline import SetExamples, batches, held_out_inputs, inputs,
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.models.trained import Trained
 from m2m_jax.tasks import sample_grid
-from m2m_jax.tasks.metrics import METRICS
+from m2m_jax.tasks.metrics import METRICS, Metric
 from m2m_jax.training import sharding
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ class HeldOut:
             self._made_data = make_dataset(examples, batch_size=self._num_made, rows=self._made_rows, threads=threads)
         self._metrics = {name: METRICS.choose(name)(task) for name in config.eval.metrics}
         judges: dict[str, Any] = {"task": task, **self._metrics}
-        self._score = judges[config.eval.score].score
+        judge = judges[config.eval.score]
+        self._score = judge.score
+        self._scores_samples = isinstance(judge, Metric) and type(judge).judge is not Metric.judge
+        self._scores_sets = isinstance(judge, Metric) and type(judge).judge_sets is not Metric.judge_sets
 
         def of_batch(params: Params, averages: Params, *arguments) -> dict[str, jax.Array]:
             own = sharding.gathered(trained.effective(params, averages), mesh, task.compute_dtype)
@@ -109,12 +112,8 @@ class HeldOut:
         self._writer.scalars(step, means | substituted)
         shown = {name: value for name, value in means.items() if not _DETAIL.search(name)}
         self._writer.message(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        try:
-            return self._score(means)
-        except KeyError:
-            if samples is None or (sets is None and self._num_made):
-                return None
-            raise
+        missing = (samples is None and self._scores_samples) or (sets is None and self._scores_sets)
+        return None if missing else self._score(means)
 
     def _continue(self, step: int, params: Params) -> sample_grid.Samples | None:
         """Return held-out sets that are continued, of all processes; None at other steps, and where memory lacks."""

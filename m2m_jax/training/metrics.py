@@ -40,7 +40,7 @@ class MetricWriter:
           resumed_step: of the restored checkpoint; 0 of a new run.
         """
         self._active = jax.process_index() == 0
-        self._total_steps = total_steps
+        self.total_steps = total_steps
         self._first: tuple[int, float] | None = None  # step and time of the first progress line
         if not self._active:
             return
@@ -88,9 +88,9 @@ class MetricWriter:
         left = ""
         if step > first_step:
             seconds_per_step = (now - first_time) / (step - first_step)
-            left = f"  {duration(seconds_per_step * (self._total_steps - step))} left"
+            left = f"  {duration(seconds_per_step * (self.total_steps - step))} left"
         text = (
-            f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  loss {loss:.4f}  "
+            f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  loss {loss:.4f}  "
             f"{images_per_second:.1f} images/s  data wait {data_wait_share:.0%}{left}"
         )
         if self._tty:

@@ -26,8 +26,9 @@ from m2m_jax.configuration import Config
 from m2m_jax.core import disk, runtime
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import Interruption
-from m2m_jax.core.parameters import Params, count, fingerprint
+from m2m_jax.core.parameters import HostParams, count, fingerprint
 from m2m_jax.core.paths import expand_home
+from m2m_jax.data import transform
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
 from m2m_jax.models.frozen import of_models
 from m2m_jax.tasks.evaluation import warn_of_one_set
@@ -40,10 +41,13 @@ from m2m_jax.training.metrics import MetricWriter
 from m2m_jax.training.profiler import Profiler
 from m2m_jax.training.setup import set_up
 from m2m_jax.training.state import TrainState
+from m2m_jax.training.step import RESIDENT
 from m2m_jax.training.throughput import Throughput
+from m2m_jax.training.time_limit import TimeLimit
 from m2m_jax.training.watchdog import Watchdog
 
 COMPLETE = 0
+TOTAL_STEPS = "total_steps"  # in the metadata of a checkpoint, where a time limit decided on them
 
 
 def train(config: Config, workdir: str | Path) -> int:
@@ -80,6 +84,7 @@ class Run:
       skipped_batches: how many batches no step has seen.
       checkpoints, writer, example_log: what is written.
       held_out: evaluations.
+      limit: after how many steps the run ends.
       divergence, throughput, profiler, watchdog: what looks on.
 
     Example, one step and its evaluation:
@@ -103,7 +108,9 @@ class Run:
         self.task = TASKS.choose(config.task)(config)
         train_examples, eval_examples = self._open_data()
         self.setup = set_up(self.task, config, self.mesh)
-        self.frozen = sharding.replicate(self.task.frozen, self.mesh)
+        resident = train_examples.resident
+        store = {RESIDENT: {transform.RGBA: resident.rgba_nhwc}} if resident is not None else {}
+        self.frozen = sharding.replicate(self.task.frozen | store, self.mesh)
         params = None if (workdir / FOLDER).exists() else self.task.init()
         self._make_workdir()
         kept = {name: getattr(config.checkpoint, name) for name in ("keep", "keep_every", "keep_best", "fallback")}
@@ -111,11 +118,14 @@ class Run:
         digests = {name: fingerprint(params) for name, params in of_models(self.task.frozen).items()}
         listings = {examples.split: examples.fingerprint for examples in (train_examples, eval_examples)}
         self.metadata = self.task.metadata | {"sha256": digests, "listings": listings}
-
+        resumes = self.checkpoints.latest_step() is not None
+        decided = self.checkpoints.metadata().get(TOTAL_STEPS) if resumes else None
+        self.limit = TimeLimit(config, decided)
+        self.metadata |= {TOTAL_STEPS: decided} if self.limit.decided else {}
         self.state = self._start(params)
         del params
         self.step, self.skipped_batches = int(self.state.step), int(self.state.skipped_batches)
-        self.writer = MetricWriter(workdir, config.train.steps, resumed_step=self.step)
+        self.writer = MetricWriter(workdir, self.limit.total_steps, resumed_step=self.step)
         self.example_log = ExampleLog(workdir, train_examples.set_ids, self.step) if config.data.log_examples else None
         self._describe()
         if config.task == "set_diffusion" and config.data.images_per_set > 1:
@@ -134,13 +144,12 @@ class Run:
     def finish(self, interruption: Interruption) -> int:
         """Take all steps that are left, or those until an interruption is asked for. Returns the exit code."""
         config, stopping = self.config, False
-        if self.step >= config.train.steps:
-            self.writer.message(
-                f"step {self.step} is saved, of config.train.steps={config.train.steps}: nothing is left"
-            )
-        while self.step < config.train.steps and not stopping:
+        if self.step >= self.limit.total_steps:
+            self.writer.message(f"step {self.step} is saved, of {self.limit.total_steps}: nothing is left")
+        while self.step < self.limit.total_steps and not stopping:
             metrics = self.take_step()
-            last, stopping = self.step == config.train.steps, interruption.requested(self.step)
+            self._look_at_the_clock(metrics)
+            last, stopping = self.step == self.limit.total_steps, interruption.requested(self.step)
             logs = last or self.step % config.train.log_every == 0
             evaluates = last or self.step % config.eval.every == 0
             saves = last or stopping or self.step % config.checkpoint.every == 0
@@ -162,19 +171,19 @@ class Run:
                 if saves:
                     self.save(score)
         self._close()
-        return interruption.exit_code() if stopping and self.step < config.train.steps else COMPLETE
+        return interruption.exit_code() if stopping and self.step < self.limit.total_steps else COMPLETE
 
     def take_step(self) -> dict[str, jax.Array]:
         """Train on the next batch. Returns scalars, which may not be computed yet."""
         self.step += 1
         self.watchdog.step(self.step)
         with self.throughput.waiting():
-            batch = self._next_batch()
+            batch, last = self._next_batch(), self._last_step()
         if self._compiled is None:
-            self._compiled = self._compile(batch)
+            self._compiled = self._compile(batch, *last)
         self.profiler.begin(self.step)
         with jax.transfer_guard("disallow"):  # what the loop does not place itself would stall every step
-            self.state, metrics = self._compiled(self.state, self.frozen, batch)
+            self.state, metrics = self._compiled(self.state, self.frozen, batch, *last)
         self.profiler.end(self.step, metrics)
         self.throughput.count_step()
         return metrics
@@ -184,7 +193,7 @@ class Run:
         scalars = {name: float(value) for name, value in metrics.items() if name != "finite"}
         updates = self.step - int(scalars["skipped_steps"]) - int(metrics["finite"])  # before this step
         scalars |= {
-            "learning_rate": self.setup.learning_rate(updates),
+            "learning_rate": float(self.setup.learning_rate(updates, self.limit.total_steps)),
             "gradient_spikes": self.divergence.take_spikes(),
         }
         if self.config.data.on_error == "skip":
@@ -244,12 +253,11 @@ class Run:
         except OSError as error:
             raise UserError(f"--workdir={self.workdir} cannot be made: {error.strerror}") from error
 
-    def _start(self, params: Params | None = None) -> TrainState:
+    def _start(self, params: HostParams | None = None) -> TrainState:
         """Return the newest saved state, or the first. params: of the model at step 0, where they were made already."""
         if self.checkpoints.latest_step() is not None:
             return self.checkpoints.restore_train_state(self.setup.state, metadata=self.metadata)
-        # From NumPy, which every process holds alike and JAX may place anywhere.
-        return self.setup.create(jax.tree.map(np.asarray, params or self.task.init()))
+        return self.setup.create(params or self.task.init())
 
     def _describe(self) -> None:
         self.writer.message(sharding.describe(self.setup.state.params, self.mesh))
@@ -270,11 +278,26 @@ class Run:
             self.example_log.write(self.step, host_batch["example_index_b"], host_batch["record_index_b"])
         return sharding.make_global_batch(self.mesh, inputs(host_batch), self.config.data.batch_size)
 
-    def _compile(self, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
+    def _last_step(self) -> tuple[jax.Array, ...]:
+        """Return what a step is told of the end: nothing where the config says it, for then it is compiled in."""
+        if not self.config.train.minutes:
+            return ()
+        return (sharding.replicate(np.int32(self.limit.total_steps), self.mesh),)
+
+    def _look_at_the_clock(self, metrics: dict[str, jax.Array]) -> None:
+        if not self.limit.look(self.step, metrics):
+            return
+        self.metadata |= {TOTAL_STEPS: self.limit.decided}
+        self.writer.total_steps = self.limit.total_steps
+        self.writer.message(
+            f"{self.limit.total_steps} steps fit into config.train.minutes={self.config.train.minutes:g}"
+        )
+
+    def _compile(self, batch: dict[str, jax.Array], *last: jax.Array) -> jax.stages.Compiled:
         """Compile the step, once: a batch of another shape is an error, and not a second compilation."""
         began = time.monotonic()
         with self.watchdog.allowing("compilation"):
-            compiled = self.setup.step.lower(self.state, self.frozen, batch).compile()
+            compiled = self.setup.step.lower(self.state, self.frozen, batch, *last).compile()
         self.writer.message(f"compiled in {time.monotonic() - began:.0f} s")
         self.throughput.restart()
         return compiled
@@ -284,6 +307,6 @@ class Run:
             self.checkpoints.wait()
         if self.example_log:
             self.example_log.close()
-        if self.step < self.config.train.steps:
+        if self.step < self.limit.total_steps:
             self.writer.message(f"stopped after step {self.step}, which is saved: the same command goes on from there")
         self.writer.close()

@@ -54,16 +54,21 @@ class TrainState(flax.struct.PyTreeNode):
         )
 
     def apply_gradients(
-        self, gradients: Params, optimizer: optax.GradientTransformation, ema_decay: float
+        self,
+        gradients: Params,
+        optimizer: optax.GradientTransformationExtraArgs,
+        ema_decay: float,
+        total_steps: jax.Array | None = None,
     ) -> TrainState:
         """Return the state after one update of parameters, optimizer and EMA. Traceable.
 
         Args:
           gradients: of the parameters that train.
           ema_decay: of the average; less in the first steps, so that a young run forgets where it began.
+          total_steps: int32 [], where the learning rate reaches zero; None: at config.train.steps.
         """
         trained = {name: self.params[name] for name in gradients}
-        updates, opt_state = optimizer.update(gradients, self.opt_state, trained)
+        updates, opt_state = optimizer.update(gradients, self.opt_state, trained, total_steps=total_steps)
         trained = jax.tree.map(lambda p, u: p + u.astype(p.dtype), trained, updates)
         # The average of a young run follows its parameters closely, or it would remember the initial ones for long.
         step = self.step.astype(jnp.float32)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import optax
 
 
+RESIDENT = "resident"  # beside the frozen models: {transform.RGBA: the images that devices hold}
 # Of a parameter's name: the module, and which one of a list of modules.
 _OUTERMOST = re.compile(r"[^.]+(\.\d+)?")
 
@@ -30,7 +31,7 @@ Step = jax.stages.Wrapped
 
 def make_train_step(
     task: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     shardings: TrainState,
     mesh: sharding.AnyMesh,
     ema_decay: float,
@@ -38,9 +39,9 @@ def make_train_step(
     accumulation: int = 1,
     reduce_dtype: str = "model",
 ) -> Step:
-    """Return the step: (state, frozen, batch) -> (next state, scalars for the log).
+    """Return the step: (state, frozen, batch, total_steps=None) -> (next state, scalars for the log).
 
-    The state is donated: its buffers are reused.
+    The state is donated: its buffers are reused. total_steps: int32 [], see `TrainState.apply_gradients`.
 
     Where loss or gradient are not finite the next state is the last one, a step older: nothing bad gets into
     parameters, moments or average, and so into no checkpoint. `training/divergence.py` decides how the run goes on.
@@ -67,8 +68,10 @@ def make_train_step(
     if separate:
         gradients_of = sharding.summed_in_float32(gradients_of, mesh)
 
-    def train_step(state: TrainState, frozen: FrozenParams, batch: dict) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch = transform.finish(batch)
+    def train_step(
+        state: TrainState, frozen: FrozenParams, batch: dict, total_steps: jax.Array | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = transform.finish(batch, frozen.get(RESIDENT, {}).get(transform.RGBA))
         # By the batch and not by the step: after a rollback the same steps see other batches, and other noise.
         inputs = (batch, task.draw(batch, state.step + state.skipped_batches))
         gradients, metrics = gradients_of(state.params, frozen, inputs)
@@ -76,7 +79,9 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         # A branch: a select in every element cost 2 % of a step on a CPU, and this nothing.
         state = jax.lax.cond(
-            finite, lambda: state.apply_gradients(gradients, optimizer, ema_decay), lambda: state.skip()
+            finite,
+            lambda: state.apply_gradients(gradients, optimizer, ema_decay, total_steps),
+            lambda: state.skip(),
         )
         counts = {"skipped_steps": state.skipped_steps, "skipped_batches": state.skipped_batches}
         return state, metrics | counts | {"finite": finite}

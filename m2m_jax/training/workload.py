@@ -28,6 +28,7 @@ from m2m_jax.tasks.latent_diffusion import LatentDiffusion
 from m2m_jax.tasks.protocol import Task
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.attention_flops import AttentionFlops, attention_flops
+from m2m_jax.training.products import sum_of_products
 from m2m_jax.training.sharding import abstract_mesh
 
 NOT_READ = "(not read)"
@@ -103,7 +104,7 @@ def batch_shapes(config: Config, task: Any, batch_size: int) -> dict:
         shapes["latents_bnhwc"] = jax.ShapeDtypeStruct((*sets, *task.models.latent_shape(size)), jnp.float32)
     if task.needs_images or not shapes:
         augment = config.data.augment
-        if augment.enabled and augment.on_device:
+        if config.data.resident or (augment.enabled and augment.on_device):
             length = build(SetAugmentation, augment).num_parameters(size)
             shapes[transform.RGBA] = jax.ShapeDtypeStruct((*sets, size, size, 4), jnp.uint8)
             shapes[transform.PARAMETERS] = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
@@ -131,6 +132,20 @@ def count_model_flops(config: Config, remat: str = "none") -> float:
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         cost: Any = _lowered_gradient(_plain_task(config, remat), config).cost_analysis()
         return cost["flops"]
+
+
+def count_products(task: Task, batch: dict) -> float:
+    """Return the FLOPs of the products and convolutions of a step on a batch: of forward, and twice those of backward.
+
+    Traces the loss once, a second where `Workload.model_flops` takes ten, and is about as much: it has no norms and
+    activations, but whatever of the backward pass nobody needs. Nothing that `model.remat` computes again is in it.
+    """
+
+    def loss(params: dict, frozen: dict, batch: dict, step: jax.Array) -> jax.Array:
+        return task.loss(params, frozen, batch, task.draw(batch, step))[0]
+
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return 3 * sum_of_products(jax.make_jaxpr(loss)(task.shapes, task.frozen, batch, step).jaxpr)
 
 
 def _lowered_gradient(task: Task, config: Config) -> jax.stages.Lowered:

@@ -76,7 +76,7 @@ def nearest(images: Images) -> Group:
 def contact_sheet(
     rows: Sequence[Row], *, title: str = "", tile: int | None = None, images_per_line: int = 12
 ) -> Image.Image:
-    """The rows as one RGB picture.
+    """Draw the rows as one RGB picture.
 
     Args:
       rows: at least one. A row without a group that other rows have leaves its place empty.

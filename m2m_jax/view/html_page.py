@@ -29,7 +29,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def html_page(rows: Sequence[Row], records: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page of what a contact sheet shows.
+    """Return the page of what a contact sheet shows.
 
     Args:
       rows: as for `contact_sheet`.

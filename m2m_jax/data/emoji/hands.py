@@ -5,14 +5,13 @@ drawings, shaded and flat, and are one hand. Families come from npm's `@iconify-
 Python packages that `requirements.txt` installs, so that there is something to draw without npm.
 """
 
-import concurrent.futures
 import functools
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from m2m_jax.data.drawing import draw_all
 from m2m_jax.data.emoji import artwork, iconify
 from m2m_jax.data.emoji.table import TableSubject
 
@@ -40,18 +39,18 @@ Draw = Callable[[TableSubject, int], np.ndarray | None]
 
 
 def hand_of(family: str) -> str:
-    """Names the hand that drew a family."""
+    """Name the hand that drew a family."""
     return next(hand for hand, families in HANDS.items() if family in families)
 
 
 def drawable_families(folder: str | Path) -> list[str]:
-    """Lists the families that can be drawn with the npm packages in a folder, in the order of `HANDS`."""
+    """List the families that can be drawn with the npm packages in a folder, in the order of `HANDS`."""
     there = {*iconify.families_in(folder), *PYPI_STYLES}
     return [family for families in HANDS.values() for family in families if family in there]
 
 
 def family_artist(folder: str | Path, family: str) -> Draw:
-    """Returns what draws a subject in a family: (subject, size) -> uint8 RGBA [size, size, 4], or None.
+    """Return what draws a subject in a family: (subject, size) -> uint8 RGBA [size, size, 4], or None.
 
     folder: of npm packages; where the family's is not in it, the family's Python package is used.
     Raises UserError where neither is there.
@@ -68,34 +67,17 @@ def draw_pictures(
     size: int,
     report: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Draws subjects in families, in threads: (family, subject's name) -> uint8 RGBA [size, size, 4].
-
-    report: called now and then with the number of drawings that are done and that there are to do.
-    """
+    """Draw subjects in families: (family, subject's name) -> uint8 RGBA [size, size, 4]. report: as of `draw_all`."""
     artists = {family: family_artist(folder, family) for family in families}
     jobs = [(family, subject) for family in families for subject in subjects]
-
-    def draw(job: tuple[str, TableSubject]) -> np.ndarray | None:
-        pixels = artists[job[0]](job[1], size)
-        return None if pixels is None or not pixels[..., 3].any() else pixels
-
-    drawn = {}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, ((family, subject), pixels) in enumerate(zip(jobs, pool.map(draw, jobs), strict=True), start=1):
-            if pixels is not None:
-                drawn[family, subject.name] = pixels
-            if report is not None and (done % 2000 == 0 or done == len(jobs)):
-                report(done, len(jobs))
-    return drawn
+    drawn = draw_all(jobs, lambda job: artists[job[0]](job[1], size), lambda pixels: pixels, report)
+    return {(family, subject.name): pixels for (family, subject), pixels in drawn.items()}
 
 
 def _draw_by_name(family: iconify.Family, subject: TableSubject, size: int) -> np.ndarray | None:
-    return _first(family.draw(name, size) for name in subject.names)
+    pictures = (family.draw(name, size) for name in subject.names)
+    return next((picture for picture in pictures if picture is not None), None)
 
 
 def _draw_by_codepoints(style: str, subject: TableSubject, size: int) -> np.ndarray | None:
     return artwork.draw(subject.codepoints, style, size) if subject.codepoints else None
-
-
-def _first(pictures: Iterable[np.ndarray | None]) -> np.ndarray | None:
-    return next((picture for picture in pictures if picture is not None), None)

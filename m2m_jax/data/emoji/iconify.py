@@ -1,4 +1,4 @@
-"""Reads the emoji families that npm's `@iconify-json/*` packages hold, and draws their icons.
+"""Read the emoji families that npm's `@iconify-json/*` packages hold, and draw their icons.
 
 A package is read as `npm pack` leaves it, NAME-VERSION.tgz, in a folder that the caller names (`make npm-emoji` fills
 one). The icons are in its `package/icons.json`: a map of names to the insides of SVG files.
@@ -6,16 +6,15 @@ one). The icons are in its `package/icons.json`: a map of names to the insides o
 
 import dataclasses
 import functools
-import io
 import json
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.data.drawing import render, view_box
 from m2m_jax.data.emoji.subjects import parse_codepoints
 
 # Package -> its version, and the side of the square that is drawn in canvases (their longer sides): families leave
@@ -40,7 +39,7 @@ _FOLDER = "package"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The icons of one package.
+    """Hold the icons of one package.
 
     icons: name -> {"body": SVG text, and where they differ from `canvas` "left", "top", "width", "height"}.
     aliases: other name -> name; those that turn or mirror an icon are left out.
@@ -56,16 +55,14 @@ class Family:
     categories: dict[str, str]
 
     def draw(self, icon: str, size: int) -> np.ndarray | None:
-        """Draws an icon: uint8 RGBA [size, size, 4], transparent ground; None where the family lacks it."""
+        """Draw an icon: uint8 RGBA [size, size, 4], transparent ground; None where the family lacks it."""
         entry = self.icons.get(self.aliases.get(icon, icon))
         if entry is None:
             return None
         left, top, width, height = (float(entry.get(key, self.canvas[key])) for key in _CANVAS)
-        side = PACKAGES[self.name][1] * max(width, height)
-        box = f"{left + (width - side) / 2} {top + (height - side) / 2} {side} {side}"
         svg = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{box}">{entry["body"]}</svg>'
+            f"{view_box(left, top, width, height, PACKAGES[self.name][1])}>{entry['body']}</svg>"
         )
         return render(svg, size, size)
 
@@ -73,32 +70,19 @@ class Family:
 _CANVAS = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's defaults
 
 
-def render(svg: str, width: int, height: int, **options) -> np.ndarray:
-    """Draws SVG text: uint8 RGBA [height, width, 4]. Raises UserError where resvg is missing or can't read it."""
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise UserError("the SVG renderer is not installed: pip install resvg-py") from error
-    try:
-        png = resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height, skip_system_fonts=True, **options)
-    except ValueError as error:
-        raise UserError(f"an SVG of {len(svg)} characters can't be drawn ({error})") from error
-    return np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
-
-
 def package_file(folder: str | Path, name: str) -> Path:
-    """Names the file of a package in a folder, as `npm pack` does."""
+    """Name the file of a package in a folder, as `npm pack` does."""
     return Path(folder) / f"iconify-json-{name}-{PACKAGES[name][0]}.tgz"
 
 
 def families_in(folder: str | Path) -> list[str]:
-    """Lists which families' packages are in a folder, at the pinned versions; none where there is no folder."""
+    """List which families' packages are in a folder, at the pinned versions; none where there is no folder."""
     return [name for name in PACKAGES if package_file(folder, name).is_file()]
 
 
 @functools.cache
 def load_family(folder: str | Path, name: str) -> Family:
-    """Reads a package. Raises UserError where it is missing or is not what was written for."""
+    """Read a package. Raises UserError where it is missing or is not what was written for."""
     path = package_file(folder, name)
     remedy = f"fetch it with: make npm-emoji, or npm pack @iconify-json/{name}@{PACKAGES[name][0]} in {folder}"
     try:
@@ -128,7 +112,7 @@ def load_family(folder: str | Path, name: str) -> Family:
 
 
 def _check(family: Family) -> None:
-    """Refuses what could not be drawn or named. Raises KeyError, TypeError, ValueError."""
+    """Refuse what could not be drawn or named. Raises KeyError, TypeError, ValueError."""
     if not family.icons:
         raise ValueError("no icons")
     for canvas in (family.canvas, *family.icons.values()):
@@ -146,7 +130,7 @@ def _check(family: Family) -> None:
 
 
 def _read_json(archive: tarfile.TarFile, name: str) -> Any:
-    """Reads one file of the package without unpacking it. Raises KeyError, ValueError."""
+    """Read one file of the package without unpacking it. Raises KeyError, ValueError."""
     member = archive.getmember(f"{_FOLDER}/{name}")
     if not member.isfile() or member.size > _MAX_BYTES:
         raise ValueError(f"{name} is no file of a package")

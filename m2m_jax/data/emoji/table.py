@@ -1,4 +1,4 @@
-"""Reads and writes `subjects.tsv`: the subjects of all emoji families, with the split that each belongs to.
+"""Read and write `subjects.tsv`: the subjects of all emoji families, with the split that each belongs to.
 
 The file is committed, so that a subject keeps its name and its split whatever families are installed. The program
 `m2m_jax.data.emoji_splits` makes it again.
@@ -43,7 +43,7 @@ class TableSubject:
 
 @functools.cache
 def load_table(path: Path = FILE) -> tuple[TableSubject, ...]:
-    """Reads the table. Raises UserError where it is damaged."""
+    """Read the table. Raises UserError where it is damaged."""
     try:
         header, *lines = path.read_text(encoding="utf-8").splitlines()
         if tuple(header.split("\t")) != _HEADER:
@@ -63,7 +63,7 @@ def load_table(path: Path = FILE) -> tuple[TableSubject, ...]:
 def write_table(
     subjects: Iterable[NamedSubject], components: dict[str, str], splits: dict[str, str], path: Path = FILE
 ) -> None:
-    """Writes the table, a line a subject."""
+    """Write the table, a line a subject."""
     lines = ["\t".join(_HEADER)]
     for one in subjects:
         points = "-".join(f"{point:x}" for point in one.codepoints)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,14 @@ from m2m_jax.data.source import SOURCES, DataSource, RecordSource
 
 
 class PreparedSource(DataSource):
-    """Sets at `config.image_size` below `config.directory`, of the kinds that `config.kinds` chooses.
+    """Hold sets at `config.image_size` below `config.directory`, of the kinds that `config.kinds` chooses.
 
     Attributes:
-      folder: of the data set, within the directory.
-      flags: that `m2m_jax.data.prepare` needs to be told to make it.
+      folder: of the data set, within the directory; the source's name, too.
     """
 
     needs_path = False
     folder: str
-    flags: str = ""
 
     @classmethod
     def make_builder(cls, image_size: int, directory: str) -> Any:
@@ -35,8 +32,45 @@ class PreparedSource(DataSource):
 
     @classmethod
     def open_split(cls, directory: str, image_size: int, split: str, *, strict: bool) -> ShardRecords:
-        """Open a split; arguments and errors as those of `open_prepared`."""
-        return open_prepared(cls.make_builder, cls.flags, directory, image_size, split, strict=strict)
+        """Open a split.
+
+        Args:
+          strict: as for `ShardRecords`.
+
+        Raises:
+          UserError: the data set has not been prepared at that size, has no such split, or is damaged.
+        """
+        remedy = f"python -m m2m_jax.data.prepare --name={cls.folder} --size={image_size} --directory={directory}"
+        try:
+            builder = cls.make_builder(image_size, directory)
+            if not builder.is_prepared():
+                what = f"no data set {cls.folder} of {image_size} px in {directory!r}"
+                raise UserError(f"{what}: make it with {remedy}")
+            if split not in builder.info.splits:
+                raise UserError(f"split {split!r}: the data set {cls.folder} has {', '.join(builder.info.splits)}")
+            of_split = builder.info.splits[split]
+            files, counts = [Path(path) for path in of_split.filepaths], list(of_split.shard_lengths)
+            if any(file.parent != Path(builder.data_path) for file in files):
+                raise ValueError("files outside of its folder")
+            kinds, num_images = (list(builder.info.metadata[name][split]) for name in ("kinds", "num_images"))
+        except UserError:
+            raise
+        except Exception as error:  # TFDS reads its JSON files without a check
+            raise UserError(
+                f"the data set {cls.folder} of {image_size} px in {directory!r} is damaged ({error!r:.200}): remove it "
+                f"and make it again with {remedy}"
+            ) from error
+        return ShardRecords(
+            f"{builder.data_path} ({split})",
+            files,
+            counts,
+            kinds,
+            num_images,
+            remedy=f"remove {builder.data_path} and make it again with {remedy}",
+            strict=strict,
+            split=split,
+            version=str(builder.version),
+        )
 
     @classmethod
     def find(cls, path: Path, *, follow_links: bool = False) -> list[RecordSource]:
@@ -51,7 +85,7 @@ class PreparedSource(DataSource):
     def _every_split(cls, directory: str, image_size: int) -> list[RecordSource]:
         try:
             splits = list(cls.make_builder(image_size, directory).info.splits)
-        except Exception:  # as damaged as `open_prepared` says
+        except Exception:  # as damaged as `open_split` says
             splits = []
         return [cls.open_split(directory, image_size, split, strict=False) for split in splits or ("train",)]
 
@@ -64,56 +98,6 @@ class EmojiSource(PreparedSource):
 
     @classmethod
     def make_builder(cls, image_size: int, directory: str) -> Any:
-        from m2m_jax.data.emoji.builder import make_builder
+        from m2m_jax.data.emoji.builder import Emoji
 
-        return make_builder(image_size, directory)
-
-
-def open_emoji(directory: str, image_size: int, split: str, *, strict: bool) -> ShardRecords:
-    """Open a split of the prepared emoji data set; arguments and errors as those of `open_prepared`."""
-    return EmojiSource.open_split(directory, image_size, split, strict=strict)
-
-
-def open_prepared(
-    make_builder: Callable[[int, str], Any], flags: str, directory: str, image_size: int, split: str, *, strict: bool
-) -> ShardRecords:
-    """Open a split of an emoji data set that TFDS prepared.
-
-    Args:
-      make_builder: (image size, directory) -> its TFDS builder.
-      flags: that `m2m_jax.data.prepare` needs to be told to make it; empty, or with a space at the end.
-      strict: as for `ShardRecords`.
-
-    Raises:
-      UserError: the data set has not been prepared at that size, has no such split, or is damaged.
-    """
-    remedy = f"python -m m2m_jax.data.prepare {flags}--size={image_size} --directory={directory}"
-    try:
-        builder = make_builder(image_size, directory)
-        if not builder.is_prepared():
-            raise UserError(f"no emoji data set of {image_size} px in {directory!r}: make it with {remedy}")
-        if split not in builder.info.splits:
-            raise UserError(f"split {split!r}: the emoji data set has {', '.join(builder.info.splits)}")
-        of_split = builder.info.splits[split]
-        files, counts = [Path(path) for path in of_split.filepaths], list(of_split.shard_lengths)
-        if any(file.parent != Path(builder.data_path) for file in files):
-            raise ValueError("files outside of its folder")
-        kinds, num_images = (list(builder.info.metadata[name][split]) for name in ("kinds", "num_images"))
-    except UserError:
-        raise
-    except Exception as error:  # TFDS reads its JSON files without a check
-        raise UserError(
-            f"the emoji data set of {image_size} px in {directory!r} is damaged ({error!r:.200}): remove it and make "
-            f"it again with {remedy}"
-        ) from error
-    return ShardRecords(
-        f"{builder.data_path} ({split})",
-        files,
-        counts,
-        kinds,
-        num_images,
-        remedy=f"remove {builder.data_path} and make it again with {remedy}",
-        strict=strict,
-        split=split,
-        version=str(builder.version),
-    )
+        return Emoji.at(image_size, directory)

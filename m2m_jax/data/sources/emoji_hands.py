@@ -10,13 +10,12 @@ from m2m_jax.data.sources.emoji import PreparedSource
 
 @SOURCES.register("emoji_hands")
 class EmojiHandsSource(PreparedSource):
-    """Emoji drawn by ten hands, two of which never train, from m2m_jax.data.prepare --hands."""
+    """Emoji drawn by ten hands, two of which never train, from m2m_jax.data.prepare --name=emoji_hands."""
 
     folder = "emoji_hands"
-    flags = "--hands "
 
     @classmethod
     def make_builder(cls, image_size: int, directory: str) -> Any:
-        from m2m_jax.data.emoji.hands_builder import make_hands_builder
+        from m2m_jax.data.emoji.hands_builder import EmojiHands
 
-        return make_hands_builder(image_size, directory)
+        return EmojiHands.at(image_size, directory)

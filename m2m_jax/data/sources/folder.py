@@ -21,12 +21,12 @@ from m2m_jax.configuration import Data
 from m2m_jax.core.errors import UserError, warn
 from m2m_jax.core.image_folder import SetFolder, list_sets
 from m2m_jax.core.images import check_header, read_bytes
-from m2m_jax.data import records
+from m2m_jax.data import records, splits
 from m2m_jax.data.records import BadRecord
 from m2m_jax.data.source import SOURCES, DataSource, RecordSource
 
 MAX_CAPTION_BYTES = 1_000_000
-SPLITS = ("train", "validation", "test", "all")
+SPLITS = (*splits.SPLITS, "all")
 HELD_OUT_SHARE = 0.05  # of each of validation and test
 KIND = "folder"
 # Of the hash of names. The number is one with which sets that are merely numbered (000, set00, set000, ...) are held
@@ -158,7 +158,7 @@ def split_names(names: Iterable[str], split: str) -> set[str]:
 
 
 def _place(name: str) -> float:
-    """A number in [0, 1) that is a set's own, whatever other sets there are."""
+    """Return a number in [0, 1) that is a set's own, whatever other sets there are."""
     return int.from_bytes(hashlib.blake2b(_bytes(name), digest_size=8, person=_PERSON).digest(), "big") / 2**64
 
 

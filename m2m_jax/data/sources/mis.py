@@ -6,8 +6,7 @@ from pathlib import Path
 
 from m2m_jax.configuration import Data
 from m2m_jax.core.errors import UserError
-from m2m_jax.data import mis, records
-from m2m_jax.data.records import BadRecord
+from m2m_jax.data import mis
 from m2m_jax.data.shards import ShardRecords
 from m2m_jax.data.source import SOURCES, DataSource, RecordSource
 
@@ -64,7 +63,6 @@ class MisRecords(ShardRecords):
                 f"set --config.data.image_size={made_at}, not {image_size}"
             )
         self.has_images = store != "latents"
-        self._latent_shape = None if store == "images" else tuple(manifest.settings["latent_shape"])
         shards, num_images = manifest.splits[split], manifest.num_images(split)
         super().__init__(
             f"{mis.folder(directory)} ({split})",
@@ -76,12 +74,5 @@ class MisRecords(ShardRecords):
             strict=strict,
             split=split,
             version=" ".join([store, *(shard.sha256 for shard in shards)]),
+            latent_shape=None if store == "images" else tuple(manifest.settings["latent_shape"]),
         )
-
-    def __getitem__(self, index: int) -> records.ImageSetRecord:
-        record = super().__getitem__(index)
-        expected = self._latent_shape and (self.num_images[index], *self._latent_shape)
-        found = None if record.latents is None else record.latents.shape
-        if found != expected:
-            raise BadRecord(f"{record.origin}, set {record.set_id!r}: its latents are {found}, not {expected}")
-        return record
