@@ -139,10 +139,13 @@ def test_generated_records_score_as_folders_do(made, real, scored, tmp_path):
 
 def test_sets_of_other_names_are_compared_as_such(real, tmp_path):
     other = write_sets(tmp_path / "other", 0, num_sets=5)
-    for folder in other.iterdir():
-        folder.rename(folder.with_name(f"mine-{folder.name}"))
+    for number, folder in enumerate(sorted(other.iterdir())):
+        folder.rename(folder.with_name(f"mine{(number + 2) % 5}"))
     scores = score_sets(options(other, real, tmp_path / "scores"), report=lambda line: None)
     assert not scores.paired and len(scores.made) == len(scores.real) == 5
+    assert not any("_to_real" in figure.name for figure in scores.figures)
+    (figure,) = [one for one in scores.figures if one.name == "similarity_to_given/pixels-8"]
+    assert figure.arms["real"].mean > 0.9  # to what was given of its own set, and not of the one in its place
 
 
 def test_a_page_is_one_file_for_light_and_dark_without_a_script(scored):

@@ -134,7 +134,7 @@ class Figure:
 def measure(
     score: Score,
     features: Features,
-    logits: Mapping[str, np.ndarray] = anchors.NO_LOGITS,
+    beside: Mapping[str, np.ndarray] = anchors.NOTHING,
     *,
     draws: int = 200,
     allow_few: bool = False,
@@ -143,7 +143,7 @@ def measure(
 
     Args:
       features: of what was made, with the real images of the same places.
-      logits: see `anchors.arms`.
+      beside: see `anchors.arms`.
       draws: of the bootstrap over sets, of figures that are means; 0: no intervals.
       allow_few: measure also where there are fewer sets than the figure can bear.
     """
@@ -151,7 +151,7 @@ def measure(
         return []
     measured, minimum, n = score(features), score.minimum(features), features.num_sets
     if not (_of_distributions(score) or any(one.per_set_nk is None for one in measured.values())):
-        judged = anchors.arms(features, logits)
+        judged = anchors.arms(features, beside)
         of_arms = {arm: score(of_arm) for arm, of_arm in judged.items() if score.applies(of_arm)}
         return [
             Figure(name, score.better, n, minimum, arms, ours.per_set_nk)
@@ -159,7 +159,7 @@ def measure(
             if (arms := {arm: _of_means(found[name], draws) for arm, found in of_arms.items() if name in found})
         ]
     half = n // 2
-    of_halves = _of_halves(score, features, logits, draws) if half >= minimum or allow_few else {}
+    of_halves = _of_halves(score, features, beside, draws) if half >= minimum or allow_few else {}
     figures = [Figure(name, score.better, half, minimum, of_halves.get(name, {})) for name in measured]
     if n >= minimum or allow_few:
         for name, ours in measured.items():
@@ -181,12 +181,12 @@ def _of_means(measured: Measured, draws: int) -> Arm:
 
 
 def _of_halves(
-    score: Score, features: Features, logits: Mapping[str, np.ndarray], draws: int
+    score: Score, features: Features, beside: Mapping[str, np.ndarray], draws: int
 ) -> dict[str, dict[str, Arm]]:
     """Half-sampling: of a mean, values of random halves spread as the mean of all would over other sets."""
     found: dict[str, dict[str, list[np.ndarray]]] = {}
     for judged_s, real_s in anchors.halves(features.num_sets):
-        for arm, of_arm in anchors.arms_of_half(features, logits, judged_s, real_s).items():
+        for arm, of_arm in anchors.arms_of_half(features, beside, judged_s, real_s).items():
             if score.applies(of_arm):
                 for name, measured in score(of_arm).items():
                     found.setdefault(name, {}).setdefault(arm, []).append(measured.values_k)

@@ -127,7 +127,7 @@ def score_sets(options: Scoring, *, report: Callable[[str], object] = say) -> Sc
     skipped: dict[str, str] = {}
     first = of_pixels = None
     for encoder in encoders:
-        features, logits = encoded(encoder, made, real, training, options.given, cache, report)
+        features, beside = encoded(encoder, made, real, training, options.given, cache, report)
         first = first or features
         for name, score in chosen.items():
             if _needs_pixels(score):
@@ -135,14 +135,16 @@ def score_sets(options: Scoring, *, report: Callable[[str], object] = say) -> Sc
             if lacking := [field for field in score.needs if not features.has(field)]:
                 skipped[f"{name}/{encoder.name}"] = f"needs {', '.join(lacking)}"
                 continue
-            figures += measure(score, features, logits, draws=options.draws, allow_few=options.allow_few)
+            figures += measure(score, features, beside, draws=options.draws, allow_few=options.allow_few)
     if by_pixels := {name: score for name, score in chosen.items() if _needs_pixels(score)}:
-        of_pixels = pixels(made, real, training, options.given)
+        of_pixels, beside = pixels(made, real, training, options.given)
         for name, score in by_pixels.items():
             if lacking := [field for field in score.needs if not of_pixels.has(field)]:
                 skipped[name] = f"needs {', '.join(lacking)}"
                 continue
-            figures += measure(score, of_pixels, draws=options.draws, allow_few=options.allow_few)
+            figures += measure(score, of_pixels, beside, draws=options.draws, allow_few=options.allow_few)
+    if not paired:  # of places in other sets
+        figures = [figure for figure in figures if "_to_real" not in figure.name]
     assert first is not None
     scores = Scores(options, made, real, training, paired, encoders, first, of_pixels, figures, skipped)
     from m2m_jax.scoring.page import score_page  # which draws; a caller that wants numbers alone need not
@@ -163,11 +165,11 @@ def encoded(
     cache: Path | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> tuple[Features, dict[str, np.ndarray]]:
-    """Return the features of sets by one encoder, and the logits of real and given images, for `anchors.arms`."""
+    """Return the features of sets by one encoder, and what `anchors.arms` wants beside them."""
     of_made, of_real = (features_module.features_of(sets, encoder, cache, report) for sets in (made, real))
-    logits = {}
+    beside = {"given_nmc": of_real[FEATURES][:, :given]}
     if LOGITS in of_made:
-        logits = {"real": of_real[LOGITS][:, given:], "given": of_made[LOGITS][:, :given]}
+        beside |= {"real_nkl": of_real[LOGITS][:, given:], "given_nml": of_made[LOGITS][:, :given]}
     features = Features(
         encoder=encoder.name,
         made_nkc=of_made[FEATURES][:, given:],
@@ -177,18 +179,19 @@ def encoded(
         text_nc=encoder.encode_text(made.captions) if encoder.reads_text and all(made.captions) else None,
         training_tc=features_module.features_of(training, encoder, cache, report)[FEATURES][:, 0] if training else None,
     )
-    return features, logits
+    return features, beside
 
 
-def pixels(made: Sets, real: Sets, training: Sets | None, given: int) -> Features:
-    """Return the pixels of sets. They are held in memory."""
+def pixels(made: Sets, real: Sets, training: Sets | None, given: int) -> tuple[Features, dict[str, np.ndarray]]:
+    """Return the pixels of sets, as `encoded`. They are held in memory."""
     of_made, of_real = (np.stack([sets.images(i) for i in range(len(sets))]) for sets in (made, real))
-    return Features(
+    features = Features(
         made_nkhwc=of_made[:, given:],
         real_nkhwc=of_real[:, given:],
         given_nmhwc=of_made[:, :given],
         training_thwc=np.concatenate([training.images(i) for i in range(len(training))]) if training else None,
     )
+    return features, {"given_nmhwc": of_real[:, :given]}
 
 
 def _open(options: Scoring) -> tuple[Sets, Sets, bool]:
@@ -229,7 +232,7 @@ def make_named(choose: Callable[[str], Any], text: str) -> Any:
     kind = choose(name)
     if folder and not expand_home(folder).is_dir():
         raise UserError(f"{text}: no such folder")
-    required = inspect.signature(kind).parameters["folder"].default is inspect.Parameter.empty
-    if (required or bool(getattr(kind, "weights", ""))) and not folder:
+    takes_none = inspect.signature(kind).parameters["folder"].default is None and not getattr(kind, "weights", "")
+    if not (folder or takes_none):
         raise UserError(f"{name} needs a folder of weights: {name}=FOLDER; docs/scores.md says which program makes one")
     return kind(expand_home(folder) if folder else None)

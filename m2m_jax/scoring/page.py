@@ -111,7 +111,8 @@ def _sets(scores: Scores) -> Iterator[str]:
     value_n = figure.of_sets_nk.mean(1)
     worst_first = np.argsort(value_n if figure.better == "higher" else -value_n, kind="stable")
     count, middle = min(_SETS_SHOWN, len(worst_first)), len(worst_first) // 2
-    yield f'<p class="small">By {html.escape(figure.name)}. Given images have a blue frame; below is the real set.</p>'
+    below = "; below is the real set" if scores.paired else ""
+    yield f'<p class="small">By {html.escape(figure.name)}. Given images have a blue frame{below}.</p>'
     first = max(middle - count // 2, 0)
     groups = {
         "Best": worst_first[::-1][:count],
@@ -124,7 +125,8 @@ def _sets(scores: Scores) -> Iterator[str]:
             made, real, given = scores.made.images(index), scores.real.images(index), scores.options.given
             yield f"<p>{html.escape(scores.made.set_ids[index])} <small>{value_n[index]:.4f}</small></p>"
             yield images([context(list(made[:given])), generated(list(made[given:]))])
-            yield images([context(list(real[:given])), generated(list(real[given:]))])
+            if scores.paired:
+                yield images([context(list(real[:given])), generated(list(real[given:]))])
 
 
 def _copies(scores: Scores) -> Iterator[str]:
