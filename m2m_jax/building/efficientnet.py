@@ -33,7 +33,7 @@ PyTorch by ML Illustrated. The package's licence:
 
 
 def package_file() -> Path:
-    """Finds the weights in the installed package. Raises UserError where it is missing."""
+    """Find the weights in the installed package. Raises UserError where it is missing."""
     spec = importlib.util.find_spec(MODULE)
     if spec is None or spec.submodule_search_locations is None:
         raise UserError(

@@ -11,6 +11,7 @@ Nothing here knows a model.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -41,7 +42,7 @@ class Scores:
       made, real, training: the sets that were compared, and single images that the model was trained on.
       paired: whether they are the same sets.
       encoders: that gave features.
-      features: of the first encoder.
+      features, pixels: by the first encoder; None where no score needed pixels.
       figures: in the order in which they were measured.
       skipped: {score: what it lacked}.
     """
@@ -53,6 +54,7 @@ class Scores:
     paired: bool
     encoders: list[SetEncoder]
     features: Features
+    pixels: Features | None
     figures: list[Figure]
     skipped: dict[str, str]
 
@@ -123,7 +125,7 @@ def score_sets(options: Scoring, *, report: Callable[[str], object] = say) -> Sc
     cache = options.features or options.output / "features"
     figures: list[Figure] = []
     skipped: dict[str, str] = {}
-    first: Features | None = None
+    first = of_pixels = None
     for encoder in encoders:
         features, logits = encoded(encoder, made, real, training, options.given, cache, report)
         first = first or features
@@ -135,14 +137,14 @@ def score_sets(options: Scoring, *, report: Callable[[str], object] = say) -> Sc
                 continue
             figures += measure(score, features, logits, draws=options.draws, allow_few=options.allow_few)
     if by_pixels := {name: score for name, score in chosen.items() if _needs_pixels(score)}:
-        features = pixels(made, real, training, options.given)
+        of_pixels = pixels(made, real, training, options.given)
         for name, score in by_pixels.items():
-            if lacking := [field for field in score.needs if not features.has(field)]:
+            if lacking := [field for field in score.needs if not of_pixels.has(field)]:
                 skipped[name] = f"needs {', '.join(lacking)}"
                 continue
-            figures += measure(score, features, draws=options.draws, allow_few=options.allow_few)
+            figures += measure(score, of_pixels, draws=options.draws, allow_few=options.allow_few)
     assert first is not None
-    scores = Scores(options, made, real, training, paired, encoders, first, figures, skipped)
+    scores = Scores(options, made, real, training, paired, encoders, first, of_pixels, figures, skipped)
     from m2m_jax.scoring.page import score_page  # which draws; a caller that wants numbers alone need not
 
     with disk.errors(f"--output={options.output}"):
@@ -227,7 +229,7 @@ def make_named(choose: Callable[[str], Any], text: str) -> Any:
     kind = choose(name)
     if folder and not expand_home(folder).is_dir():
         raise UserError(f"{text}: no such folder")
-    weights = getattr(kind, "weights", "")
-    if weights and not folder:
-        raise UserError(f"{name} needs a folder of weights, {name}=FOLDER; python -m {weights} makes one")
+    required = inspect.signature(kind).parameters["folder"].default is inspect.Parameter.empty
+    if (required or bool(getattr(kind, "weights", ""))) and not folder:
+        raise UserError(f"{name} needs a folder of weights: {name}=FOLDER; docs/scores.md says which program makes one")
     return kind(expand_home(folder) if folder else None)
