@@ -36,7 +36,7 @@ MEASURED = (
 def rows(preset: str) -> list[str]:
     """Return a line of Markdown for each measured run."""
     size = SIZES[preset]
-    config, task = task_of_text(size, 1, "gpu")
+    config, task = task_of_text(size, 1, "cpu")
     latents = (1, 1, *task.models.latent_shape(config.data.image_size))
     text = (1, size.text_encoder.max_position_embeddings, size.text_encoder.hidden_size)
     batch = {

@@ -29,7 +29,7 @@ def test_what_takes_long_is_named_with_the_time_that_it_took_before(tmp_path, ca
     compile_for(0.2)
     assert capsys.readouterr().err == "compiling the step (not compiled here before) ...\n"
     ((name, seconds),) = json.loads((tmp_path / FILE).read_text()).items()
-    assert name.startswith("the step, ") and seconds == pytest.approx(0.2, abs=0.1)
+    assert name.startswith("the step, ") and seconds >= 0.2
 
     (tmp_path / FILE).write_text(json.dumps({name: 130}))
     compile_for(0.2)
@@ -40,7 +40,8 @@ def test_what_takes_long_is_named_with_the_time_that_it_took_before(tmp_path, ca
     assert len(json.loads((tmp_path / FILE).read_text())) == 2
 
 
-def test_what_is_quick_is_not_mentioned(tmp_path, capsys):
+def test_what_is_quick_is_not_mentioned(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compilation, "PATIENCE", 60)  # on a busy machine a moment may be long
     compile_for(0.0)
     assert capsys.readouterr().err == ""
     assert not (tmp_path / FILE).exists()
