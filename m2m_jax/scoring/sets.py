@@ -147,13 +147,14 @@ class _Singles(RecordSource):
     """The images of a source, each as a record."""
 
     def __init__(self, source: RecordSource):
-        self._source, self.name = source, source.name
+        self.name = source.name
+        self._record = functools.lru_cache(maxsize=1)(source.__getitem__)  # once for all of its images
         self._places = [(record, image) for record, count in enumerate(source.num_images) for image in range(count)]
         self.kinds, self.num_images = [""] * len(self._places), [1] * len(self._places)
 
     def __getitem__(self, index: int) -> ImageSetRecord:
         number, image = self._places[index]
-        record = self._source[number]
+        record = self._record(number)
         files = record.files[image : image + 1]
         return dataclasses.replace(record, images=(record.images[image],), files=files, latents=None, attributes={})
 
