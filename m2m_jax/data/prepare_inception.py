@@ -1,4 +1,4 @@
-"""Makes the Inception-v3 that FID is defined by of weights of one's own: python -m m2m_jax.data.prepare_inception
+"""Make the Inception-v3 that FID is defined by of weights of one's own: python -m m2m_jax.data.prepare_inception
 
 Reads --weights, the file of pytorch-fid or torch-fidelity (pt_inception-2015-12-05-6726825d.pth), which no package
 carries, and writes --output (data/inception_v3) for scores. Needs no torch.

@@ -67,7 +67,7 @@ def distance(params: Params, images_bhwc: jax.Array, others_bhwc: jax.Array, num
 
 
 def distances(params: Params, images_bhwc: jax.Array) -> jax.Array:
-    """Measures how different images look from each other, each passing the network once: float32 [b, b].
+    """Measure how different images look from each other, each passing the network once: float32 [b, b].
 
     images_bhwc: as `distance` takes them.
     """
@@ -81,7 +81,7 @@ def distances(params: Params, images_bhwc: jax.Array) -> jax.Array:
 
 
 def _features(params: Params, x_bhwc: jax.Array, num_slices: int) -> Iterator[jax.Array]:
-    """Yields what each slice sees, of unit length at every pixel."""
+    """Yield what each slice sees, of unit length at every pixel."""
     if min(x_bhwc.shape[1:3]) < _MIN_SIZE:
         raise UserError(f"ST-LPIPS needs images of at least {_MIN_SIZE} pixels a side, not {x_bhwc.shape[1:3]}")
     x = (x_bhwc - _per_channel(params["shift"])) / _per_channel(params["scale"])

@@ -134,7 +134,7 @@ class _Nearest(NamedTuple):
 
 
 def _copies(scores: Scores) -> Iterator[str]:
-    """The generated images that are most like a given or a training image, beside it."""
+    """Yield the generated images that are most like a given or a training image, beside it."""
     features, given = scores.features, scores.options.given
     made_nkc, real_nkc = unit(features.get("made_nkc")), unit(features.get("real_nkc"))
     if given:
@@ -163,7 +163,7 @@ def _told(what: str, scores: Scores, made_nk: np.ndarray, real_nk: np.ndarray) -
 
 
 def _likest(similarity_nk: np.ndarray) -> list[tuple[int, int]]:
-    """The places of the largest, one of each set."""
+    """Return the places of the largest, one of each set."""
     best_n = similarity_nk.argmax(1)
     order = np.argsort(-similarity_nk.max(1), kind="stable")[:_COPIES_SHOWN]
     return [(int(n), int(best_n[n])) for n in order]
