@@ -2,12 +2,13 @@
 # the second time. `make help` lists the rest.
 #   PYTHON=python3.12        the interpreter for both environments (3.11 to 3.13)
 #   PARITY=1                 with test: install PyTorch too and run the parity tests (Python 3.11)
-#   PYTEST_ARGS="-n 8 -x"    with test and test-full: in place of "-n 2 --dist loadfile"
+#   PYTEST_ARGS="-n 8 -x"    with test and test-full: in place of "-n 2 --dist loadfile --no-loadscope-reorder"
 
 SHELL := /bin/bash
 PYTHON ?= python3
 PARITY ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Files in the order of tests/conftest.py, and not those with the most tests first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # Environments are always entered by relative path and `python -m`, so that a folder with spaces in its path
 # works. Bytecode is written: `import jax` takes 1 s with it, 4 s without.
@@ -41,8 +42,9 @@ PRETRAIN := runs/pretrain
 PRETRAIN_ENV := .venv/.installed-pretrain-$(VERSION)
 VAE ?= $(PRETRAIN)/models/sets_vae
 UNET := $(PRETRAIN)/models/sets_unet
+PRETRAIN_ARGS ?=
 ON_SETS = --config.autoencoder.path=$(VAE)
-minutes = --config.train.minutes=$$(awk 'BEGIN { print $(MINUTES) * $(1) }')
+minutes = --config.train.minutes=$$(awk 'BEGIN { print $(MINUTES) * $(1) }') $(PRETRAIN_ARGS)
 
 # Emoji families as npm packages, which `npm pack` checks against the registry's sums; licences in each.
 NPM_EMOJI := noto@1.2.9 noto-v1@1.2.5 twemoji@1.2.5 openmoji@1.2.29 emojione@1.2.3 emojione-v1@1.2.3 fxemoji@1.2.2 \

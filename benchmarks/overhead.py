@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
-import numpy as np
 import optax
 from absl import flags
 
@@ -64,7 +63,7 @@ class Training:
         self.stream = batches(dataset, 0, config.data.prefetch)
         self.divergence = Divergence(config, examples, self.checkpoints, print)
         self.throughput = Throughput(config, self.task.compute_dtype)
-        params = jax.tree.map(np.asarray, self.task.init())
+        params = self.task.init()
         # Each side has a state of its own: a step takes the buffers of the one before.
         self.guarded_state, self.bare_state = self.setup.create(params), self.setup.create(params)
         batch = self._batch()

@@ -22,6 +22,8 @@ parse_options "$@"
 whole processes devices restarts
 mapfile -t variables < <(environment cpu)
 variables+=("XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices")
+# This machine is the caller's, and so is the folder that he names.
+[[ -z ${JAX_COMPILATION_CACHE_DIR-} ]] || variables+=("JAX_COMPILATION_CACHE_DIR=$JAX_COMPILATION_CACHE_DIR")
 
 # All processes until the first ends badly, which ends the others: a collective without them would wait for ever. Those
 # that stop because they were told to (75, 130) have all saved, and end by themselves.

@@ -9,10 +9,18 @@ import tempfile
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Read when JAX is first imported. Eight devices on one CPU: every test can shard.
+# Read when JAX is first imported. Eight devices on one CPU: every test can shard. And without LLVM's optimisations, by
+# which a training step takes half as long again to compile, where programs run for a moment; XLA's own (fusions, what
+# devices send) are as ever. A caller's flags come after these, and so decide.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    f"--xla_llvm_disable_expensive_passes=true {os.environ.get('XLA_FLAGS', '')}"
+).strip()
+
+# Where compiled programs are kept, for the tests and for all that they start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"m2m_jax-{getpass.getuser()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import pytest
@@ -21,8 +29,15 @@ import shape_checks
 shape_checks.install()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"m2m_jax-{getpass.getuser()}"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+# The files that take longest. They are begun first: the last minutes are for the short ones, and keep all workers busy.
+LONGEST = ("launch", "killed_builds", "sample", "killed_runs", "plan", "bundle", "damaged_checkpoints", "train_numbers")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,6 +23,7 @@ from flax import nnx
 from fuzz_mutations import CHANGES, JSON_CHANGES, damaged, damaged_json, image_seeds, mended_png
 from hypothesis import strategies as st
 from mis_fixtures import set_name, write_mis
+from model_fixtures import random_params
 from program_fixtures import CALL, PLACES, arithmetic, composite, custom_call, infeed, nested, write_program
 from run_fixtures import ROOT, make_autoencoder
 from safetensors.numpy import load_file
@@ -39,7 +40,7 @@ from m2m_jax.configuration import default_config, from_json, to_json
 from m2m_jax.core import program
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import check_header, read_image, write_png
-from m2m_jax.core.parameters import abstract, split
+from m2m_jax.core.parameters import abstract
 from m2m_jax.data import mis, pipeline, precomputed, records
 from m2m_jax.data.emoji import iconify, naming
 from m2m_jax.data.sources.mis import MisRecords
@@ -295,7 +296,7 @@ def _small_sampler(folder: pathlib.Path) -> Sampler:
     models = FrozenModels(diffusers_folder.load_autoencoder_config(vae))
     return Sampler(
         unet_config=SMALL_UNET,
-        unet_params=split(UNet(SMALL_UNET, rngs=nnx.Rngs(0)))[1],
+        unet_params=_params(UNet, SMALL_UNET),
         models=models,
         frozen={"autoencoder": diffusers_folder.load_params(vae)},
         schedule=NoiseSchedule.from_config(vars(default_config().schedule)),
@@ -391,14 +392,18 @@ PROGRAMS = Target(st.tuples(_OPERATIONS, st.sampled_from(list(PLACES))), lambda 
 
 def _model_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     vae = make_autoencoder(folder / "vae")
-    diffusers_folder.save_unet(folder / "unet", SMALL_UNET, split(UNet(SMALL_UNET, rngs=nnx.Rngs(0)))[1])
+    diffusers_folder.save_unet(folder / "unet", SMALL_UNET, _params(UNet, SMALL_UNET))
     encoder = DINOv2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28)
-    transformers_folder.save_dinov2(folder / "dino", encoder, split(DINOv2(encoder, rngs=nnx.Rngs(0)))[1])
+    transformers_folder.save_dinov2(folder / "dino", encoder, _params(DINOv2, encoder))
     for model in (folder / "unet", folder / "dino"):  # in several files, as large models come
         (weights,) = model.glob("*.safetensors")
         index = {"weight_map": dict.fromkeys(load_file(weights), weights.name)}
         weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
     return {"vae": vae, "unet": folder / "unet", "dino": folder / "dino"}
+
+
+def _params(kind, config):
+    return random_params(_shapes(kind, config))
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from build_fixtures import arguments
+from killed_runs import xla_flags
 from run_fixtures import ROOT
 
 from m2m_jax.data import mis
@@ -55,7 +56,7 @@ class Builds:
             environment = os.environ | {
                 "PYTHONPATH": str(ROOT),
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
+                "XLA_FLAGS": xla_flags(number),
                 "JAX_COMPILATION_CACHE_DIR": str(self._cache),
             }
             own = [] if len(devices) == 1 else [f"--process_index={index}", f"--process_count={len(devices)}"]

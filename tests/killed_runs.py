@@ -18,6 +18,11 @@ POLL_SECONDS = 0.002
 UNFINISHED = ".orbax-checkpoint-tmp"  # how the name of a checkpoint ends while it is written
 
 
+def xla_flags(devices: int) -> str:
+    """For a process with so many of them; what else is set stays."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+
+
 class Leg:
     """One start of the run, up to its end or to its kill. `poll` looks at what it prints and writes."""
 
@@ -171,7 +176,6 @@ class Launch:
             processes, devices: how many, and of each; more than one process by launch/local.sh.
             cache: where compiled programs are kept.
         """
-        self._processes, self._cache = processes, cache
         self._command = [sys.executable, "-m", "m2m_jax.train", *arguments]
         if processes > 1:
             launcher = [ROOT / "launch" / "local.sh", f"--processes={processes}", f"--devices={devices}"]
@@ -179,15 +183,12 @@ class Launch:
         self._environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
         }
 
     def start(self, workdir: pathlib.Path, log: pathlib.Path) -> Leg:
         """One start."""
-        launcher_cache = workdir.parent / "compilation_cache"  # where launch/common.sh puts it
-        if self._processes > 1 and not launcher_cache.exists():
-            launcher_cache.symlink_to(self._cache)
         return Leg([*self._command, f"--workdir={workdir}"], workdir, log, self._environment)
 
 

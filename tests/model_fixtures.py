@@ -28,3 +28,8 @@ def random_params(shapes, seed: int = 0) -> dict[str, jax.Array]:
         mean, std = {"bias": (0, 0.2), "scale": (1, 0.2)}.get(name.rpartition(".")[2], kernel)
         params[name] = jnp.asarray(mean + std * rng.standard_normal(x.shape), jnp.float32)
     return params
+
+
+def drawn_from(params: dict[str, jax.Array]):
+    """What `from_pretrained` draws by: these in the place of fresh ones."""
+    return lambda names: {name: params[name] for name in names}

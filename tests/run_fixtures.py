@@ -10,6 +10,7 @@ In a test module:
 import contextlib
 import fcntl
 import io
+import math
 import os
 import pathlib
 import runpy
@@ -18,18 +19,25 @@ import sys
 from typing import NamedTuple
 from unittest import mock
 
-import jax
+import numpy as np
 from absl import flags
 from data_fixtures import build_emoji
 from flax import nnx
 
 from m2m_jax import config_flag
 from m2m_jax.configuration import Config
-from m2m_jax.core.parameters import split
+from m2m_jax.core.parameters import abstract
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.diffusers_folder import save_autoencoder
 
 ROOT = pathlib.Path(__file__).parents[1]
+# A U-Net of one level, which compiles in a third of the time; those of two are trained in test_train_numbers.py
+# and test_text_to_image.py.
+ONE_LEVEL = (
+    "--config.model.block_out_channels=(16,)",
+    "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
+    "--config.model.num_attention_heads=(2,)",
+)
 
 
 class Result(NamedTuple):
@@ -46,13 +54,11 @@ def run(module: str, *arguments: object) -> Result:
     Exceptions other than SystemExit, which would be a traceback there, are raised.
     """
     argv = [module, *map(str, arguments)]
-    environment = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     code = 0
     out, err = io.StringIO(), io.StringIO()
     try:
         with (
             mock.patch.object(sys, "argv", argv),
-            mock.patch.dict(os.environ, environment),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
@@ -90,26 +96,31 @@ def make_autoencoder(folder: pathlib.Path) -> pathlib.Path:
     config = AutoencoderConfig(
         block_out_channels=(16, 16, 16), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0
     )
-    params = jax.jit(lambda key: split(AutoencoderKL(config, rngs=nnx.Rngs(key)))[1])(jax.random.key(0))
+    rng, params = np.random.default_rng(0), {}
+    for name, x in abstract(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))[1].items():
+        std = math.prod(x.shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.0
+        params[name] = np.float32(name.endswith("scale")) + std * rng.standard_normal(x.shape, np.float32)
     save_autoencoder(folder, config, params)
     return folder
 
 
 def one_level_arguments(tmp_path_factory) -> tuple[str, ...]:
-    """Of `configs/emoji.py:tiny` with a U-Net of one level, which compiles soonest, and a log of examples."""
+    """Of a run like that of `train_tiny`, with a folder of its own for the autoencoder."""
+    return _tiny_arguments(build_emoji(tmp_path_factory), make_autoencoder(tmp_path_factory.mktemp("vae")))
+
+
+def _tiny_arguments(emoji_directory: str, autoencoder: pathlib.Path) -> tuple[str, ...]:
     return (
         config_argument("emoji:tiny"),
-        f"--config.data.directory={build_emoji(tmp_path_factory)}",
+        *ONE_LEVEL,
         "--config.data.log_examples=True",
-        f"--config.autoencoder.path={make_autoencoder(tmp_path_factory.mktemp('vae'))}",
-        "--config.model.block_out_channels=(16,)",
-        "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
-        "--config.model.num_attention_heads=(2,)",
+        f"--config.data.directory={emoji_directory}",
+        f"--config.autoencoder.path={autoencoder}",
     )
 
 
 class Tiny(NamedTuple):
-    """workdir: of `configs/emoji.py:tiny`, trained. arguments: what its data and autoencoder are named by."""
+    """workdir: of a run. arguments: its preset, and what makes it smaller and finds its data and its autoencoder."""
 
     workdir: pathlib.Path
     arguments: tuple[str, ...]
@@ -119,18 +130,13 @@ class Tiny(NamedTuple):
 
 
 def train_tiny(tmp_path_factory) -> Tiny:
-    """The one run of `configs/emoji.py:tiny` of this test session; whoever comes first trains it."""
+    """The one run of `configs/emoji.py:tiny`, of one level, of this test session; whoever comes first trains it."""
     emoji_directory = build_emoji(tmp_path_factory)
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     folder = root / "tiny"
-    arguments = (
-        config_argument("emoji:tiny"),
-        "--config.data.log_examples=True",
-        f"--config.data.directory={emoji_directory}",
-        f"--config.autoencoder.path={folder / 'vae'}",
-    )
+    arguments = _tiny_arguments(emoji_directory, folder / "vae")
     with open(root / "tiny.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         printed = folder / "stdout.txt"

@@ -165,7 +165,7 @@ def test_train_with_settings_that_only_evaluation_uses(tmp_path, folder, autoenc
 
 def test_train_in_the_workdir_of_another_model(tmp_path, tiny_run):
     workdir = shutil.copytree(tiny_run.workdir, tmp_path / "run")
-    arguments = (*tiny_run.arguments, "--config.model.block_out_channels=(16,16)", f"--workdir={workdir}")
+    arguments = (*tiny_run.arguments, "--config.model.block_out_channels=(32,)", f"--workdir={workdir}")
     line = _refused(tmp_path, "train", *arguments)
     assert "is of another model or optimizer" in line
     assert "use the config it was trained with, or another --workdir" in line

@@ -164,8 +164,7 @@ def bare_python(tmp_path_factory):
         for path in packages.iterdir():
             if path.name in ALLOWED or path.name.split("-")[0].split(".")[0] in ALLOWED:
                 (folder / path.name).symlink_to(path)
-    cache = str(jax.config.jax_compilation_cache_dir)
-    return os.environ | {"PYTHONPATH": str(folder), "JAX_COMPILATION_CACHE_DIR": cache}
+    return os.environ | {"PYTHONPATH": str(folder)}
 
 
 def _run_binary(binary, environment, *arguments):

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from checkpoint_fixtures import assert_bit_equal, create, save, save_three, steps_in, target
+from killed_runs import xla_flags
 from run_fixtures import ROOT, free_address, run, train_tiny
 
 from m2m_jax.checkpoints.checkpointer import Checkpointer
@@ -373,7 +374,7 @@ def test_training_with_a_damaged_checkpoint_and_another_config(tiny_run, tmp_pat
     assert "resumed at step 3" in result.out and "prefetch" not in result.out
     assert steps_in(workdir) == ["3", "6.damaged"]
 
-    result = run(*arguments, "--config.model.block_out_channels=(32,32)")
+    result = run(*arguments, "--config.model.block_out_channels=(32,)")
     assert result.code == 2 and result.err.count("\n") == 1
     assert "is of another model or optimizer" in result.err
     assert "since then config.model.block_out_channels: " in result.err
@@ -400,7 +401,7 @@ def test_two_processes_agree(workdir, saved, fallback):
         _flip(file)
     environment = {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla_flags(2),
         "JAX_COORDINATOR_ADDRESS": free_address(),
     }
     processes = [

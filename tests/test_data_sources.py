@@ -10,7 +10,7 @@ import pytest
 from data_fixtures import data_config, write_latents
 from jax.sharding import PartitionSpec as P
 from PIL import Image
-from run_fixtures import config_argument, make_autoencoder, run
+from run_fixtures import ONE_LEVEL, config_argument, make_autoencoder, run
 
 from m2m_jax.config_fields import field, options
 from m2m_jax.core.errors import UserError
@@ -170,9 +170,7 @@ def _train(autoencoder, workdir, *arguments):
         config_argument("emoji:tiny"),
         "--config.data.name=colours",
         f"--config.autoencoder.path={autoencoder}",
-        "--config.model.block_out_channels=(16,)",
-        "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
-        "--config.model.num_attention_heads=(2,)",
+        *ONE_LEVEL,
         "--config.train.log_every=1",
         *arguments,
         f"--workdir={workdir}",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare_runs import metric_lines, saved_arrays, without_timings
-from run_fixtures import config_argument, make_autoencoder, run
+from run_fixtures import ONE_LEVEL, config_argument, make_autoencoder, run
 
 from m2m_jax.configuration import default_config
 from m2m_jax.data import precomputed
@@ -66,10 +66,7 @@ def latents(tmp_path_factory):
         f"--config.data.path={folder}",
         "--config.data.augment.enabled=False",
         f"--config.autoencoder.path={vae}",
-        # Of one level: it compiles in a third of the time.
-        "--config.model.block_out_channels=(16,)",
-        "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
-        "--config.model.num_attention_heads=(2,)",
+        *ONE_LEVEL,
         "--config.checkpoint.keep=3",
         "--config.eval.every=100",
         f"--config.train.steps={STEPS}",

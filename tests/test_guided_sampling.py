@@ -21,7 +21,7 @@ from m2m_jax.diffusion.guidance import EVERYTHING, GUIDANCES, NOTHING, Branch, G
 from m2m_jax.diffusion.step_tables import STEPPERS, StepTable
 from m2m_jax.diffusion.steppers import advance
 from m2m_jax.models.context_cache import Text, denoise_next
-from m2m_jax.models.unet import UNet, denoise_sets, unet_structure
+from m2m_jax.models.unet import denoise_sets, unet_structure
 from m2m_jax.sampling.programs import CONTEXT, _keys, _part, compiled
 
 LAST, NOISED = Branch(images=(-1, None)), Branch(level=0.5)
@@ -205,13 +205,11 @@ def test_noise_of_the_context_goes_with_images_alone(sampler):
 
 def test_text_and_images_at_once():
     """A network that attends to both is told both by one branch, and by others one or none."""
-    import flax.nnx as nnx
     from fuzz_targets import SMALL_UNET
 
     from m2m_jax.models.context_cache import append_image, empty_cache
 
     config = dataclasses.replace(SMALL_UNET, attentions=("self", "set", "text"), cross_attention_dim=6)
-    unet = UNet(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     image, noised = rng.standard_normal((2, 3, 4, 4, 4)).astype(np.float32)
     caption_bsc = rng.standard_normal((3, 5, 6)).astype(np.float32)
@@ -231,7 +229,6 @@ def test_text_and_images_at_once():
 
         return Conditioning(text_bsc=text.caption_bsc)
 
-    del unet
     everyone = jnp.ones(3, jnp.int32)
     a, b = outputs(text, everyone), outputs(other, everyone)
     nobody = outputs(text, 0 * everyone)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 import yaml
@@ -112,13 +111,17 @@ def test_gke():
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_other_programs(name):
+def test_other_programs(name, monkeypatch):
     """A build of image sets, say; --output is then what --workdir is to a run."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     program = ("--", "--output=/data/mis/data", "--captions=c.tsv")
     result = launch(name, *NEEDED[name], "--module=m2m_jax.data.build_mis", "--dry_run", *program)
     assert result.returncode == 0, result.stderr
     assert "m2m_jax.data.build_mis" in result.stdout and "m2m_jax.train " not in result.stdout
     assert "/data/mis/compilation_cache" in result.stdout
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
+    result = launch(name, *NEEDED[name], "--dry_run", *program)
+    assert ("/mine" in result.stdout) == (name == "local")  # other machines than this one have other folders
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_a_workdir_that_hosts_do_not_share_is_refused(name, workdir, words):
 
 def shell(script, **options):
     script = f"set -euo pipefail; cd '{ROOT}'; source launch/common.sh; sleep() {{ :; }}; workdir=no; {script}"
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60, **options)
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=600, **options)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,7 @@ def test_local_passes_sigterm_on_and_waits_until_all_have_saved(tmp_path):
     stub.write_text(STUB)
     stub.chmod(0o755)
     command = f"export LAUNCHER=$$; exec '{ROOT}/launch/local.sh' --python='{stub}' -- --config x --workdir={tmp_path}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=600)
     assert (result.returncode, result.stdout) == (75, "0 saved\n1 saved\n"), result.stderr
 
 
@@ -271,7 +274,7 @@ def slurm(tmp_path):
         variables["SAVES"] = str(saves)
         environment = on_path(tmp_path / "bin") | variables
         job = ["bash", tmp_path / "job"]
-        result = subprocess.run(job, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        result = subprocess.run(job, env=environment, capture_output=True, text=True, check=False, timeout=600)
         assert f"{tmp_path}/shared runs/compilation_cache\n" in result.stderr
         requeued = tmp_path / "requeued"
         times = requeued.read_text().count("requeue 7\n") if requeued.exists() else 0
@@ -342,14 +345,14 @@ def test_tpu_vm_ends_an_earlier_run_before_it_starts_another(tmp_path):
 
     def start(run):
         arguments = (*NEEDED["tpu_vm"], f"--source={host}", "--", run, "--workdir=/w")
-        result = launch("tpu_vm", *arguments, env=on_path(tmp_path / "bin"), timeout=60)
+        result = launch("tpu_vm", *arguments, env=on_path(tmp_path / "bin"), timeout=600)
         assert result.returncode == 0, result.stderr
 
     def stop():  # as --help says
         subprocess.run(["pkill", "-TERM", "-F", tmp_path / "m2m_jax.pid", "-f", "restarting"], check=True)
 
     def expect(*lines):
-        for _ in range(300):
+        for _ in range(3000):
             if log.exists() and (found := log.read_text().splitlines()) == list(lines):
                 return
             time.sleep(0.1)
@@ -440,7 +443,7 @@ def test_a_process_that_does_not_come_is_named():
     }
     command = [sys.executable, "-c", "from m2m_jax.core import runtime; runtime.start()"]
     result = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=100
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=280
     )
     assert result.returncode == -signal.SIGABRT
     assert f"M2M_PROCESSES=0/2: the processes of this launch have not all met at {address} within 2 s" in result.stderr
@@ -455,17 +458,18 @@ def tiny(tmp_path_factory):
 def test_two_processes_are_killed_start_again_and_finish_as_one_does(tiny, tmp_path):
     """Two processes of two devices, one killed after the first checkpoint: examples and losses as of one process."""
     workdir = tmp_path / "run"
-    (tmp_path / "compilation_cache").symlink_to(jax.config.jax_compilation_cache_dir)  # where the launcher puts it
     command = [ROOT / "launch" / "local.sh", f"--python={sys.executable}", "--", *tiny.arguments]
     log = tmp_path / "log"
     with (
         log.open("w") as output,
         subprocess.Popen([*command, f"--workdir={workdir}"], stdout=output, stderr=subprocess.STDOUT) as launcher,
     ):
+        pids = []
         while not (workdir / "checkpoints" / "3").exists() and launcher.poll() is None:
-            time.sleep(0.2)
-        of_this_run = ["pgrep", "-f", f"m2m_jax.train.*{workdir}"]
-        pids = [int(pid) for pid in subprocess.run(of_this_run, capture_output=True, text=True).stdout.split()]
+            if not pids and (workdir / "metrics.jsonl").exists():  # now, while there is time
+                of_this_run = ["pgrep", "-f", f"m2m_jax.train.*{workdir}"]
+                pids = [int(pid) for pid in subprocess.run(of_this_run, capture_output=True, text=True).stdout.split()]
+            time.sleep(0.01)
         os.kill(max(pids), signal.SIGKILL)
         assert launcher.wait(timeout=900) == 0, log.read_text()
     assert "restarting, 2 restarts left" in log.read_text() and "resumed at step 3" in log.read_text()
@@ -510,8 +514,7 @@ def test_two_processes_sample_and_evaluate_as_one_does(tiny, tmp_path):
                 options = [f"--python={sys.executable}", f"--module=m2m_jax.{module}", "--restarts=0"]
                 joined = launch("local", *options, "--", *given)
                 assert joined.returncode == 0, joined.stderr
-        # Gloo's library writes piece by piece: of two processes at once a number may stand alone.
-        said = [line for line in joined.stdout.splitlines() if "[Gloo]" not in line and not line.isdigit()]
+        said = joined.stdout.splitlines()
         assert said[-1] == alone.out.splitlines()[-1].replace(f"{module}1", f"{module}2")
         assert len(said) <= len(alone.out.splitlines())  # by the first process alone
 

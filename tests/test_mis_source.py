@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from build_fixtures import IMAGES_PER_SET, build, write_captions
 from data_fixtures import data_config
 from mis_fixtures import IMAGE_SIZE, LATENT_SHAPE, set_name, write_mis
-from run_fixtures import config_argument, make_autoencoder, run
+from run_fixtures import ONE_LEVEL, config_argument, make_autoencoder, run
 from text_fixtures import make_stable_diffusion
 
 from m2m_jax.building import build_folder
@@ -236,9 +236,7 @@ def _train(both, workdir, *arguments):
         "--config.data.batch_size=8",
         "--config.eval.batch_size=8",
         f"--config.autoencoder.path={vae}",
-        "--config.model.block_out_channels=(16,)",
-        "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
-        "--config.model.num_attention_heads=(2,)",
+        *ONE_LEVEL,
         "--config.train.steps=3",
         *arguments,
         f"--workdir={workdir}",

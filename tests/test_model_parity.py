@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_fixtures import quick_jit
+from model_fixtures import drawn_from, quick_jit
 from parity_fixtures import (
     assert_same_params,
     change_config,
@@ -408,7 +408,8 @@ def test_at_step_0_the_set_model_is_the_single_image_model_whatever_the_context(
     single, single_params = random_model(UNet, TINY)
     sets, sets_params = random_model(UNet, SETS)
     save_unet(tmp_path, TINY, single_params)
-    started = from_pretrained(sets_params, SETS, load_params(tmp_path), load_unet_config(tmp_path), str(tmp_path))
+    pretrained = load_params(tmp_path), load_unet_config(tmp_path), str(tmp_path)
+    started = from_pretrained(sets_params, drawn_from(sets_params), SETS, *pretrained)
     require_same("what is started", sets_params, started)
     for name, x in started.items():
         if ".attn2.to_out." in name:
@@ -439,7 +440,7 @@ def test_at_step_0_the_set_model_is_the_single_image_model_whatever_the_context(
 
 def test_a_set_model_starts_from_a_set_model_as_it_is():
     _, params = random_model(UNet, SETS)
-    started = from_pretrained({name: x * 0 for name, x in params.items()}, SETS, params, SETS, "somewhere")
+    started = from_pretrained(params, drawn_from({}), SETS, params, SETS, "somewhere")
     assert_same_params(started, params)
 
 
@@ -450,19 +451,19 @@ def test_a_single_image_model_that_does_not_fit_is_refused():
     misfit["more.kernel"] = misfit.pop("conv_in.bias")
     misfit["conv_out.bias"] = np.zeros(5, np.float32)
     with pytest.raises(UserError) as error:
-        from_pretrained(params, SETS, misfit, TINY, "somewhere")
+        from_pretrained(params, drawn_from(params), SETS, misfit, TINY, "somewhere")
     assert str(error.value) == (
         "init.path=somewhere does not fit config.model: missing conv_in.bias; "
         "unexpected more.kernel; conv_out.bias is (5,), should be (4,); "
         "set config.model to that folder's config.json, or init.path= to train from scratch"
     )
     with pytest.raises(UserError, match=r"and [0-9]+ more;"):
-        from_pretrained(params, SETS, {}, TINY, "somewhere")
+        from_pretrained(params, drawn_from(params), SETS, {}, TINY, "somewhere")
     with pytest.raises(UserError, match=r"unexpected down_blocks.*attn2"):
-        from_pretrained(pretrained, TINY, params, SETS, "somewhere")
+        from_pretrained(pretrained, drawn_from(pretrained), TINY, params, SETS, "somewhere")
     other_heads = dataclasses.replace(TINY, num_attention_heads=(4, 4))
     with pytest.raises(UserError, match=r"num_attention_heads is \(4, 4\) there and \(2, 4\) here"):
-        from_pretrained(params, SETS, pretrained, other_heads, "somewhere")
+        from_pretrained(params, drawn_from(params), SETS, pretrained, other_heads, "somewhere")
 
 
 @pytest.mark.parametrize("encoded", [False, True], ids=["M2M-Self", "M2M-DINO"])

@@ -19,11 +19,11 @@ from m2m_jax.models.frozen import AUTOENCODER, of_models
 from m2m_jax.tasks.autoencoding import PERCEPTUAL, Autoencoding
 
 
-def random_params(seed=0):
+def random_params(seed=0, network="vgg"):
     """Of the real shapes: He's variance, so that features neither vanish nor explode."""
     rng = np.random.default_rng(seed)
     params = {}
-    for name, shape in stlpips.shapes().items():
+    for name, shape in stlpips.shapes(network).items():
         value = rng.standard_normal(shape).astype(np.float32)
         if name.endswith("kernel"):
             value *= np.float32(np.sqrt(2 / np.prod(shape[:3])))
@@ -34,7 +34,9 @@ def random_params(seed=0):
 
 def as_torch(params):
     """The names and layouts of the package's file."""
-    slices = {conv: number for number, (convs, _) in enumerate(stlpips.SLICES, start=1) for conv in convs}
+    slices = {
+        conv: number for number, part in enumerate(stlpips.NETWORKS["vgg"], start=1) for conv in part.convolutions
+    }
     state = {f"scaling_layer.{name}": params[name].reshape(1, 3, 1, 1) for name in ("shift", "scale")}
     for conv, number in slices.items():
         kernel = params[f"conv{conv}.kernel"].transpose(3, 2, 0, 1)
@@ -88,7 +90,7 @@ def test_transposed_tensors_are_read_and_gaps_refused(tmp_path):
 def test_the_package_is_converted_and_loaded(tmp_path, monkeypatch):
     params = random_params()
     file = write_legacy(tmp_path / "weights.pth", as_torch(params))
-    monkeypatch.setattr(stlpips_package, "package_file", lambda: file)
+    monkeypatch.setattr(stlpips_package, "package_file", lambda network: file)
     about = {"Version": "0", "License": "a licence"}
     monkeypatch.setattr(stlpips_package.importlib.metadata, "metadata", lambda name: about)
     stlpips_package.prepare_stlpips(tmp_path / "made")

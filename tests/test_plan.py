@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from run_fixtures import config_argument, run
+from run_fixtures import ONE_LEVEL, config_argument, run
 
 from m2m_jax.attention.layout import SetLayout
 from m2m_jax.configuration import default_config
@@ -31,6 +31,7 @@ from m2m_jax.training.setup import set_up
 from m2m_jax.training.workload import Workload, batch_shapes, count_flops, make_task
 
 TINY = config_argument("emoji:tiny")
+SMALL = (TINY, *ONE_LEVEL)  # where any network will do: plans trace it several times
 
 # Memory
 
@@ -370,7 +371,7 @@ def test_gathered_kernels_take_memory_where_nothing_casts_them():
 def _plan_gpus(*arguments) -> dict:
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote bfloat16
         result = run(
-            "plan", TINY, "--config.autoencoder.path=none", "--config.model.dtype=bfloat16", "--json", *arguments
+            "plan", *SMALL, "--config.autoencoder.path=none", "--config.model.dtype=bfloat16", "--json", *arguments
         )
     assert result.code == 0, result.err
     return json.loads(result.out)
@@ -391,13 +392,13 @@ def test_gpus_are_planned_by_formula():
 
 
 def test_what_does_not_fit_ends_with_1_and_says_what_would_help():
-    given = ("--config.data.batch_size=8192", "--config.eval.batch_size=8")
-    result = run("plan", TINY, "--topology=l4:1", *given)
+    given = (*SMALL, "--topology=l4:1", "--config.data.batch_size=32768", "--config.eval.batch_size=8")
+    result = run("plan", *given)
     assert result.code == 1, result.err
     for words in ("DOES NOT FIT", "too large by", "--config.model.remat=", "--config.train.accumulation="):
         assert words in result.out
     advised = next(line.split(":")[0].strip() for line in result.out.splitlines() if "train.accumulation" in line)
-    assert run("plan", TINY, "--topology=l4:1", *given, advised).code == 0
+    assert run("plan", *given, advised).code == 0
 
 
 def test_gpus_share_the_state_by_fsdp_and_keep_less_by_remat():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from data_fixtures import data_config, write_image_folder
 from parity_fixtures import random_model
-from run_fixtures import ROOT, config_argument, load_config, run
+from run_fixtures import ONE_LEVEL, ROOT, config_argument, load_config, run
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import PREEMPTED
@@ -234,9 +234,7 @@ def test_a_damaged_shard_is_made_again(pictures, copy, latents):
 
 # As little to compile as there can be: one level, and previews of one image.
 SMALL = (
-    "--config.model.block_out_channels=(16,)",
-    "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
-    "--config.model.num_attention_heads=(2,)",
+    *ONE_LEVEL,
     "--config.data.images_per_set=2",
     "--config.sample.guidance_scale=1.0",
     "--config.train.steps=3",

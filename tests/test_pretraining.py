@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_fixtures import build_emoji
+from model_fixtures import drawn_from
 from run_fixtures import ROOT, config_argument, load_config, run
 
 from m2m_jax.attention.layout import SetLayout
@@ -155,7 +156,7 @@ def test_m2m_starts_as_the_single_image_model(vae, base):
 
     larger = pretrained | {"conv_in.kernel": np.zeros((3, 3, 4, 32), np.float32)}
     with pytest.raises(UserError, match=r"init\.path=there does not fit config\.model: conv_in\.kernel is"):
-        from_pretrained(params, task.unet_config, larger, base_task.unet_config, "there")
+        from_pretrained(params, drawn_from(params), task.unet_config, larger, base_task.unet_config, "there")
 
 
 @pytest.mark.parametrize("where", ["unet", "scheduler"])

@@ -10,7 +10,7 @@ import pytest
 from data_fixtures import write_image_folder
 from jax.experimental import multihost_utils
 from model_fixtures import random_params
-from run_fixtures import config_argument, load_config, make_autoencoder, run
+from run_fixtures import ONE_LEVEL, config_argument, load_config, make_autoencoder, run
 from text_fixtures import make_bert
 
 from m2m_jax.core.errors import UserError
@@ -159,9 +159,7 @@ def test_a_run_without_memory_for_a_grid_goes_on(tmp_path, folders):
     arguments = (
         config_argument("emoji:tiny"),
         f"--config.autoencoder.path={folders['autoencoder.path']}",
-        "--config.model.block_out_channels=(16,)",
-        "--config.model.down_block_types=('CrossAttnDownBlock2D',)",
-        "--config.model.num_attention_heads=(2,)",
+        *ONE_LEVEL,
         "--config.data.name=folder",
         f"--config.data.path={pictures}",
         "--config.train.steps=1",

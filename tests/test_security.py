@@ -298,12 +298,12 @@ HUGE = {
 
 
 def _measured(read) -> tuple[float, float]:
-    """(seconds, MB that Python held at most)"""
+    """(seconds of CPUs, whatever else runs on them; MB that Python held at most)"""
     tracemalloc.start()
     try:
-        start = time.monotonic()
+        start = time.process_time()
         read()
-        return time.monotonic() - start, tracemalloc.get_traced_memory()[1] / 1e6
+        return time.process_time() - start, tracemalloc.get_traced_memory()[1] / 1e6
     finally:
         tracemalloc.stop()
 

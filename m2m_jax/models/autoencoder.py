@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m2m_jax.attention.plain import attend
-from m2m_jax.models.layers import Conv3x3, Downsample, GroupNorm, ResnetBlock, Upsample
+from m2m_jax.core.parameters import abstract
+from m2m_jax.models.layers import Conv, Conv3x3, Downsample, GroupNorm, Linear, ResnetBlock, Upsample
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_levels
 
 NORM_EPS = 1e-6  # fixed in diffusers' encoder and decoder
@@ -51,7 +52,7 @@ class SpatialSelfAttention(nnx.Module):
 
     def __init__(self, channels: int, norm_num_groups: int, *, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(channels, norm_num_groups, epsilon=NORM_EPS, rngs=rngs)
-        project = functools.partial(nnx.Linear, channels, channels, rngs=rngs)
+        project = functools.partial(Linear, channels, channels, rngs=rngs)
         self.to_q, self.to_k, self.to_v, self.to_out = project(), project(), project(), project()
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
@@ -163,9 +164,9 @@ class AutoencoderKL(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
         moments, latents = 2 * config.latent_channels, config.latent_channels
         if config.use_quant_conv:
-            self.quant_conv = nnx.Conv(moments, moments, (1, 1), rngs=rngs)
+            self.quant_conv = Conv(moments, moments, (1, 1), rngs=rngs)
         if config.use_post_quant_conv:
-            self.post_quant_conv = nnx.Conv(latents, latents, (1, 1), rngs=rngs)
+            self.post_quant_conv = Conv(latents, latents, (1, 1), rngs=rngs)
 
     def posterior(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return mean and log variance of the unscaled latents, each `[..., h / f, w / f, latent_channels]`."""
@@ -187,6 +188,14 @@ class AutoencoderKL(nnx.Module):
             flat_bhwc = self.post_quant_conv(flat_bhwc)
         images = self.decoder(flat_bhwc)
         return images.reshape(*latents.shape[:-3], *images.shape[1:])
+
+
+@functools.cache
+def autoencoder_structure(
+    config: AutoencoderConfig,
+) -> tuple[nnx.GraphDef[AutoencoderKL], dict[str, jax.ShapeDtypeStruct]]:
+    """Return what `parameters.abstract` says of it: structure and shapes. Found once a process."""
+    return abstract(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
 
 
 def pixels_to_float(images_uint8: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from m2m_jax.core.errors import UserError
-from m2m_jax.models.layers import LayerNorm, gelu
+from m2m_jax.models.layers import Embed, LayerNorm, Linear, gelu
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 
 
@@ -46,9 +46,9 @@ class Embeddings(nnx.Module):
     """Token ids [b, s] to the norm [b, s, c] of what each token, its position and the first segment are worth."""
 
     def __init__(self, c: BertConfig, *, rngs: nnx.Rngs):
-        self.word_embeddings = nnx.Embed(c.vocab_size, c.hidden_size, rngs=rngs)
-        self.position_embeddings = nnx.Embed(c.max_position_embeddings, c.hidden_size, rngs=rngs)
-        self.token_type_embeddings = nnx.Embed(c.type_vocab_size, c.hidden_size, rngs=rngs)
+        self.word_embeddings = Embed(c.vocab_size, c.hidden_size, rngs=rngs)
+        self.position_embeddings = Embed(c.max_position_embeddings, c.hidden_size, rngs=rngs)
+        self.token_type_embeddings = Embed(c.type_vocab_size, c.hidden_size, rngs=rngs)
         self.norm = LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
 
     def __call__(self, token_ids_bs: jax.Array) -> jax.Array:
@@ -63,7 +63,7 @@ class Attention(nnx.Module):
 
     def __init__(self, channels: int, num_heads: int, *, rngs: nnx.Rngs):
         def project() -> nnx.Linear:
-            return nnx.Linear(channels, channels, rngs=rngs)
+            return Linear(channels, channels, rngs=rngs)
 
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out = project(), project(), project(), project()
@@ -84,8 +84,8 @@ class Layer(nnx.Module):
 
         self.attention = Attention(c.hidden_size, c.num_attention_heads, rngs=rngs)
         self.attention_norm = norm()
-        self.up = nnx.Linear(c.hidden_size, c.intermediate_size, rngs=rngs)
-        self.down = nnx.Linear(c.intermediate_size, c.hidden_size, rngs=rngs)
+        self.up = Linear(c.hidden_size, c.intermediate_size, rngs=rngs)
+        self.down = Linear(c.intermediate_size, c.hidden_size, rngs=rngs)
         self.output_norm = norm()
 
     def __call__(self, x_bsc: jax.Array, sees_bs: jax.Array) -> jax.Array:

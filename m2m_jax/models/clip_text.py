@@ -14,7 +14,7 @@ from flax import nnx
 
 from m2m_jax.attention.plain import attend
 from m2m_jax.core.errors import UserError
-from m2m_jax.models.layers import LayerNorm, gelu
+from m2m_jax.models.layers import Embed, LayerNorm, Linear, gelu
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 
 
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
 
     def __init__(self, channels: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
         def project() -> nnx.Linear:
-            return nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+            return Linear(channels, channels, dtype=dtype, rngs=rngs)
 
         self.num_heads = num_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = project(), project(), project(), project()
@@ -100,8 +100,8 @@ class MLP(nnx.Module):
 
     def __init__(self, channels: int, hidden_channels: int, activation: str, *, dtype, rngs: nnx.Rngs):
         self.activation = activation
-        self.fc1 = nnx.Linear(channels, hidden_channels, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden_channels, channels, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(channels, hidden_channels, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden_channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_btc: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x_btc)))
@@ -111,8 +111,8 @@ class Embeddings(nnx.Module):
     """Token ids [b, s] to the sum [b, s, c] of what each token and its position are worth."""
 
     def __init__(self, c: CLIPTextConfig, *, rngs: nnx.Rngs):
-        self.token_embedding = nnx.Embed(c.vocab_size, c.hidden_size, rngs=rngs)
-        self.position_embedding = nnx.Embed(c.max_position_embeddings, c.hidden_size, rngs=rngs)
+        self.token_embedding = Embed(c.vocab_size, c.hidden_size, rngs=rngs)
+        self.position_embedding = Embed(c.max_position_embeddings, c.hidden_size, rngs=rngs)
 
     def __call__(self, token_ids_bs: jax.Array) -> jax.Array:
         positions_sc = self.position_embedding(jnp.arange(token_ids_bs.shape[1]))

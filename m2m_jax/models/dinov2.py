@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from m2m_jax.core import initializers
 from m2m_jax.core.errors import UserError
 from m2m_jax.models.clip_text import MLP, Attention
-from m2m_jax.models.layers import LayerNorm
+from m2m_jax.models.layers import Conv, LayerNorm, Linear
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between, require_one_of
 
 # Of ImageNet's RGB in [0, 1], as transformers' preprocessor_config.json has them.
@@ -144,7 +145,7 @@ class PatchEmbeddings(nnx.Module):
 
     def __init__(self, c: DINOv2Config, *, dtype, rngs: nnx.Rngs):
         patch = (c.patch_size, c.patch_size)
-        self.projection = nnx.Conv(3, c.hidden_size, patch, strides=patch, padding="VALID", dtype=dtype, rngs=rngs)
+        self.projection = Conv(3, c.hidden_size, patch, strides=patch, padding="VALID", dtype=dtype, rngs=rngs)
 
     def __call__(self, images_bhwc: jax.Array) -> jax.Array:
         return self.projection(images_bhwc)
@@ -155,7 +156,7 @@ class Embeddings(nnx.Module):
 
     def __init__(self, c: DINOv2Config, *, dtype, rngs: nnx.Rngs):
         def token(*shape: int) -> nnx.Param:
-            return nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, (*shape, c.hidden_size)))
+            return nnx.Param(initializers.token(rngs.params(), (*shape, c.hidden_size)))
 
         self.config, self.dtype = c, dtype
         self.patch_embeddings = PatchEmbeddings(c, dtype=dtype, rngs=rngs)
@@ -193,7 +194,7 @@ class LayerScale(nnx.Module):
     """A factor for each channel."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.lambda1 = nnx.Param(nnx.initializers.ones_init()(rngs.params(), (channels,)))
+        self.lambda1 = nnx.Param(initializers.ones(rngs.params(), (channels,)))
 
     def __call__(self, x_btc: jax.Array) -> jax.Array:
         return x_btc * self.lambda1[...].astype(x_btc.dtype)[None, None]
@@ -203,8 +204,8 @@ class SwiGLU(nnx.Module):
     """The gated perceptron of the giant model (arXiv 2002.05202)."""
 
     def __init__(self, channels: int, hidden_channels: int, *, dtype, rngs: nnx.Rngs):
-        self.weights_in = nnx.Linear(channels, 2 * hidden_channels, dtype=dtype, rngs=rngs)
-        self.weights_out = nnx.Linear(hidden_channels, channels, dtype=dtype, rngs=rngs)
+        self.weights_in = Linear(channels, 2 * hidden_channels, dtype=dtype, rngs=rngs)
+        self.weights_out = Linear(hidden_channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_btc: jax.Array) -> jax.Array:
         gate, hidden = jnp.split(self.weights_in(x_btc), 2, axis=-1)

@@ -29,7 +29,7 @@ from flax import nnx
 
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.registry import Registry
-from m2m_jax.models.layers import zeros
+from m2m_jax.models.layers import Linear, zeros
 
 
 class Embedder(nnx.Module):
@@ -55,8 +55,8 @@ class Perceptron(Embedder):
     """Two layers from features [b, in_channels] to the global embedding; the second begins at zero."""
 
     def __init__(self, in_channels: int, time_embed_dim: int, *, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(in_channels, time_embed_dim, dtype=jnp.float32, rngs=rngs)
-        self.linear_2 = nnx.Linear(time_embed_dim, time_embed_dim, kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
+        self.linear_1 = Linear(in_channels, time_embed_dim, dtype=jnp.float32, rngs=rngs)
+        self.linear_2 = Linear(time_embed_dim, time_embed_dim, kernel_init=zeros, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, features_bc: jax.Array) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(features_bc)))

@@ -15,7 +15,13 @@ from jaxtyping import Float, Int, UInt8
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import abstract, merge
 from m2m_jax.models import diffusers_folder, text_encoders
-from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
+from m2m_jax.models.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    autoencoder_structure,
+    pixels_to_float,
+    pixels_to_uint8,
+)
 from m2m_jax.models.folder import config_from, require_same
 from m2m_jax.models.image_encoders import IMAGE_ENCODERS, ImageEncoder, ImageEncoderConfig
 from m2m_jax.models.limits import require_one_of
@@ -179,7 +185,7 @@ class FrozenModels:
 
     @functools.cached_property
     def _autoencoder_and_shapes(self) -> tuple[nnx.GraphDef[AutoencoderKL], dict[str, jax.ShapeDtypeStruct]]:
-        return abstract(lambda: AutoencoderKL(self.autoencoder, rngs=nnx.Rngs(0)))
+        return autoencoder_structure(self.autoencoder)
 
     @functools.cached_property
     def _encoder_and_shapes(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:

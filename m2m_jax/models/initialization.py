@@ -2,20 +2,19 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 
 from m2m_jax.core.errors import UserError, warn
-from m2m_jax.core.keys import Domain, Stream, stream_key
-from m2m_jax.core.parameters import Params, split
+from m2m_jax.core.parameters import HostParams, initial
 from m2m_jax.diffusion.schedule import NoiseSchedule, UnsupportedSchedule
 from m2m_jax.models.attentions import parameter_names
 from m2m_jax.models.diffusers_folder import SCHEDULER, load_params, load_schedule, load_unet_config
 from m2m_jax.models.folder import differences, first_of
-from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.models.unet import UNet, UNetConfig, unet_structure
 
 
 def is_set_attention(name: str) -> bool:
@@ -34,19 +33,22 @@ def _part_of_block(name: str) -> str:
     return found[1] if found else ""
 
 
-def initial_params(
-    build: Callable[[jax.Array], UNet], config: UNetConfig, schedule: NoiseSchedule, folder: str, *, seed: int
-) -> Params:
+def initial_params(config: UNetConfig, schedule: NoiseSchedule, folder: str, *, seed: int) -> HostParams:
     """Return parameters at step 0: from a U-Net in diffusers' layout, or from scratch where that is empty.
 
-    build: the network of `config`, of a key. schedule: that it will be trained under; a warning says where that of the
-    folder is another. Raises UserError as `from_pretrained`.
+    They are drawn and stay in the host's memory: nothing is compiled, and of what the folder has nothing is drawn.
+
+    schedule: that it will be trained under; a warning says where that of the folder is another. Raises UserError as
+    `from_pretrained`.
     """
-    key = stream_key(Domain.INITIALIZE, seed, 0, Stream.PARAMS)
-    params = jax.jit(lambda key: split(build(key))[1])(key)
+
+    def draw(names: Collection[str] | None) -> HostParams:
+        return initial(lambda rngs: UNet(config, rngs=rngs), seed, names)
+
     if not folder:
-        return params
-    params = from_pretrained(params, config, load_params(folder), load_unet_config(folder), folder)
+        return draw(None)
+    shapes = unet_structure(config)[1]
+    params = from_pretrained(shapes, draw, config, load_params(folder), load_unet_config(folder), folder)
     _warn_of_another_schedule(folder, schedule)
     return params
 
@@ -69,21 +71,27 @@ def _warn_of_another_schedule(folder: str, schedule: NoiseSchedule) -> None:
 
 
 def from_pretrained(
-    params: Params, config: UNetConfig, pretrained: Params, pretrained_config: UNetConfig, folder: str
-) -> Params:
+    shapes: Mapping[str, Any],
+    draw: Callable[[Collection[str]], HostParams],
+    config: UNetConfig,
+    pretrained: Mapping[str, Any],
+    pretrained_config: UNetConfig,
+    folder: str,
+) -> HostParams:
     """Return the parameters at step 0 of a U-Net that starts from another one.
 
     What both have is taken over: everything outside of the attentions, and each kind of attention that both have.
     Attention to text is left out where there is none here. What is new is each other kind of attention, and the norm
     before it, in every transformer block. Queries and norm of a new one start as copies of those of the self-attention
     in the same block, and so do keys and values of M2M-Self: they already match like with like. Keys and values of
-    tokens of another model (M2M-DINO, text) start at random, as they are in `params`. The output projection starts at
+    tokens of another model (M2M-DINO, text) start at random. The output projection starts at
     zero, and its bias, where sets stand in the place of text, as the text attention's: at step 0 the network is,
     whatever the context, the pretrained one with all text tokens zero, and the context fades in. Not the paper's
     choice, which is not known.
 
     Args:
-      params: freshly drawn ones of the network of `config`.
+      shapes: of the parameters of the network of `config`, by name.
+      draw: returns fresh parameters of these names.
       pretrained: of the network of `pretrained_config`.
       folder: where that was read, for messages.
 
@@ -103,13 +111,13 @@ def from_pretrained(
     dropped = set() if "text" in ours else set(theirs.get("text", ()))
     renamed = {part: mine for kind in common for part, mine in zip(theirs[kind], ours[kind], strict=True)}
 
-    fresh = {name: x for name, x in params.items() if _part_of_block(name) in new}
+    fresh = {name: x for name, x in shapes.items() if _part_of_block(name) in new}
     found = {
         _in_part(name, renamed.get(_part_of_block(name))): x
         for name, x in pretrained.items()
         if _part_of_block(name) not in dropped
     }
-    taken = {name: x for name, x in params.items() if name not in fresh}
+    taken = {name: x for name, x in shapes.items() if name not in fresh}
     problems += differences(taken, found)
     if problems:
         raise UserError(
@@ -117,6 +125,7 @@ def from_pretrained(
             "set config.model to that folder's config.json, or init.path= to train from scratch"
         )
     started = {name: found[name] for name in taken}
+    at_random = []
     for name, x in fresh.items():
         part = _part_of_block(name)
         kind = new[part]
@@ -124,12 +133,12 @@ def from_pretrained(
         of_others = kind not in ("set", "self") or config.attends_to_encoded
         if ".to_out." in name:
             of_text = _in_part(name, theirs["text"][0]) if kind == "set" and dropped else ""
-            started[name] = pretrained[of_text] if of_text.endswith(".bias") else x * 0
+            started[name] = pretrained[of_text] if of_text.endswith(".bias") else np.zeros(x.shape, x.dtype)
         elif (of_others and (".to_k." in name or ".to_v." in name)) or twin not in started:
-            started[name] = x
+            at_random.append(name)
         else:
             started[name] = started[twin]
-    return started
+    return started | draw(at_random)
 
 
 def _in_part(name: str, part: str | None) -> str:

@@ -6,13 +6,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Conv3x3 = functools.partial(nnx.Conv, kernel_size=(3, 3), padding=1)
+from m2m_jax.core.initializers import embedding, lecun_normal, ones, zeros
+
+# Flax's, with initializers that can be described without drawing: `core/initializers.py`. A module of another kind
+# works, too, but draws its numbers each time that the network's structure is asked for.
+Linear = functools.partial(nnx.Linear, kernel_init=lecun_normal, bias_init=zeros)
+Conv = functools.partial(nnx.Conv, kernel_init=lecun_normal, bias_init=zeros)
+Embed = functools.partial(nnx.Embed, embedding_init=embedding)
+Conv3x3 = functools.partial(Conv, kernel_size=(3, 3), padding=1)
 # Every norm of every model. Flax's default takes the variance as E[x^2] - E[x]^2, which loses all digits of features
 # whose mean is large beside their spread; this is the mean of (x - E[x])^2.
-GroupNorm = functools.partial(nnx.GroupNorm, use_fast_variance=False)
-LayerNorm = functools.partial(nnx.LayerNorm, use_fast_variance=False)
-# Zero at the start, the block passes its input on unchanged (Goyal et al., arXiv 1706.02677; ADM, arXiv 2105.05233).
-zeros = nnx.initializers.zeros_init()
+GroupNorm = functools.partial(nnx.GroupNorm, use_fast_variance=False, scale_init=ones, bias_init=zeros)
+LayerNorm = functools.partial(nnx.LayerNorm, use_fast_variance=False, scale_init=ones, bias_init=zeros)
 
 
 def timestep_features(timestep_b: jax.Array, num_channels: int) -> jax.Array:
@@ -36,8 +41,8 @@ class TimestepEmbedding(nnx.Module):
     """Two-layer perceptron from timestep features to the global embedding channel."""
 
     def __init__(self, in_channels: int, time_embed_dim: int, *, dtype, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(in_channels, time_embed_dim, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(time_embed_dim, time_embed_dim, dtype=dtype, rngs=rngs)
+        self.linear_1 = Linear(in_channels, time_embed_dim, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(time_embed_dim, time_embed_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_bc: jax.Array) -> jax.Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x_bc)))
@@ -61,10 +66,11 @@ class ResnetBlock(nnx.Module):
         self.norm1 = norm(in_channels)
         self.conv1 = Conv3x3(in_channels, out_channels, dtype=dtype, rngs=rngs)
         if time_embed_dim is not None:
-            self.time_emb_proj = nnx.Linear(time_embed_dim, out_channels, dtype=dtype, rngs=rngs)
+            self.time_emb_proj = Linear(time_embed_dim, out_channels, dtype=dtype, rngs=rngs)
         self.norm2 = norm(out_channels)
+        # Zero, the block passes its input on unchanged (Goyal et al., arXiv 1706.02677; ADM, arXiv 2105.05233).
         self.conv2 = Conv3x3(out_channels, out_channels, kernel_init=zeros, dtype=dtype, rngs=rngs)
-        shortcut = functools.partial(nnx.Conv, kernel_size=(1, 1), dtype=dtype, rngs=rngs)
+        shortcut = functools.partial(Conv, kernel_size=(1, 1), dtype=dtype, rngs=rngs)
         self.conv_shortcut = shortcut(in_channels, out_channels) if in_channels != out_channels else None
 
     def __call__(self, x_bhwc: jax.Array, embedding_bc: jax.Array | None = None) -> jax.Array:
@@ -79,7 +85,7 @@ class Downsample(nnx.Module):
     """Strided 3x3 convolution. The U-Net pads both sides; the autoencoder pads right and bottom only."""
 
     def __init__(self, channels: int, *, padding, dtype, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=padding, dtype=dtype, rngs=rngs)
+        self.conv = Conv(channels, channels, (3, 3), strides=2, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
         return self.conv(x_bhwc)

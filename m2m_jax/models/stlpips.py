@@ -1,12 +1,15 @@
-"""ST-LPIPS (VGG): how different two images look, by features that small shifts don't change.
+"""ST-LPIPS (VGG, Alex): how different two images look, by features that small shifts don't change.
 
-Ghildyal and Liu, "Shift-tolerant LPIPS" (ECCV 2022), written from the description of the network: a VGG-16 whose pools
-are blurred, and weights on the squared differences of its features. The weights come from the package
-`stlpips-pytorch` (`m2m_jax.data.prepare_stlpips`). They were retrained, so this is "ST-LPIPS (VGG)" and never "LPIPS".
+Ghildyal and Liu, "Shift-tolerant LPIPS" (ECCV 2022), written from the description of the networks: a VGG-16 and an
+AlexNet whose pools are blurred, and weights on the squared differences of their features. The weights come from the
+package `stlpips-pytorch` (`m2m_jax.data.prepare_stlpips`). They were retrained, so this is "ST-LPIPS (VGG)" or
+"ST-LPIPS (Alex)", and never "LPIPS".
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +19,6 @@ from safetensors.numpy import load_file
 
 from m2m_jax.core.errors import UserError
 
-# Convolutions of each slice: their numbers in the published network, and channels.
-SLICES = (((0, 2), 64), ((6, 8), 128), ((12, 14, 16), 256), ((20, 22, 24), 512), ((28, 30, 32), 512))
 WEIGHTS = "model.safetensors"
 _BLUR = np.outer([1, 2, 1], [1, 2, 1]).astype(np.float32) / 16
 _MIN_SIZE = 16  # pixels a side: smaller ones can't be halved four times and reflected
@@ -25,16 +26,61 @@ _MIN_SIZE = 16  # pixels a side: smaller ones can't be halved four times and ref
 Params = dict[str, jax.Array]
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """What lies between two features that are compared.
+
+    Attributes:
+      convolutions: their numbers in the published network; each is followed by a ReLU.
+      channels: of each.
+      kernel: pixels along each side. padding: pixels beyond each border.
+      pool: pixels along each side whose largest is taken before them, blurred and halved; 0: none is.
+      blurred: blurred and halved between the convolution and its ReLU.
+    """
+
+    convolutions: tuple[int, ...]
+    channels: int
+    kernel: int = 3
+    padding: int = 1
+    pool: int = 0
+    blurred: bool = False
+
+
+NETWORKS = {
+    "vgg": (
+        Slice((0, 2), 64),
+        Slice((6, 8), 128, pool=2),
+        Slice((12, 14, 16), 256, pool=2),
+        Slice((20, 22, 24), 512, pool=2),
+        Slice((28, 30, 32), 512, pool=2),
+    ),
+    "alex": (
+        Slice((0,), 64, kernel=11, padding=2, blurred=True),
+        Slice((5,), 192, kernel=5, padding=2, pool=3),
+        Slice((9,), 384, pool=3),
+        Slice((11,), 256),
+        Slice((13,), 256),
+    ),
+}
+
+
+def shapes(network: str = "vgg") -> dict[str, tuple[int, ...]]:
     """Name the parameters, with their shapes: kernels are [h, w, in, out], `lin` weights [channels]."""
     made: dict[str, tuple[int, ...]] = {"shift": (3,), "scale": (3,)}
     inputs = 3
-    for number, (convolutions, channels) in enumerate(SLICES):
-        for conv in convolutions:
-            made[f"conv{conv}.kernel"], made[f"conv{conv}.bias"] = (3, 3, inputs, channels), (channels,)
-            inputs = channels
-        made[f"lin{number}"] = (channels,)
+    for number, part in enumerate(NETWORKS[network]):
+        for conv in part.convolutions:
+            made[f"conv{conv}.kernel"] = (part.kernel, part.kernel, inputs, part.channels)
+            made[f"conv{conv}.bias"] = (part.channels,)
+            inputs = part.channels
+        made[f"lin{number}"] = (part.channels,)
     return made
+
+
+def network_of(params: Mapping[str, Any]) -> str | None:
+    """Return the name of the network that has these parameters; None: none has."""
+    found = {name: x.shape for name, x in params.items()}
+    return next((name for name in NETWORKS if shapes(name) == found), None)
 
 
 def load_stlpips(folder: str | Path) -> dict[str, np.ndarray]:
@@ -47,7 +93,7 @@ def load_stlpips(folder: str | Path) -> dict[str, np.ndarray]:
         params = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): remove it and {remedy}") from error
-    if {name: x.shape for name, x in params.items()} != shapes():
+    if network_of(params) is None:
         raise UserError(f"{path} holds another network: remove it and {remedy}")
     return {name: x.astype(np.float32) for name, x in params.items()}
 
@@ -72,7 +118,7 @@ def distances(params: Params, images_bhwc: jax.Array) -> jax.Array:
     images_bhwc: as `distance` takes them.
     """
     total = jnp.zeros((len(images_bhwc), len(images_bhwc)), jnp.float32)
-    for number, x in enumerate(_features(params, images_bhwc, len(SLICES))):
+    for number, x in enumerate(_features(params, images_bhwc)):
         weight = _per_channel(params[f"lin{number}"])
         inner = jnp.einsum("bhwc,dhwc->bd", x, x * weight, precision="highest") / np.float32(x.shape[1] * x.shape[2])
         own = jnp.diagonal(inner)
@@ -80,16 +126,21 @@ def distances(params: Params, images_bhwc: jax.Array) -> jax.Array:
     return total
 
 
-def _features(params: Params, x_bhwc: jax.Array, num_slices: int) -> Iterator[jax.Array]:
+def _features(params: Params, x_bhwc: jax.Array, num_slices: int = 5) -> Iterator[jax.Array]:
     """Yield what each slice sees, of unit length at every pixel."""
     if min(x_bhwc.shape[1:3]) < _MIN_SIZE:
         raise UserError(f"ST-LPIPS needs images of at least {_MIN_SIZE} pixels a side, not {x_bhwc.shape[1:3]}")
+    network = network_of(params)
+    assert network is not None
     x = (x_bhwc - _per_channel(params["shift"])) / _per_channel(params["scale"])
-    for number, (convolutions, _) in enumerate(SLICES[:num_slices]):
-        if number:
-            x = _pool(x)
-        for conv in convolutions:
-            x = jax.nn.relu(_convolve(x, params[f"conv{conv}.kernel"]) + _per_channel(params[f"conv{conv}.bias"]))
+    for part in NETWORKS[network][:num_slices]:
+        if part.pool:
+            x = _blurred(
+                jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, part.pool, part.pool, 1), (1,) * 4, "VALID")
+            )
+        for conv in part.convolutions:
+            x = _convolve(x, params[f"conv{conv}.kernel"], part.padding) + _per_channel(params[f"conv{conv}.bias"])
+            x = jax.nn.relu(_blurred(x) if part.blurred else x)
         yield _normalized(x)
 
 
@@ -98,10 +149,9 @@ def _normalized(x_bhwc: jax.Array) -> jax.Array:
     return x_bhwc * jax.lax.rsqrt(jnp.sum(x_bhwc**2, axis=-1, keepdims=True) + 1e-10)
 
 
-def _pool(x_bhwc: jax.Array) -> jax.Array:
-    """Return the largest of 2x2 pixels at every place, then blurred and halved."""
-    x = jax.lax.reduce_window(x_bhwc, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID")
-    x = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+def _blurred(x_bhwc: jax.Array) -> jax.Array:
+    """Return images blurred and halved."""
+    x = jnp.pad(x_bhwc, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
     # Nine shifted sums: XLA's depthwise convolution is several times as slow on CPUs.
     height, width = (x.shape[1] - 3) // 2 + 1, (x.shape[2] - 3) // 2 + 1
     return sum(
@@ -109,8 +159,9 @@ def _pool(x_bhwc: jax.Array) -> jax.Array:
     )
 
 
-def _convolve(x_bhwc: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(x_bhwc, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def _convolve(x_bhwc: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
+    pads = ((padding, padding),) * 2
+    return jax.lax.conv_general_dilated(x_bhwc, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _per_channel(x_c: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from m2m_jax.models.attentions import ATTENTIONS, Attention, parameter_names
 from m2m_jax.models.conditioning import Address, Conditioning, KeysValues
-from m2m_jax.models.layers import GroupNorm, LayerNorm, gelu, zeros
+from m2m_jax.models.layers import Conv, GroupNorm, LayerNorm, Linear, gelu, zeros
 
 if TYPE_CHECKING:
     from m2m_jax.models.unet_config import UNetConfig
@@ -22,8 +22,8 @@ class FeedForward(nnx.Module):
     """GEGLU with the exact (erf) gelu; four times the width."""
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        self.up = nnx.Linear(channels, channels * 8, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(channels * 4, channels, dtype=dtype, rngs=rngs)
+        self.up = Linear(channels, channels * 8, dtype=dtype, rngs=rngs)
+        self.down = Linear(channels * 4, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_btc: jax.Array) -> jax.Array:
         hidden, gate = jnp.split(self.up(x_btc), 2, axis=-1)
@@ -66,9 +66,9 @@ class SpatialTransformer(nnx.Module):
 
     def __init__(self, channels: int, num_heads: int, config: UNetConfig, *, dtype, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, config.norm_num_groups, epsilon=1e-6, dtype=dtype, rngs=rngs)
-        project: Callable[..., nnx.Linear | nnx.Conv] = functools.partial(nnx.Linear, channels, channels)
+        project: Callable[..., nnx.Linear | nnx.Conv] = functools.partial(Linear, channels, channels)
         if not config.use_linear_projection:
-            project = functools.partial(nnx.Conv, channels, channels, (1, 1))
+            project = functools.partial(Conv, channels, channels, (1, 1))
         self.proj_in = project(dtype=dtype, rngs=rngs)
         blocks = range(config.transformer_layers_per_block)
         self.transformer_blocks = nnx.List(

@@ -204,7 +204,7 @@ class UNet(nnx.Module):
 
 @functools.cache
 def unet_structure(config: UNetConfig) -> tuple[nnx.GraphDef[UNet], dict[str, jax.ShapeDtypeStruct]]:
-    """Return what `parameters.abstract` says of it: structure and shapes. Kept, for at full size it takes seconds."""
+    """Return what `parameters.abstract` says of it: structure and shapes. Found once a process."""
     return abstract(lambda: UNet(config, rngs=nnx.Rngs(0)))
 
 

@@ -34,7 +34,7 @@ def features_of(
     Raises:
       UserError: an image is damaged, the file in the cache is another's, or the cache cannot be written.
     """
-    about = {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "content": sets.content()}
+    about = {"encoder": encoder.name, "fingerprint": encoder.fingerprint, "content": sets.content}
     path = cache and cache / f"{encoder.name}-{encoder.fingerprint[:_SHOWN] or 'none'}-{about['content'][:_SHOWN]}"
     path = path and path.with_name(f"{path.name}.safetensors")
     if path and path.exists():

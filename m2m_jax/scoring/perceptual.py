@@ -14,9 +14,11 @@ from m2m_jax.models.autoencoder import pixels_to_float
 from m2m_jax.scoring.metrics import SCORES, Features, Measured, Score
 
 
-@SCORES.register("st_lpips_vgg")
+@SCORES.register("st_lpips")
 class PerceptualDistance(Score):
-    """ST-LPIPS (VGG) (Ghildyal and Liu, ECCV 2022): how different images look. Retrained: never call it LPIPS.
+    """ST-LPIPS (Ghildyal and Liu, ECCV 2022), VGG or Alex as the folder holds: how different images look.
+
+    Their weights were retrained: never call it LPIPS.
 
     to_given: mean over the given images; a copier wins it. to_real: the real image of that place.
     """
@@ -30,6 +32,7 @@ class PerceptualDistance(Score):
         if folder is None:
             raise UserError(f"ST-LPIPS needs a folder of weights: make one with python -m {self.weights}")
         self._params = stlpips.load_stlpips(folder)
+        self._name = f"st_lpips_{stlpips.network_of(self._params)}"
         self._distances = jax.jit(lambda params, images_bhwc: stlpips.distances(params, pixels_to_float(images_bhwc)))
 
     def measure(self, features: Features) -> Mapping[str, Measured]:
@@ -47,4 +50,4 @@ class PerceptualDistance(Score):
                 found.setdefault("to_given", []).append(distance_kb[:, k : k + m].mean(1))
             if features.has("real_nkhwc"):
                 found.setdefault("to_real", []).append(np.diagonal(distance_kb[:, k + m :]))
-        return {f"st_lpips_vgg_{name}": Measured.mean(np.stack(values)) for name, values in found.items()}
+        return {f"{self._name}_{name}": Measured.mean(np.stack(values)) for name, values in found.items()}

@@ -10,6 +10,7 @@ The first images of a set are those that were given, the others those that are j
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,8 +81,9 @@ class Sets:
         }
         return dataclasses.replace(self, **of)
 
+    @functools.cached_property
     def content(self) -> str:
-        """Return a hash of all images and of how they are read. Decodes none."""
+        """A hash of all images and of how they are read. Decodes none."""
         digest = hashlib.sha256(f"{self.num_images} {self.image_size} {self.scaled}".encode())
         for number in self.numbers:
             record = self.source[number]

@@ -13,9 +13,15 @@ from PIL import Image
 from m2m_jax.configuration import Config, build, reads_latents, to_json
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.keys import Domain, Stream, stream_key
-from m2m_jax.core.parameters import Params, abstract, merge, split
+from m2m_jax.core.parameters import HostParams, Params, initial, merge
 from m2m_jax.models import stlpips
-from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL, pixels_to_float, pixels_to_uint8
+from m2m_jax.models.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    autoencoder_structure,
+    pixels_to_float,
+    pixels_to_uint8,
+)
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, side_by_side
@@ -35,7 +41,7 @@ class Autoencoding:
     def __init__(self, config: Config):
         self.config = config
         self.autoencoder_config = _architecture(config)
-        self.graphdef, self.shapes = abstract(self._build)
+        self.graphdef, self.shapes = autoencoder_structure(self.autoencoder_config)
         self.frozen: FrozenParams = {}
         if config.autoencoder.perceptual_path:
             self.frozen[PERCEPTUAL] = stlpips.load_stlpips(config.autoencoder.perceptual_path)
@@ -58,13 +64,9 @@ class Autoencoding:
     attributes: Mapping[str, int] = MappingProxyType({})  # and nothing else of the images
     compute_dtype = "float32"
 
-    def _build(self, key: jax.Array | int = 0) -> AutoencoderKL:
-        return AutoencoderKL(self.autoencoder_config, rngs=nnx.Rngs(key))
-
-    def init(self) -> Params:
-        """Return the parameters at step 0."""
-        key = stream_key(Domain.INITIALIZE, self.config.seed, 0, Stream.PARAMS)
-        return jax.jit(lambda key: split(self._build(key))[1])(key)
+    def init(self) -> HostParams:
+        """Return the parameters at step 0, in the host's memory."""
+        return initial(lambda rngs: AutoencoderKL(self.autoencoder_config, rngs=rngs), self.config.seed)
 
     def draw(self, batch: dict, step: jax.Array) -> jax.Array:
         """Return what is random in the loss of a batch: noise of the latents' shape."""

@@ -8,16 +8,15 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from flax import nnx
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.configuration import Config, build, to_json
-from m2m_jax.core.parameters import Params, abstract, merge
+from m2m_jax.core.parameters import HostParams, Params, merge
 from m2m_jax.data.latents import require_autoencoder
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.frozen import AUTOENCODER, FrozenModels, FrozenParams
 from m2m_jax.models.initialization import initial_params
-from m2m_jax.models.unet import UNet, UNetConfig
+from m2m_jax.models.unet import UNetConfig, unet_structure
 from m2m_jax.tasks.objective import SetDraws, Told, draw, squared_error, weighted_loss
 
 
@@ -67,7 +66,7 @@ class LatentDiffusion:
             attention_backend=backend,
         )
         self.models.require_image_size(config.data.image_size, len(self.unet_config.block_out_channels))
-        self.unet, self.shapes = abstract(self._build)
+        self.unet, self.shapes = unet_structure(self.unet_config)
 
     @classmethod
     def check_config(cls, config: Config) -> None:
@@ -75,9 +74,6 @@ class LatentDiffusion:
         text = 1 if config.text_encoder.path else None
         build(UNetConfig, config.model, attention_backend="prefix", cross_attention_dim=text)
         NoiseSchedule.from_config(vars(config.schedule))
-
-    def _build(self, key: jax.Array | int = 0) -> UNet:
-        return UNet(self.unet_config, rngs=nnx.Rngs(key))
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -100,10 +96,9 @@ class LatentDiffusion:
         unet = dataclasses.asdict(self.unet_config)
         return {"config": to_json(self.config), "unet": unet, "frozen": self.models.metadata}
 
-    def init(self) -> Params:
+    def init(self) -> HostParams:
         """Return the parameters at step 0: from `config.init.path`, or from scratch where that is empty."""
-        folder, seed = self.config.init.path, self.config.seed
-        return initial_params(self._build, self.unet_config, self.schedule, folder, seed=seed)
+        return initial_params(self.unet_config, self.schedule, self.config.init.path, seed=self.config.seed)
 
     def draw(self, batch: dict, step: jax.Array) -> SetDraws:
         """Return what is random in the loss of a batch."""

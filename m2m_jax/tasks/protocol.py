@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from m2m_jax.core.parameters import Params
+from m2m_jax.core.parameters import HostParams, Params
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.tasks.sample_grid import Samples
 
@@ -39,8 +39,8 @@ class Objective(Protocol):
     shapes: dict[str, jax.ShapeDtypeStruct]
     frozen: FrozenParams
 
-    def init(self) -> Params:
-        """Return the parameters at step 0."""
+    def init(self) -> HostParams:
+        """Return the parameters at step 0, in the host's memory."""
         ...
 
     def draw(self, batch: dict, step: jax.Array) -> Any:

@@ -26,7 +26,7 @@ from m2m_jax.configuration import Config
 from m2m_jax.core import disk, runtime
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import Interruption
-from m2m_jax.core.parameters import Params, count, fingerprint
+from m2m_jax.core.parameters import HostParams, count, fingerprint
 from m2m_jax.core.paths import expand_home
 from m2m_jax.data import transform
 from m2m_jax.data.pipeline import batches, inputs, make_dataset, open_examples
@@ -253,12 +253,11 @@ class Run:
         except OSError as error:
             raise UserError(f"--workdir={self.workdir} cannot be made: {error.strerror}") from error
 
-    def _start(self, params: Params | None = None) -> TrainState:
+    def _start(self, params: HostParams | None = None) -> TrainState:
         """Return the newest saved state, or the first. params: of the model at step 0, where they were made already."""
         if self.checkpoints.latest_step() is not None:
             return self.checkpoints.restore_train_state(self.setup.state, metadata=self.metadata)
-        # From NumPy, which every process holds alike and JAX may place anywhere.
-        return self.setup.create(jax.tree.map(np.asarray, params or self.task.init()))
+        return self.setup.create(params or self.task.init())
 
     def _describe(self) -> None:
         self.writer.message(sharding.describe(self.setup.state.params, self.mesh))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from m2m_jax.configuration import Config
-from m2m_jax.core.parameters import Params
+from m2m_jax.core.parameters import HostParams, Params
 from m2m_jax.models.trained import PARAMETERS, Trained
 from m2m_jax.tasks.protocol import Objective
 from m2m_jax.training import sharding
@@ -23,14 +23,15 @@ class Setup:
 
     Attributes:
       state: the train state as ShapeDtypeStructs with shardings.
-      create: makes the state of a model's parameters, compiled.
+      create: makes the state of a model's parameters, which every process holds alike in the host's memory. Each device
+        gets its share of them.
       step: the training step, compiled when it is first called or lowered.
       learning_rate: of a number of updates, for the log.
       trained: which parameters train, and how all become the model's.
     """
 
     state: TrainState
-    create: Callable[[Params], TrainState]
+    create: Callable[[HostParams], TrainState]
     step: Step
     learning_rate: LearningRate
     trained: Trained
@@ -46,9 +47,14 @@ def set_up(task: Objective, config: Config, mesh: sharding.AnyMesh) -> Setup:
 
     shapes = jax.eval_shape(create, task.shapes)
     shardings = sharding.state_shardings(shapes, mesh)
+    compiled = jax.jit(create, out_shardings=shardings)
+
+    def place_and_create(params: HostParams) -> TrainState:
+        return compiled(sharding.place(params, shardings.params))
+
     return Setup(
         state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
-        create=jax.jit(create, out_shardings=shardings),
+        create=place_and_create,
         step=make_train_step(
             task,
             optimizer,

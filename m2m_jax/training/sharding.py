@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from m2m_jax import configuration
 from m2m_jax.core import gathering
 from m2m_jax.core.errors import UserError
-from m2m_jax.core.parameters import Params
+from m2m_jax.core.parameters import HostParams, Params
 from m2m_jax.models.unet import IN_FLOAT32
 from m2m_jax.training.state import TrainState
 
@@ -233,6 +233,11 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     `jax.device_put` would first gather them from all processes, to compare them: as often as there are processes.
     """
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index]), tree)
+
+
+def place(params: HostParams, shardings: Mapping[str, Any]) -> Params:
+    """Place parameters, which every process holds alike in the host's memory: each device gets its share alone."""
+    return {name: jax.make_array_from_callback(x.shape, shardings[name], x.__getitem__) for name, x in params.items()}
 
 
 @functools.cache
