@@ -40,6 +40,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_word_of_compilation():
+    """What takes seconds to compile is named on standard error: on a slow machine, and with an empty cache, much is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2m_jax.core.compilation.PATIENCE", 1e6)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_file():
     """A process that keeps every program it compiled grows to 6 GB over the suite."""

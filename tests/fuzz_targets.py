@@ -46,8 +46,11 @@ from m2m_jax.data.emoji import iconify, naming
 from m2m_jax.data.sources.mis import MisRecords
 from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models import diffusers_folder, transformers_folder
+from m2m_jax.models.clip_image import CLIP, CLIPImageConfig
+from m2m_jax.models.clip_text import CLIPTextConfig
 from m2m_jax.models.dinov2 import DINOv2, DINOv2Config
-from m2m_jax.models.folder import require_same
+from m2m_jax.models.efficientnet import EfficientNetConfig, EfficientNetLite, load_efficientnet, save_efficientnet
+from m2m_jax.models.folder import require_same, save_folder
 from m2m_jax.models.frozen import FrozenModels
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.sampling.bundle import MANIFEST, Bundle, _load, program_file, write_manifest
@@ -399,7 +402,15 @@ def _model_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
         (weights,) = model.glob("*.safetensors")
         index = {"weight_map": dict.fromkeys(load_file(weights), weights.name)}
         weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
-    return {"vae": vae, "unet": folder / "unet", "dino": folder / "dino"}
+    lite = EfficientNetConfig(width=0.1, depth=0.1, num_classes=3)
+    save_efficientnet(folder / "lite", lite, _params(EfficientNetLite, lite))
+    small = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    towers = {"vision_config": {**small, "image_size": 8, "patch_size": 8}, "text_config": {**small, "vocab_size": 5}}
+    image, text = CLIPImageConfig(**towers["vision_config"]), CLIPTextConfig(**towers["text_config"])
+    shapes = abstract(lambda: CLIP(image, text, 3, rngs=nnx.Rngs(0)))[1]
+    values = {"model_type": "clip", "projection_dim": 3, **towers}
+    save_folder(folder / "clip", values, random_params(shapes), np.float32, transformers_folder.TRANSFORMERS)
+    return {"vae": vae} | {name: folder / name for name in ("unet", "dino", "lite", "clip")}
 
 
 def _params(kind, config):
@@ -432,12 +443,16 @@ def _open_model(models: dict[str, pathlib.Path], folder: pathlib.Path, example):
     elif kind == "unet":
         config = diffusers_folder.load_unet_config(copy)
         require_same(copy, _shapes(UNet, config), diffusers_folder.load_params(copy))
+    elif kind == "lite":
+        load_efficientnet(copy)
+    elif kind == "clip":
+        transformers_folder.load_clip(copy)
     else:
         config = transformers_folder.load_dinov2_config(copy)
         require_same(copy, _shapes(DINOv2, config), transformers_folder.load_params(copy))
 
 
-_MODELS = st.tuples(st.sampled_from(["vae", "unet", "dino"]), _WHICH, CHANGES, JSON_CHANGES)
+_MODELS = st.tuples(st.sampled_from(["vae", "unet", "dino", "lite", "clip"]), _WHICH, CHANGES, JSON_CHANGES)
 MODELS = Target(_MODELS, _model_folders, _open_model, 20, 800, 60.0)
 
 

@@ -10,7 +10,6 @@ In a test module:
 import contextlib
 import fcntl
 import io
-import math
 import os
 import pathlib
 import runpy
@@ -19,14 +18,12 @@ import sys
 from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
 from absl import flags
 from data_fixtures import build_emoji
-from flax import nnx
 
 from m2m_jax import config_flag
 from m2m_jax.configuration import Config
-from m2m_jax.core.parameters import abstract
+from m2m_jax.core.parameters import initial
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.diffusers_folder import save_autoencoder
 
@@ -96,11 +93,7 @@ def make_autoencoder(folder: pathlib.Path) -> pathlib.Path:
     config = AutoencoderConfig(
         block_out_channels=(16, 16, 16), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0
     )
-    rng, params = np.random.default_rng(0), {}
-    for name, x in abstract(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))[1].items():
-        std = math.prod(x.shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.0
-        params[name] = np.float32(name.endswith("scale")) + std * rng.standard_normal(x.shape, np.float32)
-    save_autoencoder(folder, config, params)
+    save_autoencoder(folder, config, initial(lambda rngs: AutoencoderKL(config, rngs=rngs), seed=0))
     return folder
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_fixtures import quick_jit, random_params
+from model_fixtures import drawn_from, quick_jit, random_params
 from test_extensions import Memory
 
 from m2m_jax.attention.layout import SetLayout
@@ -239,7 +239,7 @@ def test_sets_and_text_start_from_a_network_that_attends_to_text():
     both = text | {"attentions": ("self", "set", "text")}
     (graphdef, fresh), (text_graphdef, pretrained) = network(**both), network(**text)
     configs = [dataclasses.replace(CONFIG, **fields) for fields in (both, text)]
-    started = from_pretrained(fresh, configs[0], pretrained, configs[1], "somewhere")
+    started = from_pretrained(fresh, drawn_from(fresh), configs[0], pretrained, configs[1], "somewhere")
     assert started.keys() == fresh.keys()
     np.testing.assert_array_equal(started[BLOCK + ".attn_text.to_k.kernel"], pretrained[BLOCK + ".attn2.to_k.kernel"])
     assert not np.any(started[BLOCK + ".attn2.to_out.bias"])

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from data_fixtures import write_image_folder
+from data_fixtures import write_image_folder, write_latents
 from fuzz_targets import _small_sampler
 from model_fixtures import random_params
 from run_fixtures import ROOT
@@ -19,7 +19,8 @@ from run_fixtures import ROOT
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import decode_image
 from m2m_jax.data import generated
-from m2m_jax.data.source import open_named
+from m2m_jax.data.source import SOURCES, open_named
+from m2m_jax.data.sources.precomputed import PrecomputedSource
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.sampling.bundle_writer import write_bundle
 from m2m_jax.sampling.generation import generate_sets, set_seed
@@ -176,6 +177,29 @@ def test_a_split_is_named_after_a_colon(data):
     assert len(open_named(f"{data}:train")) < SETS == len(open_named(f"{data}:all"))
     with pytest.raises(UserError, match="split 'tests'"):
         open_named(f"{data}:tests")
+
+
+def test_a_data_set_is_named_by_its_directory_or_by_a_folder_within(tmp_path, monkeypatch):
+    latents = write_latents(tmp_path / "latents", splits=("train", "validation"))
+    assert open_named(f"{latents}:validation").split == "validation"
+    with pytest.raises(UserError, match=r"latents has several splits \(train, validation\): name one"):
+        open_named(str(latents))
+    (tmp_path / "latents" / "within").mkdir()
+
+    class Within(PrecomputedSource):
+        """Two data sets of one directory, each in a folder of its own."""
+
+        @classmethod
+        def find(cls, path, *, follow_links=False):
+            found = super().find(path) if path == latents else []
+            for number, source in enumerate(found):
+                source.split, source.name = "all", f"{path / ('within', 'other')[number]} (all)"
+            return found
+
+    monkeypatch.setitem(SOURCES._registered, "precomputed", Within)
+    assert open_named(f"{latents / 'within'}:all").name == f"{latents / 'within'} (all)"
+    with pytest.raises(UserError, match=r"is in several data sets: name one of .*within:all, .*other:all"):
+        open_named(f"{latents}:all")
 
 
 @pytest.mark.slow

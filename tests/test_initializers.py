@@ -12,9 +12,12 @@ from m2m_jax.core.keys import Domain, Stream, named_generator
 from m2m_jax.core.parameters import abstract, initial
 from m2m_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from m2m_jax.models.bert import BertConfig, BertEncoder
+from m2m_jax.models.clip_image import CLIP, CLIPImageConfig
 from m2m_jax.models.clip_text import CLIPTextConfig, CLIPTextEncoder
 from m2m_jax.models.dinov2 import SIZES, DINOv2
+from m2m_jax.models.efficientnet import EfficientNetConfig, EfficientNetLite
 from m2m_jax.models.embedders import EMBEDDERS
+from m2m_jax.models.inception import Inception, InceptionConfig
 from m2m_jax.models.unet import UNet, UNetConfig
 from m2m_jax.training import sharding
 
@@ -92,6 +95,9 @@ def test_a_fresh_network_passes_its_input_on(params):
 MODELS = {
     "unet": build,
     "autoencoder": lambda rngs: AutoencoderKL(AutoencoderConfig(), rngs=rngs),
+    "clip_image": lambda rngs: CLIP(CLIPImageConfig(), CLIPTextConfig(), 8, rngs=rngs),
+    "inception": lambda rngs: Inception(InceptionConfig(), rngs=rngs),
+    "efficientnet": lambda rngs: EfficientNetLite(EfficientNetConfig(), rngs=rngs),
     "clip": lambda rngs: CLIPTextEncoder(CLIPTextConfig(), rngs=rngs),
     "bert": lambda rngs: BertEncoder(BertConfig(), rngs=rngs),
     "dinov2": lambda rngs: DINOv2(SIZES["small"], rngs=rngs),
@@ -99,7 +105,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_no_network_draws_where_its_structure_is_asked_for(model):
+def test_every_parameter_of_a_network_can_be_drawn_by_its_name(model):
     _, fresh = parameters._described(lambda: MODELS[model](nnx.Rngs(0)))
     assert not [name for name, x in fresh.items() if not isinstance(x, Fresh)]
 

@@ -486,7 +486,8 @@ def test_at_step_0_m2m_is_stable_diffusion_without_text(diffusers, encoded, orde
     )
     graphdef, params = random_model(UNet, config)
     params = {name: x * 0 if ".order." in name else x for name, x in params.items()}  # it starts at zero
-    started = from_pretrained(params, config, load_params(tmp_path), load_unet_config(tmp_path), "somewhere")
+    pretrained = load_params(tmp_path), load_unet_config(tmp_path), "somewhere"
+    started = from_pretrained(params, drawn_from(params), config, *pretrained)
     require_same("what is started", params, started)
 
     rng = np.random.default_rng(2)

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import Var
 from run_fixtures import ONE_LEVEL, config_argument, run
 
 from m2m_jax.attention.layout import SetLayout
@@ -15,9 +17,10 @@ from m2m_jax.core.chips import CHIPS, GIB, chip_of, gpus_of, peak_flops
 from m2m_jax.core.errors import UserError
 from m2m_jax.models.remat import REMAT
 from m2m_jax.models.unet_config import UNetConfig
-from m2m_jax.planning import compile, hlo
+from m2m_jax.planning import compile, hlo, jobs
 from m2m_jax.planning.collectives import Collective, collectives
 from m2m_jax.planning.formula import plan_by_formula
+from m2m_jax.planning.gpus import TARGETS, can_compile
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import Memory, advice, bytes_per_device, parse_out_of_memory, state_bytes
 from m2m_jax.planning.report import as_dict, as_text
@@ -28,7 +31,7 @@ from m2m_jax.tasks.autoencoding import Autoencoding
 from m2m_jax.training import sharding
 from m2m_jax.training.attention_flops import AttentionFlops, attention_flops
 from m2m_jax.training.setup import set_up
-from m2m_jax.training.workload import Workload, batch_shapes, count_flops, make_task
+from m2m_jax.training.workload import Workload, batch_shapes, count_flops, kept_bytes, make_task
 
 TINY = config_argument("emoji:tiny")
 SMALL = (TINY, *ONE_LEVEL)  # where any network will do: plans trace it several times
@@ -189,7 +192,7 @@ def test_peak_of_a_device(devices, flops):
 def _plan(gibibytes: float, images_per_second: float) -> compile.Plan:
     times = roofline(CHIPS["v5e"], 1e12, 1e9, 1e6, 0)
     gather = Collective("all-gather", 4, 1, 7, 2e9, 0.0)
-    work = compile.Work(1e12, 1e9, (gather,), 3, times, images_per_second, 0.5)
+    work = compile.Work(1e12, 1e9, (gather,), 3, {}, times, images_per_second, 0.5)
     needs = Memory(GIB, 2 * GIB, GIB, 0, 0, peak=gibibytes * GIB, beside=0, limit=16 * GIB)
     return compile.Plan(
         {"slice": 1, "data": 4, "fsdp": 1}, 8, 2, needs, work, ("--config.model.remat=blocks",), ("a note",), 60.0
@@ -348,6 +351,26 @@ def test_flops_by_formula_are_those_of_the_program(remat):
     assert plan.work.flops == pytest.approx(step.cost_analysis()["flops"], rel=0.01)
 
 
+def test_what_is_kept_for_the_gradient_grows_with_the_sets_and_else_does_not():
+    """By what depends on the batch in one trace: two sets are traced to compare."""
+    _, config = _formula(1, model_remat="dots")
+    task = make_task(config)[0]
+    kept = kept_bytes(config, task)
+    assert kept.a_set > 0 and kept.of(2) == kept.fixed + 2 * kept.a_set
+
+    def traced(sets: int) -> int:
+        batch = batch_shapes(config, task, sets)
+
+        def residuals(params, batch, step):
+            return jax.vjp(lambda p: task.loss(p, task.frozen, batch, task.draw(batch, step))[0], params)[1]
+
+        jaxpr = jax.make_jaxpr(residuals)(task.shapes, batch, jax.ShapeDtypeStruct((), jnp.int32)).jaxpr
+        arrays = {x for x in jaxpr.outvars if isinstance(x, Var)} - {*jaxpr.invars, *jaxpr.constvars}
+        return sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
+
+    assert [traced(1), traced(2)] == [kept.of(1), kept.of(2)]
+
+
 def test_gradients_are_summed_as_often_as_the_program_sums_them():
     """Once for each part of a batch: the sums stand in the loop over the parts."""
     plan, step = _formula_and_step(2, mesh_data=2, train_accumulation=2)
@@ -370,9 +393,8 @@ def test_gathered_kernels_take_memory_where_nothing_casts_them():
 
 def _plan_gpus(*arguments) -> dict:
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote bfloat16
-        result = run(
-            "plan", *SMALL, "--config.autoencoder.path=none", "--config.model.dtype=bfloat16", "--json", *arguments
-        )
+        given = (*SMALL, "--config.autoencoder.path=none", "--config.model.dtype=bfloat16", "--formula", "--json")
+        result = run("plan", *given, *arguments)
     assert result.code == 0, result.err
     return json.loads(result.out)
 
@@ -392,6 +414,7 @@ def test_gpus_are_planned_by_formula():
 
 
 def test_what_does_not_fit_ends_with_1_and_says_what_would_help():
+    # An l4 is not described to XLA: by formula.
     given = (*SMALL, "--topology=l4:1", "--config.data.batch_size=32768", "--config.eval.batch_size=8")
     result = run("plan", *given)
     assert result.code == 1, result.err
@@ -410,6 +433,37 @@ def test_gpus_share_the_state_by_fsdp_and_keep_less_by_remat():
     shares = plan["memory"]
     assert shares["ema"] < 0.3 * copies["ema"]
     assert shares["gradients_and_activations"] < 0.5 * copies["gradients_and_activations"]
+
+
+@pytest.mark.parametrize("chip", sorted(file.stem for file in TARGETS.glob("*.txtpb")))
+def test_descriptions_of_gpus_are_of_chips_that_there_are(chip):
+    text = (TARGETS / f"{chip}.txtpb").read_text()
+    numbers = {name: float(value) for name, value in re.findall(r"^ *(\w+): ([\d.]+)$", text, re.MULTILINE)}
+    of_table, _ = gpus_of(f"{chip}:1")
+    assert of_table.hbm == pytest.approx(0.92 * numbers["device_memory_size"], rel=0.01)
+    assert of_table.hbm_bandwidth == pytest.approx(numbers["memory_bandwidth"], rel=0.05)
+    assert "xla/backends/gpu/target_config/specs/" in text  # its source
+
+
+def test_what_needs_a_compiler_for_gpus_says_so(monkeypatch):
+    monkeypatch.setattr(jobs, "can_compile", lambda chip: False)
+    for arguments in (["--job=sample"], ["--search"], ["--hlo=x"]):
+        result = run("plan", TINY, "--topology=h100:1", *arguments)
+        assert result.code == 2 and "requirements-cuda.txt" in result.err
+        assert run("plan", TINY, "--topology=h100:1", "--formula", *arguments).code == 2
+    assert "none of them" in run("plan", TINY, "--topology=v5e:4x4", "--formula").err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile("h100"), reason="needs requirements-cuda.txt")
+def test_gpus_are_compiled_for_where_jax_can():
+    result = run("plan", TINY, "--config.autoencoder.path=none", "--topology=h100:2", "--json")
+    assert result.code == 0, result.err
+    plan = json.loads(result.out)
+    assert plan["compile_seconds"] > 0 and "nothing is autotuned" in " ".join(plan["notes"])
+    assert plan["work"]["launches"]["fusions"] > 100
+    (sent,) = plan["work"]["collectives"]
+    assert sent["kind"] == "all-reduce" and sent["group_size"] == 2
 
 
 # The program

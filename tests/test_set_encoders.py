@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 from flax import nnx
-from parity_fixtures import random_model, record, require_equal, to_numpy, to_torch, torch_record
+from parity_fixtures import assert_same_params, random_model, record, require_equal, to_numpy, to_torch, torch_record
 from PIL import Image
 from text_fixtures import CLIP_LENGTH, make_bert, make_clip_tokenizer
 from torch_fixtures import write_legacy
 
 from m2m_jax.building import conse as conse_package
 from m2m_jax.building import efficientnet as package
+from m2m_jax.building.inception import prepare_inception
 from m2m_jax.building.options import ConseCopy
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import abstract, fingerprint
@@ -154,8 +155,21 @@ def test_inception_is_the_network_of_fid():
     assert len(ours) == 94 + 2
 
 
+def test_published_weights_of_inception_become_a_folder(tmp_path):
+    small = inception.InceptionConfig(divide=16)
+    params = random_of(inception.Inception, small)[1]
+    state = torch_state(params) | {"Conv2d_1a_3x3.bn.num_batches_tracked": np.zeros(1, np.float32)}
+    file = write_legacy(tmp_path / "weights.pth", state)
+    prepare_inception(file, tmp_path / "made", small)
+    assert_same_params(inception.load_inception(tmp_path / "made", small), params)
+    del state["fc.bias"]
+    with pytest.raises(UserError, match=r"missing fc\.bias"):
+        prepare_inception(write_legacy(file, state), tmp_path / "other", small)
+    assert not (tmp_path / "other").exists()
+
+
 def test_inception_has_the_parameters_of_the_published_one():
-    shapes = abstract(lambda: inception.Inception(inception.InceptionConfig(), rngs=nnx.Rngs(0)))[1]
+    shapes = abstract(lambda: inception.Inception(inception.PUBLISHED, rngs=nnx.Rngs(0)))[1]
     # torchvision's has 21,785,568 in its convolutions and norms; running statistics: 17,216 twice. 1,008 classes.
     trained = sum(x.size for name, x in shapes.items() if "running" not in name)
     assert trained == 21_785_568 + 2049 * 1008

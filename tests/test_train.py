@@ -123,7 +123,7 @@ def test_a_run_is_called_from_python_and_one_that_is_complete_does_nothing(tiny_
     for steps in (6, 3):
         config.train.steps = steps
         assert train(config, workdir) == 0
-        assert f"step 6 is saved, of config.train.steps={steps}: nothing is left" in capsys.readouterr().out
+        assert f"step 6 is saved, of {steps}: nothing is left" in capsys.readouterr().out
     assert metric_lines(workdir) == before
     # By these a resumed run tells whether its data are the same.
     assert load_for_sampling(workdir).metadata["listings"].keys() == {"train", "validation"}

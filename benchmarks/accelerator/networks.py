@@ -45,11 +45,9 @@ class PrecomputedText(LatentDiffusion):
 class WithoutAverage(TrainState):
     """A train state without EMA, as MLPerf's entries have none. What would be averaged is dead code to XLA."""
 
-    def apply_gradients(self, gradients: Any, optimizer: Any, ema_decay: float) -> TrainState:
-        averaged = {name: self.params[name] for name in gradients}
-        return TrainState.apply_gradients(self.replace(ema_params=averaged), gradients, optimizer, ema_decay).replace(
-            ema_params={}
-        )
+    def apply_gradients(self, gradients: Any, *how: Any) -> TrainState:
+        averaged = self.replace(ema_params={name: self.params[name] for name in gradients})
+        return TrainState.apply_gradients(averaged, gradients, *how).replace(ema_params={})
 
 
 def names(size: Size) -> dict[str, tuple[str, ...]]:

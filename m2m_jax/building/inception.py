@@ -8,10 +8,10 @@ from m2m_jax.building.torch_legacy import read_legacy_torch
 from m2m_jax.core import disk
 from m2m_jax.core.parameters import abstract, count
 from m2m_jax.models.folder import COUNTED, from_torch, require_same
-from m2m_jax.models.inception import FORMAT, Inception, InceptionConfig, save_inception
+from m2m_jax.models.inception import FORMAT, PUBLISHED, Inception, InceptionConfig, save_inception
 
 
-def prepare_inception(weights: Path, output: Path) -> int:
+def prepare_inception(weights: Path, output: Path, config: InceptionConfig = PUBLISHED) -> int:
     """Write the folder, and return the number of parameters.
 
     Args:
@@ -23,7 +23,7 @@ def prepare_inception(weights: Path, output: Path) -> int:
     disk.require_new(output)
     state = {name: x for name, x in read_legacy_torch(weights).items() if not name.endswith(COUNTED)}
     params = dict(from_torch(name, x, FORMAT) for name, x in state.items())
-    require_same(weights, abstract(lambda: Inception(InceptionConfig(), rngs=nnx.Rngs(0)))[1], params)
+    require_same(weights, abstract(lambda: Inception(config, rngs=nnx.Rngs(0)))[1], params)
     with disk.new_folder(output) as aside:
         save_inception(aside, params)
     return count(params)

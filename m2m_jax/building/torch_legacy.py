@@ -158,6 +158,8 @@ def _tensor(name: str, tensor: Any, values: dict[str, np.ndarray]) -> np.ndarray
         raise ValueError(f"{name} is no tensor")
     key, offset, shape, strides = tensor
     # Axes may lie in any order (a kernel transposed from TensorFlow's), but without gaps.
+    if len(strides) != len(shape):
+        raise ValueError(f"{name} has {len(shape)} axes and {len(strides)} strides")
     order = sorted(range(len(shape)), key=lambda axis: (strides[axis], shape[axis] == 1), reverse=True)
     stored = [shape[axis] for axis in order]
     dense = [math.prod(stored[at + 1 :]) for at in range(len(order))]

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,8 @@ class Initializer:
     scale: Callable[[tuple[int, ...]], float] | None = None
     cut: bool = True
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        """Return a parameter, as Flax asks for it."""
+    def __call__(self, key: Any, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """Return a parameter, as Flax asks for it. key: not used where all numbers are the mean."""
         if _described.get():
             return Fresh(shape, dtype, self)  # type: ignore[return-value]  # stands for one
         if self.scale is None:

@@ -61,8 +61,9 @@ def set_gpu_flags() -> None:
     if not has_cuda_plugin():
         return
     theirs = os.environ.get("XLA_FLAGS", "").split()
-    ours = [flag for flag in GPU_XLA_FLAGS if flag not in theirs]
-    os.environ["XLA_FLAGS"] = " ".join([*ours, *theirs])
+    if not theirs or theirs[0].startswith("--"):  # else it names a file of flags, and whoever has one wants no others
+        ours = [flag for flag in GPU_XLA_FLAGS if flag not in theirs]
+        os.environ["XLA_FLAGS"] = " ".join([*ours, *theirs])
     # JAX has an older name for it, and refuses both together.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_MEMORY)

@@ -106,6 +106,8 @@ class DataSource:
         return {}
 
 
+_LEVELS = 3  # between a data set's files and the directory that is named: NAME/32px/1.0.0
+
 SOURCES = Registry[type[DataSource]]("data source", package="m2m_jax.data.sources")
 
 
@@ -121,7 +123,8 @@ def open_source(config: Data, split: str) -> RecordSource:
 def open_named(text: str) -> RecordSource:
     """Open what `text` names: a folder with a folder for each set, or a data set and one of its splits, DIR:SPLIT.
 
-    Damaged files and records raise BadRecord when they are read.
+    DIR is what `data.directory` or `data.path` is, or a folder within: data, data/emoji or data/emoji/32px, where the
+    first holds several data sets. Damaged files and records raise BadRecord when they are read.
 
     Raises:
       UserError: there is no such data set or split, or several.
@@ -129,20 +132,36 @@ def open_named(text: str) -> RecordSource:
     path, _, split = text.rpartition(":")
     if not path or expand_home(text).exists():
         path, split = text, ""
-    found = find_sources(path)
-    splits = ", ".join(dict.fromkeys(source.split for source in found))
-    if split and splits == "all":  # a folder of folders, which is parted by the names of sets
+    found = _find_at_or_above(path)
+    if not found and split:  # a folder of folders, which is parted by the names of sets
+        find_sources(path)  # which refuses what is none
         config = Data(name="folder", path=path, images_per_set=1, on_error="skip")
         return open_source(config, split)
+    found = found or find_sources(path)
+    splits = ", ".join(dict.fromkeys(source.split for source in found))
     fitting = [source for source in found if split in ("", source.split)]
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
         raise UserError(f"{text}: no split {split!r}; {path} has {splits}")
-    if not split:
-        raise UserError(f"{text} has several splits ({splits}): name one, {text}:{fitting[-1].split}")
-    names = ", ".join(source.name for source in fitting)
-    raise UserError(f"{text} is in several data sets: {names}; export one with m2m_jax.data.export")
+    if len({_place(source) for source in fitting}) > 1:
+        places = ", ".join(f"{_place(source)}:{source.split}" for source in fitting)
+        raise UserError(f"{text} is in several data sets: name one of {places}")
+    raise UserError(f"{text} has several splits ({splits}): name one, {text}:{fitting[-1].split}")
+
+
+def _find_at_or_above(path: str) -> list[RecordSource]:
+    """Return the splits of data sets, other than folders of folders, that lie at a path or below it."""
+    root = expand_home(path).resolve()
+    for directory in (root, *root.parents[:_LEVELS]):
+        found = [one for name, kind in SOURCES.items() if name != "folder" for one in kind.find(directory)]
+        if within := [source for source in found if _place(source).resolve().is_relative_to(root)]:
+            return within
+    return []
+
+
+def _place(source: RecordSource) -> Path:
+    return Path(source.name.removesuffix(f" ({source.split})"))
 
 
 def find_sources(path: str | Path, *, follow_links: bool = False) -> list[RecordSource]:

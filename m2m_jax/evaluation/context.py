@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from m2m_jax.config_rules import validate
 from m2m_jax.configuration import Config, reads_latents, to_json
 from m2m_jax.core import disk, runtime
+from m2m_jax.core.compilation import saying_so
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import fingerprint, merge
 from m2m_jax.data.pipeline import SetExamples, batches, held_out_inputs, make_dataset, open_examples
@@ -194,11 +195,13 @@ def _losses(
         )
         return error, batch["record_index_b"]
 
+    about = (unet_config, config.eval.batch_size, config.data.images_per_set, sampler.image_size, mesh.size)
+    run = saying_so("the evaluation of a batch", about, of_batch)
     params = sharding.replicate((sampler.unet_params, sampler.frozen), mesh)
     stream = batches(dataset, 0, config.data.prefetch)
     found = []
     for i in range(num_batches):
         batch = sharding.make_global_batch(mesh, held_out_inputs(next(stream)), config.eval.batch_size)
-        found.append(jax.device_get(of_batch(*params, batch, np.uint32(i))))
+        found.append(jax.device_get(run(*params, batch, np.uint32(i))))
     error, record_k = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
     return {name: list(mean_and_error(error_k, record_k)) for name, error_k in error.items()}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+
+from m2m_jax.core.initializers import Initializer, ones, zeros
+from m2m_jax.models.layers import Conv
 
 EPSILON = 1e-3  # of the norms of both, as TensorFlow trained them
 
@@ -15,8 +17,10 @@ class FrozenNorm(nnx.Module):
     """Batch norm by the statistics that training left, under torch's names; never updated."""
 
     def __init__(self, channels: int):
-        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
-        self.running_mean, self.running_var = nnx.Param(jnp.zeros(channels)), nnx.Param(jnp.ones(channels))
+        def of(initializer: Initializer) -> nnx.Param:
+            return nnx.Param(initializer(None, (channels,)))
+
+        self.scale, self.bias, self.running_mean, self.running_var = of(ones), of(zeros), of(zeros), of(ones)
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
         factor_c = self.scale[...] * jax.lax.rsqrt(self.running_var[...] + EPSILON)
@@ -41,7 +45,7 @@ class ConvNorm(nnx.Module):
     ):
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         pad = padding if isinstance(padding, str) else [(n, n) for n in padding]
-        self.conv = nnx.Conv(in_channels, out_channels, kernel, strides=stride, padding=pad, use_bias=False, rngs=rngs)
+        self.conv = Conv(in_channels, out_channels, kernel, strides=stride, padding=pad, use_bias=False, rngs=rngs)
         self.bn = FrozenNorm(out_channels)
         self.activation = activation
 

@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.initializers import token
 from m2m_jax.models.clip_text import ACTIVATIONS, CLIPTextConfig, CLIPTextEncoder, Encoder
-from m2m_jax.models.layers import LayerNorm
+from m2m_jax.models.layers import Conv, Embed, LayerNorm, Linear
 from m2m_jax.models.limits import CHANNELS, LAYERS, require_between
 
 # Of OpenAI's preprocessor, RGB in [0, 1].
@@ -41,11 +42,12 @@ class CLIPImageConfig:
             raise UserError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, not {self.hidden_act!r}")
         counts = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size")
         require_between(self, **dict.fromkeys(counts, CHANNELS), num_hidden_layers=LAYERS, layer_norm_eps=(0, 1))
-        if self.hidden_size % self.num_attention_heads or self.patch_size > self.image_size:
+        if self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}, "
-                f"and patch_size={self.patch_size} at most image_size={self.image_size}"
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
             )
+        if not 1 <= self.image_size // self.patch_size <= 1024:
+            raise UserError(f"patch_size={self.patch_size} must make 1 to 1024 patches of image_size={self.image_size}")
 
 
 class Embeddings(nnx.Module):
@@ -53,11 +55,9 @@ class Embeddings(nnx.Module):
 
     def __init__(self, c: CLIPImageConfig, *, rngs: nnx.Rngs):
         patch, tokens = (c.patch_size, c.patch_size), (c.image_size // c.patch_size) ** 2 + 1
-        self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.hidden_size,)))
-        self.patch_embedding = nnx.Conv(
-            3, c.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, rngs=rngs
-        )
-        self.position_embedding = nnx.Embed(tokens, c.hidden_size, rngs=rngs)
+        self.class_embedding = nnx.Param(token(rngs.params(), (c.hidden_size,)))
+        self.patch_embedding = Conv(3, c.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, rngs=rngs)
+        self.position_embedding = Embed(tokens, c.hidden_size, rngs=rngs)
 
     def __call__(self, images_bhwc: jax.Array) -> jax.Array:
         patches_btc = jax.lax.collapse(self.patch_embedding(images_bhwc), 1, 3)
@@ -89,8 +89,8 @@ class CLIP(nnx.Module):
     def __init__(self, image: CLIPImageConfig, text: CLIPTextConfig, projection_dim: int, *, rngs: nnx.Rngs):
         self.vision_model = CLIPImageEncoder(image, rngs=rngs)
         self.text_model = CLIPTextEncoder(text, rngs=rngs)
-        self.visual_projection = nnx.Linear(image.hidden_size, projection_dim, use_bias=False, rngs=rngs)
-        self.text_projection = nnx.Linear(text.hidden_size, projection_dim, use_bias=False, rngs=rngs)
+        self.visual_projection = Linear(image.hidden_size, projection_dim, use_bias=False, rngs=rngs)
+        self.text_projection = Linear(text.hidden_size, projection_dim, use_bias=False, rngs=rngs)
 
     def image_features(self, images_bhwc: jax.Array) -> jax.Array:
         """Return [b, projection_dim] of images as `preprocess` gives them."""

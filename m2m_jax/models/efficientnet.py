@@ -16,9 +16,12 @@ import numpy as np
 from flax import nnx
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.initializers import lecun_normal
 from m2m_jax.core.parameters import Params, abstract
 from m2m_jax.models import folder as folders
 from m2m_jax.models.classifiers import ConvNorm, FrozenNorm
+from m2m_jax.models.layers import Linear
+from m2m_jax.models.limits import CHANNELS, require_between
 
 MODEL_TYPE = "efficientnet_lite"
 FORMAT = folders.Format(library="m2m_jax", weights="model.safetensors", renamed=())
@@ -49,6 +52,9 @@ class EfficientNetConfig:
     image_size: int = 224
     num_classes: int = 1000
 
+    def __post_init__(self):
+        require_between(self, width=(0.1, 8), depth=(0.1, 8), image_size=(32, 2048), num_classes=CHANNELS)
+
     def blocks(self) -> list[tuple[int, int, int, int, int]]:
         """Return (channels in, channels out, kernel, stride, expansion) of each block."""
         made, inputs = [], STEM
@@ -75,7 +81,7 @@ class Depthwise(nnx.Module):
     """
 
     def __init__(self, channels: int, kernel: int, stride: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (kernel, kernel, 1, channels)))
+        self.kernel = nnx.Param(lecun_normal(rngs.params(), (kernel, kernel, 1, channels)))
         self.stride = stride
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
@@ -117,7 +123,7 @@ class EfficientNetLite(nnx.Module):
         self.stem = ConvNorm(3, STEM, 3, stride=2, activation=jax.nn.relu6, rngs=rngs)
         self.blocks = nnx.List([Block(*block, rngs=rngs) for block in blocks])
         self.head = ConvNorm(blocks[-1][1], HEAD, 1, activation=jax.nn.relu6, rngs=rngs)
-        self.fc = nnx.Linear(HEAD, config.num_classes, rngs=rngs)
+        self.fc = Linear(HEAD, config.num_classes, rngs=rngs)
 
     def __call__(self, images_bhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_bhwc = self.stem(images_bhwc)

@@ -20,6 +20,7 @@ from flax import nnx
 from m2m_jax.core.parameters import Params, abstract
 from m2m_jax.models import folder as folders
 from m2m_jax.models.classifiers import ConvNorm
+from m2m_jax.models.layers import Linear
 
 FORMAT = folders.Format(library="torch", weights="model.safetensors", renamed=())
 SIZE, FEATURES, CLASSES = 299, 2048, 1008
@@ -41,6 +42,9 @@ class InceptionConfig:
     def __call__(self, channels: int) -> int:
         """Return how many channels stand for so many published ones."""
         return channels // self.divide
+
+
+PUBLISHED = InceptionConfig()
 
 
 def _max_pool(x_bhwc: jax.Array, stride: int = 2, pad: int = 0) -> jax.Array:
@@ -187,7 +191,7 @@ class Inception(nnx.Module):
         self.Mixed_7a = InceptionD(c(768), c, rngs=rngs)
         self.Mixed_7b = InceptionE(c(1280), c, by_max=False, rngs=rngs)
         self.Mixed_7c = InceptionE(c(2048), c, by_max=True, rngs=rngs)
-        self.fc = nnx.Linear(c(FEATURES), CLASSES, rngs=rngs)
+        self.fc = Linear(c(FEATURES), CLASSES, rngs=rngs)
 
     def __call__(self, images_bhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_bhwc = _max_pool(_chain(images_bhwc, (self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3)))
@@ -203,7 +207,7 @@ def preprocess(pixels_bhwc: np.ndarray) -> np.ndarray:
     return (pixels_bhwc - 128) / 128
 
 
-def load_inception(folder: str | Path) -> Params:
+def load_inception(folder: str | Path, config: InceptionConfig = PUBLISHED) -> Params:
     """Return the parameters of a folder that `prepare_inception` wrote.
 
     The state dict of pytorch-fid or torch-fidelity, saved as `model.safetensors`, will do, too.
@@ -212,7 +216,7 @@ def load_inception(folder: str | Path) -> Params:
       UserError: it holds another network, or none; torchvision's own has 1,000 classes and is another one.
     """
     params = {name: x for name, x in folders.load_params(folder, FORMAT).items() if not name.endswith(folders.COUNTED)}
-    folders.require_same(folder, abstract(lambda: Inception(InceptionConfig(), rngs=nnx.Rngs(0)))[1], params)
+    folders.require_same(folder, abstract(lambda: Inception(config, rngs=nnx.Rngs(0)))[1], params)
     return params
 
 

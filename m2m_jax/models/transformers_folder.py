@@ -15,6 +15,7 @@ from m2m_jax.models import folder as folders
 from m2m_jax.models.bert import BertConfig
 from m2m_jax.models.clip_text import CLIPTextConfig
 from m2m_jax.models.dinov2 import DINOv2Config
+from m2m_jax.models.limits import CHANNELS
 
 TRANSFORMERS = folders.Format(
     library="transformers",
@@ -132,7 +133,7 @@ def load_clip(folder: str | Path) -> tuple[clip_image.CLIPImageConfig, CLIPTextC
     values = _read_config(folder, CLIP)
     image, text = (values.get(name) for name in ("vision_config", "text_config"))
     dim = values.get("projection_dim", 512)
-    if not isinstance(image, dict) or not isinstance(text, dict) or not isinstance(dim, int):
+    if not isinstance(image, dict) or not isinstance(text, dict) or type(dim) is not int or not 1 <= dim <= CHANNELS[1]:
         raise UserError(f"{folder}/config.json must have vision_config, text_config and a number projection_dim")
     image_config = folders.load_config(clip_image.CLIPImageConfig, folder, image, {})
     text_config = folders.load_config(CLIPTextConfig, folder, CLIP_DEFAULTS | text, {})

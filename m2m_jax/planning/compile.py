@@ -1,4 +1,4 @@
-"""The train step, compiled for TPUs that are not there: what it would need and do."""
+"""The train step, compiled for TPUs and GPUs that are not there: what it would need and do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import jax
 from jax.experimental import topologies
 
 from m2m_jax.configuration import Config
-from m2m_jax.core.chips import Chip, chip_of
+from m2m_jax.core import runtime
+from m2m_jax.core.chips import Chip, chip_of, gpus_of
 from m2m_jax.core.errors import UserError
 from m2m_jax.planning import hlo, memory
 from m2m_jax.planning.collectives import Collective, collectives
+from m2m_jax.planning.gpus import gpu_devices
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import Memory
 from m2m_jax.planning.roofline import Roofline, mfu, roofline
@@ -32,18 +34,27 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+GPU_NOTE = "compiled as JAX does where no GPU is: nothing is autotuned; FLOPs are the model's, and those computed again"
 # Products in a kernel of attention. The backward pass computes two of the five that it needs in both of its kernels.
 PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices that need not be there. topology: as the user names it; chip: what one device has of a chip."""
+    """Devices that need not be there.
+
+    Attributes:
+      topology: as the user names it.
+      chip: what one device has of a chip.
+      slices: of TPUs, or nodes of GPUs.
+      platform: "tpu" or "gpu".
+    """
 
     topology: str
     devices: tuple[jax.Device, ...]
     chip: Chip
     slices: int
+    platform: str = "tpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +65,8 @@ class Work:
       flops: of one device, by XLA; the products of attention in kernels are added.
       hbm_bytes: of one device, read and written.
       collectives: see `Collective`.
-      kernels: calls of kernels in the program.
+      kernels: calls of kernels of attention in the program.
+      launches: what a GPU launches, by kind, as `hlo.kinds_of_kernels` counts it; of TPUs, and by formula, nothing.
       times: see `Roofline`.
       images_per_second: of all devices, were the step as fast as `times` says.
       mfu: likewise.
@@ -64,6 +76,7 @@ class Work:
     hbm_bytes: float
     collectives: tuple[Collective, ...]
     kernels: int
+    launches: dict[str, int]
     times: Roofline
     images_per_second: float
     mfu: float
@@ -100,18 +113,23 @@ class Plan:
 
 
 def prepare() -> None:
-    """Keep JAX from looking for a TPU; call before JAX is asked for devices."""
+    """Keep JAX from looking for accelerators, and set what a run would set; call before JAX is asked for devices."""
+    runtime.set_gpu_flags()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")  # JAX itself may have read the environment before
 
 
 def get_machine(topology: str, slices: int = 1) -> Machine:
-    """Return the devices of some slices of a topology such as "v5p:4x4x4".
+    """Return the devices of some slices of a topology such as "v5p:4x4x4", or of some nodes of "h100:8".
 
     Raises:
-      UserError: there is no such topology, or no libtpu.
+      UserError: there is no such topology, or no libtpu, or of GPUs nothing that compiles for them.
     """
+    if gpus := gpus_of(topology):
+        of_gpu, per_node = gpus
+        found = gpu_devices(topology.partition(":")[0], per_node, slices)
+        return Machine(topology, tuple(found), of_gpu, slices, "gpu")
     chip = chip_of(topology)
     options = dict(chip.options) | ({"num_slices": slices} if slices > 1 else {})
     try:
@@ -135,7 +153,9 @@ def make_plan(config: Config, machine: Machine, workload: Workload) -> tuple[Pla
     mesh = sharding.make_mesh(config.mesh, machine.devices)
     parts, batch_size = config.train.accumulation, config.data.batch_size
     sharding.check_batch_size(batch_size, mesh, "data.batch_size", parts=parts)
-    task, notes = make_task(config)
+    task, notes = make_task(config, machine.platform)
+    if machine.platform == "gpu":
+        notes.append(GPU_NOTE)
     try:
         sharding.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
     except UserError as error:
@@ -160,7 +180,7 @@ def make_plan(config: Config, machine: Machine, workload: Workload) -> tuple[Pla
         raise UserError(f"XLA does not compile this step for {machine.topology}: {message[:2000]}")
     seconds = time.monotonic() - started
 
-    peak, limit = sizes or (compiled.memory_analysis().peak_memory_in_bytes, machine.chip.hbm)
+    peak, limit = sizes or (peak_bytes(compiled.memory_analysis(), machine.platform), machine.chip.hbm)
     needs = Memory(
         **memory.state_bytes(setup.state),
         frozen=memory.bytes_per_device(frozen),
@@ -194,20 +214,38 @@ def _placed(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeD
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
-def _work(text: str, cost: dict, config: Config, machine: Machine, workload: Workload, mesh: jax.sharding.Mesh) -> Work:
+def peak_bytes(sizes: Any, platform: str) -> float:
+    """Return the bytes that a program needs, arguments and results included."""
+    if platform == "tpu":
+        return sizes.peak_memory_in_bytes
+    # Of GPUs buffers are assigned once, and the temporaries are all there are at any time.
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+
+
+def _work(text: str, cost: Any, config: Config, machine: Machine, workload: Workload, mesh: jax.sharding.Mesh) -> Work:
     program = hlo.parse(text)
     sent = collectives(program, [getattr(d, "slice_index", 0) for d in mesh.devices.flat])
-    calls, num_devices = hlo.kernel_calls(text), len(machine.devices)
-    # XLA counts what a loop does once, and accumulation is a loop around nearly all there is.
-    flops, moved = cost["flops"] * config.train.accumulation, hbm_bytes(program)
-    flops += kernel_flops(calls, workload.attention) * config.data.batch_size / num_devices
+    num_devices, moved = len(machine.devices), hbm_bytes(program)
+    launches: dict[str, int] = {}
+    if machine.platform == "gpu":  # XLA counts no FLOPs of what cuDNN and cuBLAS do, which is nearly all
+        launches = hlo.kinds_of_kernels(text)
+        kernels = launches["attentions"]
+        flops = workload.model_flops * workload.again * config.data.batch_size / num_devices
+    else:
+        calls = hlo.kernel_calls(text)
+        kernels = sum(calls.values())
+        # XLA counts what a loop does once, and accumulation is a loop around nearly all there is.
+        flops = cost["flops"] * config.train.accumulation
+        flops += kernel_flops(calls, workload.attention) * config.data.batch_size / num_devices
     times = roofline(machine.chip, flops, moved, sum(c.ici_bytes for c in sent), sum(c.dcn_bytes for c in sent))
     batch_size = config.data.batch_size
     return Work(
         flops=flops,
         hbm_bytes=moved,
         collectives=tuple(sent),
-        kernels=sum(calls.values()),
+        kernels=kernels,
+        launches=launches,
         times=times,
         images_per_second=batch_size * config.data.images_per_set / times.step_seconds,
         mfu=mfu(workload.model_flops * batch_size, times.step_seconds, num_devices, machine.chip),

@@ -1,4 +1,4 @@
-"""The plan of a training step on GPUs, by formula: XLA compiles for CUDA only where there is a GPU.
+"""The plan of a training step on GPUs, by formula: for where XLA has no compiler for CUDA, or no minutes to spare.
 
 What a step keeps for its backward pass is counted exactly, before XLA optimises anything: fusions keep less of it, and
 convolutions take room for themselves. FLOPs are counted in the program, with what `model.remat` computes again.
@@ -58,9 +58,8 @@ def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload
     state_bytes, params = memory.state_bytes(setup.state), setup.state.params
     trained = setup.trained.of(params)
     trained_bytes = memory.bytes_per_device(trained)
-    kept_of_one, kept_of_two = (kept_bytes(config, task, n) for n in (1, 2))
-    kept_of_a_set = kept_of_two - kept_of_one
-    kept = kept_of_one + (sets // parts - 1) * kept_of_a_set
+    kept_of_loss = kept_bytes(config, task)
+    kept = kept_of_loss.of(sets // parts)
     # Gathered kernels all live from forward to backward; where layers cast them, the casts are among what is kept.
     separate = config.train.reduce_dtype == "float32" and task.compute_dtype != "float32"
     float32 = separate or task.compute_dtype == "float32"
@@ -91,6 +90,7 @@ def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload
         hbm_bytes=hbm_bytes,
         collectives=tuple(collectives),
         kernels=0,
+        launches={},
         times=times,
         images_per_second=batch_size * config.data.images_per_set / times.step_seconds,
         mfu=mfu(workload.model_flops * batch_size, times.step_seconds, devices, chip),
@@ -98,7 +98,9 @@ def plan_by_formula(config: Config, chip: Chip, devices: int, workload: Workload
     advice = []
     if not needs.fits:
         at_fsdp = state_at_fsdp(config, task, devices, mesh.shape["slice"])
-        advice = memory.advice(needs, at_fsdp, mesh.shape["fsdp"], parts, sets, kept_by_remat(config), None)
+        advice = memory.advice(
+            needs, at_fsdp, mesh.shape["fsdp"], parts, sets, kept_by_remat(config, kept_of_loss), None
+        )
     return Plan(dict(mesh.shape), batch_size, sets, needs, work, tuple(advice), (NOTE, *notes), None)
 
 

@@ -17,8 +17,10 @@ from m2m_jax.config_rules import validate
 from m2m_jax.configuration import Config
 from m2m_jax.core import disk
 from m2m_jax.core.chips import gpus_of
+from m2m_jax.core.errors import UserError
 from m2m_jax.planning.compile import Plan, get_machine, make_plan, prepare
 from m2m_jax.planning.formula import plan_by_formula
+from m2m_jax.planning.gpus import can_compile
 from m2m_jax.planning.memory import gib
 from m2m_jax.planning.options import Planning
 from m2m_jax.planning.report import as_dict, as_text
@@ -51,8 +53,8 @@ def plan(config: Config, options: Planning) -> Planned:
     """Plan a job of a config.
 
     Neither data nor weights are read; frozen models whose folders are not there are taken for Stable Diffusion's
-    autoencoder and DINOv2. TPUs are compiled for, which needs libtpu and, of large models, minutes; GPUs are planned by
-    formula.
+    autoencoder and DINOv2. TPUs are compiled for, which needs libtpu and, of large models, minutes; so are GPUs where
+    JAX has its plugin for CUDA, and else they are planned by formula. The plan says which.
 
     Raises:
       UserError: a bad config, no such topology, or no libtpu.
@@ -67,7 +69,13 @@ def plan(config: Config, options: Planning) -> Planned:
         build = plan_build(config, options.topology, options.slices, options.captions, options.mfu)
         values = dataclasses.asdict(build) | {"hours": build.hours}
         return Planned(build_as_text(build, options.topology), values, fits=True)
-    if gpus := gpus_of(options.topology):
+    gpus, compiles = gpus_of(options.topology), can_compile(options.topology.partition(":")[0])
+    if gpus and not compiles and (options.job == "sample" or options.search or options.hlo):
+        raise UserError(
+            f"--topology={options.topology}: by formula one training step is planned; for --job=sample, --search and "
+            "--hlo pip install -r requirements-cuda.txt, which compiles for GPUs without one (an l4 is not described)"
+        )
+    if gpus and (options.formula or not compiles):
         chip, per_node = gpus
         devices = per_node * options.slices
         workload = count_flops(config, devices, "gpu")
@@ -79,10 +87,10 @@ def plan(config: Config, options: Planning) -> Planned:
         return Planned(sampling_as_text(sampling, options.topology), dataclasses.asdict(sampling), sampling.fits)
     if options.search:
         config.mesh.update({"data": -1, "fsdp": 1})
-        workload = count_flops(config, len(machine.devices))
+        workload = count_flops(config, len(machine.devices), machine.platform)
         found, overrides = search(config, machine, workload, _say_progress)
         return _planned(found, options, workload, overrides)
-    workload = count_flops(config, len(machine.devices))
+    workload = count_flops(config, len(machine.devices), machine.platform)
     found, text = make_plan(config, machine, workload)
     if options.hlo:
         with disk.errors(f"--hlo={options.hlo}"):

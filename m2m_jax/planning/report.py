@@ -79,6 +79,9 @@ def _work_lines(plan: Plan, work: Work, workload: Workload) -> list[str]:
         ratio = workload.attention.executed / workload.attention.allowed
         how = f"by {workload.backend}: {kernels} in the program"
         lines.append(f"  Image-Set Attention      {ratio:.3f} times the allowed products, {how}")
+    if work.launches:
+        counts = ", ".join(f"{count} {kind}" for kind, count in work.launches.items())
+        lines.append(f"  kernels in the program   {counts}")
     dcn = "unknown" if times.dcn is None else f"{times.dcn:.4f}"
     lines += [
         "roofline",

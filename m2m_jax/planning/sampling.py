@@ -16,7 +16,7 @@ from m2m_jax.attention.cached import CACHED_BACKENDS
 from m2m_jax.configuration import Config
 from m2m_jax.core.errors import UserError
 from m2m_jax.planning import hlo
-from m2m_jax.planning.compile import Machine
+from m2m_jax.planning.compile import Machine, peak_bytes
 from m2m_jax.planning.hbm import hbm_bytes
 from m2m_jax.planning.memory import bytes_per_device, gib, parse_out_of_memory
 from m2m_jax.planning.roofline import Roofline, roofline
@@ -91,7 +91,7 @@ def plan_sampling(config: Config, machine: Machine, sets_per_device: int) -> Sam
     """
     if config.task != "set_diffusion":
         raise UserError(f"--job=sample plans sampling, and task={config.task} trains no sampler")
-    task, notes = make_task(config)
+    task, notes = make_task(config, machine.platform)
     assert isinstance(task, SetDiffusion)  # as its name says
     context_images = max(config.data.images_per_set - 1, 1)
     static = task.sampler({}, step=0).static
@@ -187,7 +187,7 @@ def _compile(name: str, static: Programs, mesh: Mesh, arguments: tuple, machine:
             raise UserError(f"XLA does not compile {name} for {machine.topology}: {str(error)[:2000]}") from error
         return Program(sizes[0] - bytes_per_device(arguments), float("nan"), "memory")
     memory: Any = executable.memory_analysis()
-    scratch = max(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, 0)
+    scratch = max(peak_bytes(memory, machine.platform) - memory.argument_size_in_bytes, 0)
     times = _times(executable, machine)
     return Program(scratch, times.step_seconds, times.limiter)
 
@@ -197,7 +197,8 @@ def _slower(program: Program, seconds: float) -> Program:
 
 
 def _times(executable: Any, machine: Machine) -> Roofline:
-    flops = executable.cost_analysis().get("flops", 0.0)
+    # Of GPUs XLA counts none: what is left is by memory.
+    flops = (executable.cost_analysis() or {}).get("flops", 0.0)
     return roofline(machine.chip, flops, hbm_bytes(hlo.parse(executable.as_text())), 0.0, 0.0)
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from m2m_jax.core.compilation import saying_so
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, fingerprint
 from m2m_jax.diffusion.schedule import NoiseSchedule
@@ -145,7 +146,11 @@ class Sampler(SetSampler):
     def programs(self) -> Mapping[str, Callable]:
         # Nothing here holds `self`: in a cycle, the parameters stay on the device until Python looks for cycles.
         params = jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
-        return {name: functools.partial(run, params) for name, run in compiled(self.static, self._mesh).items()}
+        about = (self.static.unet_config, self.settings, self.image_size, self.num_devices)
+        return {
+            name: functools.partial(saying_so(f"{name!r} of the sampler", about, run), params)
+            for name, run in compiled(self.static, self._mesh).items()
+        }
 
     def empty_cache(self, seed_b: jax.Array, num_images: int) -> Any:
         sizes = [size for size in (*CACHE_SIZES, self.cache_size) if size >= min(num_images, self.cache_size)]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from m2m_jax.core.compilation import saying_so
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.keys import Domain, domain_key
 from m2m_jax.core.parameters import Params, fingerprint
@@ -109,7 +110,8 @@ class TextToImage:
         self.num_devices = self._mesh.size
         self._tokenizer, self._empty_ids_1s = tokenizer, tokenizer([""])
         self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
-        self._generate = _compiled(programs, self._mesh)
+        about = (programs.unet_config, programs.settings, self.image_size, self.num_devices)
+        self._generate = saying_so("'generate' of the sampler", about, _compiled(programs, self._mesh))
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:

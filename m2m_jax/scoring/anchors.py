@@ -31,29 +31,33 @@ ARMS = {
     "copy": "the last given image, again and again",
 }
 SPLITS = 10  # into halves
-NO_LOGITS: Mapping[str, np.ndarray] = MappingProxyType({})
+NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
-def arms(features: Features, logits: Mapping[str, np.ndarray] = NO_LOGITS, seed: int = 0) -> dict[str, Features]:
+def arms(features: Features, beside: Mapping[str, np.ndarray] = NOTHING, seed: int = 0) -> dict[str, Features]:
     """Return {name in `ARMS`: features}; without "copy" where nothing was given.
 
     Args:
       features: of what was made, with the real images.
-      logits: {"real": of the real images [n, k, l], "given": of the given ones [n, m, l]}, where there are any.
+      beside: what else is known of the real sets, where it is: "given_nmc", "given_nmhwc", the given images of the real
+        sets, which are other sets' where what was made has no real counterpart; and logits of a classifier,
+        "real_nkl" of the real images and "given_nml" of the given ones of what was made.
       seed: of the shuffle.
     """
     shuffled_nk = shuffle(features.num_sets, _num_positions(features), seed)
+    given = {name: beside.get(name, getattr(features, name)) for name in ("given_nmc", "given_nmhwc")}
 
-    def torn(real_nk, given_nm):
+    def torn(real_nk, _):
         return real_nk[shuffled_nk, np.arange(real_nk.shape[1])[None]]
 
     def copied(real_nk, given_nm):
         return np.broadcast_to(given_nm[:, -1:], real_nk.shape)
 
-    found = {"ours": features, "real": _judging(features, lambda real_nk, _: real_nk, logits)}
-    found["shuffled"] = _judging(features, torn, logits)
+    of_real = dataclasses.replace(features, **given)
+    found = {"ours": features, "real": _judging(of_real, lambda real_nk, _: real_nk, beside)}
+    found["shuffled"] = _judging(of_real, torn, beside)
     if features.has("given_nmc") or features.has("given_nmhwc"):
-        found["copy"] = _judging(features, copied, logits)
+        found["copy"] = _judging(features, copied, beside)
     return found
 
 
@@ -79,7 +83,7 @@ def halves(num_sets: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarra
 
 
 def arms_of_half(
-    features: Features, logits: Mapping[str, np.ndarray], judged_s: np.ndarray, real_s: np.ndarray
+    features: Features, beside: Mapping[str, np.ndarray], judged_s: np.ndarray, real_s: np.ndarray
 ) -> dict[str, Features]:
     """Return `arms` of some sets, to be compared with the real images of others. Sets are shuffled among themselves."""
     of_half = {
@@ -87,7 +91,7 @@ def arms_of_half(
         for field in dataclasses.fields(features)
         if isinstance(value := getattr(features, field.name), np.ndarray) and not field.name.startswith("training")
     }
-    found = arms(dataclasses.replace(features, **of_half), {name: x[judged_s] for name, x in logits.items()})
+    found = arms(dataclasses.replace(features, **of_half), {name: x[judged_s] for name, x in beside.items()})
     reals = {
         name: value[real_s] for name in ("real_nkc", "real_nkhwc") if (value := getattr(features, name)) is not None
     }
@@ -95,13 +99,13 @@ def arms_of_half(
 
 
 def _judging(
-    features: Features, choose: Callable[[np.ndarray, Any], np.ndarray], logits: Mapping[str, np.ndarray]
+    features: Features, choose: Callable[[np.ndarray, Any], np.ndarray], beside: Mapping[str, np.ndarray]
 ) -> Features:
     """Return features that judge other images: `choose` makes them, [n, k, ...], of the real and the given ones."""
     found: dict[str, Any] = {
         "made_nkc": (features.real_nkc, features.given_nmc),
         "made_nkhwc": (features.real_nkhwc, features.given_nmhwc),
-        "logits_nkl": (logits.get("real"), logits.get("given")),
+        "logits_nkl": (beside.get("real_nkl"), beside.get("given_nml")),
     }
     judges: dict[str, Any] = {
         name: None if real is None else choose(real, given) for name, (real, given) in found.items()

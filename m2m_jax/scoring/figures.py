@@ -134,7 +134,7 @@ class Figure:
 def measure(
     score: Score,
     features: Features,
-    logits: Mapping[str, np.ndarray] = anchors.NO_LOGITS,
+    beside: Mapping[str, np.ndarray] = anchors.NOTHING,
     *,
     draws: int = 200,
     allow_few: bool = False,
@@ -143,27 +143,34 @@ def measure(
 
     Args:
       features: of what was made, with the real images of the same places.
-      logits: see `anchors.arms`.
+      beside: see `anchors.arms`.
       draws: of the bootstrap over sets, of figures that are means; 0: no intervals.
       allow_few: measure also where there are fewer sets than the figure can bear.
     """
-    figures = []
-    judged = {arm: of_arm for arm, of_arm in anchors.arms(features, logits).items() if score.applies(of_arm)}
-    measured = {arm: score(of_arm) for arm, of_arm in judged.items()}
-    for name, ours in measured["ours"].items():
-        minimum, num_sets = score.minimum(features), ours.num_sets
-        if ours.per_set_nk is not None:
-            arms = {arm: _of_means(of_arm[name], draws) for arm, of_arm in measured.items() if name in of_arm}
-            figures.append(Figure(name, score.better, num_sets, minimum, arms, ours.per_set_nk))
-            continue
-        enough, num_halves = num_sets >= minimum or allow_few, num_sets // 2
-        if enough:
+    if not score.applies(features):
+        return []
+    measured, minimum, n = score(features), score.minimum(features), features.num_sets
+    if not (_of_distributions(score) or any(one.per_set_nk is None for one in measured.values())):
+        judged = anchors.arms(features, beside)
+        of_arms = {arm: score(of_arm) for arm, of_arm in judged.items() if score.applies(of_arm)}
+        return [
+            Figure(name, score.better, n, minimum, arms, ours.per_set_nk)
+            for name, ours in measured.items()
+            if (arms := {arm: _of_means(found[name], draws) for arm, found in of_arms.items() if name in found})
+        ]
+    half = n // 2
+    of_halves = _of_halves(score, features, beside, draws) if half >= minimum or allow_few else {}
+    figures = [Figure(name, score.better, half, minimum, of_halves.get(name, {})) for name in measured]
+    if n >= minimum or allow_few:
+        for name, ours in measured.items():
             whole = {"ours": Arm(ours.values_k, np.zeros((0, 0)))}
-            figures.append(Figure(f"{name}, all sets", score.better, num_sets, minimum, whole))
-        if num_halves >= minimum or allow_few or not enough:
-            arms = _of_halves(score, features, logits, name, draws) if num_halves >= minimum or allow_few else {}
-            figures.append(Figure(name, score.better, num_halves, minimum, arms))
+            figures.append(Figure(f"{name}, all sets", score.better, n, minimum, whole))
     return figures
+
+
+def _of_distributions(score: Score) -> bool:
+    """Whether a score compares with all real images: those of the same sets would be compared with themselves."""
+    return "real_nkc" in score.needs or "real_nkhwc" in score.needs
 
 
 def _of_means(measured: Measured, draws: int) -> Arm:
@@ -174,16 +181,17 @@ def _of_means(measured: Measured, draws: int) -> Arm:
 
 
 def _of_halves(
-    score: Score, features: Features, logits: Mapping[str, np.ndarray], name: str, draws: int
-) -> dict[str, Arm]:
+    score: Score, features: Features, beside: Mapping[str, np.ndarray], draws: int
+) -> dict[str, dict[str, Arm]]:
     """Half-sampling: of a mean, values of random halves spread as the mean of all would over other sets."""
-    of_splits: dict[str, list[np.ndarray]] = {}
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
     for judged_s, real_s in anchors.halves(features.num_sets):
-        for arm, of_arm in anchors.arms_of_half(features, logits, judged_s, real_s).items():
+        for arm, of_arm in anchors.arms_of_half(features, beside, judged_s, real_s).items():
             if score.applies(of_arm):
-                of_splits.setdefault(arm, []).append(score(of_arm)[name].values_k)
-    arms = {}
-    for arm, values in of_splits.items():
-        split_dk = np.stack(values)
-        arms[arm] = Arm(split_dk.mean(0), split_dk if draws else split_dk[:0], _OF_SPLITS)
-    return arms
+                for name, measured in score(of_arm).items():
+                    found.setdefault(name, {}).setdefault(arm, []).append(measured.values_k)
+    return {name: {arm: _arm(np.stack(values), draws) for arm, values in arms.items()} for name, arms in found.items()}
+
+
+def _arm(split_dk: np.ndarray, draws: int) -> Arm:
+    return Arm(split_dk.mean(0), split_dk if draws else split_dk[:0], _OF_SPLITS)

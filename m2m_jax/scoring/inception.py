@@ -26,7 +26,7 @@ class InceptionEncoder(SetEncoder):
 
     def __init__(self, folder: Path):
         params = inception.load_inception(folder)
-        graphdef, _ = abstract(lambda: inception.Inception(inception.InceptionConfig(), rngs=nnx.Rngs(0)))
+        graphdef, _ = abstract(lambda: inception.Inception(inception.PUBLISHED, rngs=nnx.Rngs(0)))
 
         def forward(params: Params, images_bhwc: jax.Array) -> dict[str, jax.Array]:
             features_bc, logits_bl = merge(graphdef, params)(images_bhwc)

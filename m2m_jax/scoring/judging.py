@@ -11,6 +11,7 @@ Nothing here knows a model.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -41,7 +42,7 @@ class Scores:
       made, real, training: the sets that were compared, and single images that the model was trained on.
       paired: whether they are the same sets.
       encoders: that gave features.
-      features: of the first encoder.
+      features, pixels: by the first encoder; None where no score needed pixels.
       figures: in the order in which they were measured.
       skipped: {score: what it lacked}.
     """
@@ -53,6 +54,7 @@ class Scores:
     paired: bool
     encoders: list[SetEncoder]
     features: Features
+    pixels: Features | None
     figures: list[Figure]
     skipped: dict[str, str]
 
@@ -123,9 +125,9 @@ def score_sets(options: Scoring, *, report: Callable[[str], object] = say) -> Sc
     cache = options.features or options.output / "features"
     figures: list[Figure] = []
     skipped: dict[str, str] = {}
-    first: Features | None = None
+    first = of_pixels = None
     for encoder in encoders:
-        features, logits = encoded(encoder, made, real, training, options.given, cache, report)
+        features, beside = encoded(encoder, made, real, training, options.given, cache, report)
         first = first or features
         for name, score in chosen.items():
             if _needs_pixels(score):
@@ -133,16 +135,18 @@ def score_sets(options: Scoring, *, report: Callable[[str], object] = say) -> Sc
             if lacking := [field for field in score.needs if not features.has(field)]:
                 skipped[f"{name}/{encoder.name}"] = f"needs {', '.join(lacking)}"
                 continue
-            figures += measure(score, features, logits, draws=options.draws, allow_few=options.allow_few)
+            figures += measure(score, features, beside, draws=options.draws, allow_few=options.allow_few)
     if by_pixels := {name: score for name, score in chosen.items() if _needs_pixels(score)}:
-        features = pixels(made, real, training, options.given)
+        of_pixels, beside = pixels(made, real, training, options.given)
         for name, score in by_pixels.items():
-            if lacking := [field for field in score.needs if not features.has(field)]:
+            if lacking := [field for field in score.needs if not of_pixels.has(field)]:
                 skipped[name] = f"needs {', '.join(lacking)}"
                 continue
-            figures += measure(score, features, draws=options.draws, allow_few=options.allow_few)
+            figures += measure(score, of_pixels, beside, draws=options.draws, allow_few=options.allow_few)
+    if not paired:  # of places in other sets
+        figures = [figure for figure in figures if "_to_real" not in figure.name]
     assert first is not None
-    scores = Scores(options, made, real, training, paired, encoders, first, figures, skipped)
+    scores = Scores(options, made, real, training, paired, encoders, first, of_pixels, figures, skipped)
     from m2m_jax.scoring.page import score_page  # which draws; a caller that wants numbers alone need not
 
     with disk.errors(f"--output={options.output}"):
@@ -161,11 +165,11 @@ def encoded(
     cache: Path | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> tuple[Features, dict[str, np.ndarray]]:
-    """Return the features of sets by one encoder, and the logits of real and given images, for `anchors.arms`."""
+    """Return the features of sets by one encoder, and what `anchors.arms` wants beside them."""
     of_made, of_real = (features_module.features_of(sets, encoder, cache, report) for sets in (made, real))
-    logits = {}
+    beside = {"given_nmc": of_real[FEATURES][:, :given]}
     if LOGITS in of_made:
-        logits = {"real": of_real[LOGITS][:, given:], "given": of_made[LOGITS][:, :given]}
+        beside |= {"real_nkl": of_real[LOGITS][:, given:], "given_nml": of_made[LOGITS][:, :given]}
     features = Features(
         encoder=encoder.name,
         made_nkc=of_made[FEATURES][:, given:],
@@ -175,18 +179,19 @@ def encoded(
         text_nc=encoder.encode_text(made.captions) if encoder.reads_text and all(made.captions) else None,
         training_tc=features_module.features_of(training, encoder, cache, report)[FEATURES][:, 0] if training else None,
     )
-    return features, logits
+    return features, beside
 
 
-def pixels(made: Sets, real: Sets, training: Sets | None, given: int) -> Features:
-    """Return the pixels of sets. They are held in memory."""
+def pixels(made: Sets, real: Sets, training: Sets | None, given: int) -> tuple[Features, dict[str, np.ndarray]]:
+    """Return the pixels of sets, as `encoded`. They are held in memory."""
     of_made, of_real = (np.stack([sets.images(i) for i in range(len(sets))]) for sets in (made, real))
-    return Features(
+    features = Features(
         made_nkhwc=of_made[:, given:],
         real_nkhwc=of_real[:, given:],
         given_nmhwc=of_made[:, :given],
         training_thwc=np.concatenate([training.images(i) for i in range(len(training))]) if training else None,
     )
+    return features, {"given_nmhwc": of_real[:, :given]}
 
 
 def _open(options: Scoring) -> tuple[Sets, Sets, bool]:
@@ -227,7 +232,7 @@ def make_named(choose: Callable[[str], Any], text: str) -> Any:
     kind = choose(name)
     if folder and not expand_home(folder).is_dir():
         raise UserError(f"{text}: no such folder")
-    weights = getattr(kind, "weights", "")
-    if weights and not folder:
-        raise UserError(f"{name} needs a folder of weights, {name}=FOLDER; python -m {weights} makes one")
+    takes_none = inspect.signature(kind).parameters["folder"].default is None and not getattr(kind, "weights", "")
+    if not (folder or takes_none):
+        raise UserError(f"{name} needs a folder of weights: {name}=FOLDER; docs/scores.md says which program makes one")
     return kind(expand_home(folder) if folder else None)

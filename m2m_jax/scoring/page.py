@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from m2m_jax.data.likeness import COPY
 from m2m_jax.scoring import report
 from m2m_jax.scoring.anchors import ARMS
+from m2m_jax.scoring.copies import nearest_given, nearest_training
 from m2m_jax.scoring.figures import Figure
-from m2m_jax.scoring.similarity import unit
+from m2m_jax.scoring.metrics import SCORES
 from m2m_jax.view.contact_sheet import context, generated, nearest
 from m2m_jax.view.html_page import document, images
 from m2m_jax.view.line_chart import STYLE, Line, key, line_chart
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 _SETS_SHOWN = 3  # best, median and worst each
 _COPIES_SHOWN = 8
 _SEARCHED = 20_000  # generated images that are compared with all training images
-_AT_ONCE = 1024
 _PAGE_STYLE = """
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -110,7 +111,8 @@ def _sets(scores: Scores) -> Iterator[str]:
     value_n = figure.of_sets_nk.mean(1)
     worst_first = np.argsort(value_n if figure.better == "higher" else -value_n, kind="stable")
     count, middle = min(_SETS_SHOWN, len(worst_first)), len(worst_first) // 2
-    yield f'<p class="small">By {html.escape(figure.name)}. Given images have a blue frame; below is the real set.</p>'
+    below = "; below is the real set" if scores.paired else ""
+    yield f'<p class="small">By {html.escape(figure.name)}. Given images have a blue frame{below}.</p>'
     first = max(middle - count // 2, 0)
     groups = {
         "Best": worst_first[::-1][:count],
@@ -123,70 +125,56 @@ def _sets(scores: Scores) -> Iterator[str]:
             made, real, given = scores.made.images(index), scores.real.images(index), scores.options.given
             yield f"<p>{html.escape(scores.made.set_ids[index])} <small>{value_n[index]:.4f}</small></p>"
             yield images([context(list(made[:given])), generated(list(made[given:]))])
-            yield images([context(list(real[:given])), generated(list(real[given:]))])
-
-
-class _Nearest(NamedTuple):
-    """similarity_nk: of each judged image to the likest of others; place_nk: which that is."""
-
-    similarity_nk: np.ndarray
-    place_nk: np.ndarray
+            if scores.paired:
+                yield images([context(list(real[:given])), generated(list(real[given:]))])
 
 
 def _copies(scores: Scores) -> Iterator[str]:
-    """Yield the generated images that are most like a given or a training image, beside it."""
-    features, given = scores.features, scores.options.given
-    made_nkc, real_nkc = unit(features.get("made_nkc")), unit(features.get("real_nkc"))
-    if given:
-        given_nmc = unit(features.get("given_nmc"))
-        found, of_real = (_nearest_given(x_nkc, given_nmc) for x_nkc in (made_nkc, real_nkc))
-        yield _told("given", scores, found.similarity_nk, of_real.similarity_nk)
-        for n, k in _likest(found.similarity_nk):
-            made = scores.made.images(n)
-            yield _pair(made[given + k], made[found.place_nk[n, k]], found.similarity_nk[n, k], scores.made.set_ids[n])
-    if scores.training is not None:
-        training_tc = unit(features.get("training_tc"))
-        few = max(_SEARCHED // made_nkc.shape[1], 1)
-        found, of_real = (_nearest_of_all(x_nkc[:few], training_tc) for x_nkc in (made_nkc, real_nkc))
-        yield _told("training", scores, found.similarity_nk, of_real.similarity_nk)
-        for n, k in _likest(found.similarity_nk):
-            other = scores.training.images(int(found.place_nk[n, k]))[0]
-            yield _pair(scores.made.images(n)[given + k], other, found.similarity_nk[n, k], scores.made.set_ids[n])
+    """Yield the generated images that are most like a given or a training image by shape, beside it: the score "copy"."""
+    pixels = scores.pixels
+    if pixels is None or "copy" not in _names_of_scores(scores):
+        return
+    made, real = pixels.get("made_nkhwc"), pixels.get("real_nkhwc")
+    yield '<p class="small">Correlation of luminance, mirrored ones too; 1 is the same up to colour.</p>'
+    if scores.options.given:
+        given = pixels.get("given_nmhwc")
+        likeness_nk, which_nk = nearest_given(made, given)
+        yield _told("given", likeness_nk, nearest_given(real, given)[0])
+        for n, k in _likest(likeness_nk):
+            yield _pair(made[n, k], given[n, which_nk[n, k]], likeness_nk[n, k], scores.made.set_ids[n])
+    if pixels.has("training_thwc"):
+        training, few = pixels.get("training_thwc"), max(_SEARCHED // made.shape[1], 1)
+        likeness_nk, which_nk = nearest_training(made[:few], training)
+        yield _told("training", likeness_nk, nearest_training(real[:few], training)[0])
+        for n, k in _likest(likeness_nk):
+            yield _pair(made[n, k], training[which_nk[n, k]], likeness_nk[n, k], scores.made.set_ids[n])
 
 
-def _told(what: str, scores: Scores, made_nk: np.ndarray, real_nk: np.ndarray) -> str:
+def _names_of_scores(scores: Scores) -> set[str]:
+    chosen = scores.options.scores
+    return {text.partition("=")[0] for text in chosen} if chosen else set(SCORES)
+
+
+def _told(what: str, made_nk: np.ndarray, real_nk: np.ndarray) -> str:
+    def told(x_nk: np.ndarray) -> str:
+        return f"median {np.median(x_nk):.3f}, largest {x_nk.max():.3f}, {np.mean(x_nk > COPY):.1%} above {COPY}"
+
     return (
-        f"<p>Generated images, each beside the likest {what} image. Cosine by {html.escape(scores.features.encoder)}, "
-        f"{made_nk.size} images: median {np.median(made_nk):.3f}, largest {made_nk.max():.3f}; of real images in their "
-        f"place: median {np.median(real_nk):.3f}, largest {real_nk.max():.3f}.</p>"
+        f"<p>Generated images, each beside the likest {what} image. All {made_nk.size}: {told(made_nk)}. "
+        f"Real images in their place: {told(real_nk)}.</p>"
     )
 
 
-def _likest(similarity_nk: np.ndarray) -> list[tuple[int, int]]:
-    """Return the places of the largest, one of each set."""
-    best_n = similarity_nk.argmax(1)
-    order = np.argsort(-similarity_nk.max(1), kind="stable")[:_COPIES_SHOWN]
+def _likest(likeness_nk: np.ndarray) -> list[tuple[int, int]]:
+    """The places of the largest, one of each set."""
+    best_n = likeness_nk.argmax(1)
+    order = np.argsort(-likeness_nk.max(1), kind="stable")[:_COPIES_SHOWN]
     return [(int(n), int(best_n[n])) for n in order]
 
 
-def _pair(made_hwc: np.ndarray, other_hwc: np.ndarray, similarity: float, set_id: str) -> str:
+def _pair(made_hwc: np.ndarray, other_hwc: np.ndarray, likeness: float, set_id: str) -> str:
     shown = images([generated([made_hwc]), nearest([other_hwc])])
-    return f'<div class="pair">{shown}<small>{similarity:.3f} {html.escape(set_id[:40])}</small></div>'
-
-
-def _nearest_given(made_nkc: np.ndarray, given_nmc: np.ndarray) -> _Nearest:
-    similarity_nkm = np.einsum("nkc,nmc->nkm", made_nkc, given_nmc)
-    return _Nearest(similarity_nkm.max(-1), similarity_nkm.argmax(-1))
-
-
-def _nearest_of_all(made_nkc: np.ndarray, training_tc: np.ndarray) -> _Nearest:
-    flat = made_nkc.reshape(-1, made_nkc.shape[-1])
-    similarity, place = np.empty(len(flat), np.float32), np.empty(len(flat), np.int64)
-    for first in range(0, len(flat), _AT_ONCE):
-        some = slice(first, first + _AT_ONCE)
-        found = flat[some] @ training_tc.T
-        similarity[some], place[some] = found.max(1), found.argmax(1)
-    return _Nearest(similarity.reshape(made_nkc.shape[:2]), place.reshape(made_nkc.shape[:2]))
+    return f'<div class="pair">{shown}<small>{likeness:.3f} {html.escape(set_id[:40])}</small></div>'
 
 
 def _made_by(scores: Scores) -> str:

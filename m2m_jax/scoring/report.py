@@ -52,7 +52,7 @@ def headline(scores: Scores) -> str:
 
 def cells(figure: Figure) -> tuple[str, ...]:
     """Return a row of a table: name, N, each arm, closeness."""
-    name = f"{figure.name} {ARROWS[figure.better]}{f' {MARK}' if figure.too_few else ''}"
+    name = f"{figure.name} {ARROWS[figure.better]}{f' {MARK}' if figure.too_few and figure.arms else ''}"
     if not figure.arms:
         return name, str(figure.num_sets), f"needs {figure.minimum}", *[""] * (len(ARMS) - 1), ""
     arms = [value(figure.arms[arm]) if arm in figure.arms else "" for arm in ARMS]
@@ -63,7 +63,12 @@ def cells(figure: Figure) -> tuple[str, ...]:
 def value(arm: Arm) -> str:
     """Return the mean over positions, and its 95 % interval over sets."""
     half_width = arm.half_width
-    return f"{arm.mean:.4g}" + (f" ± {half_width:.2g}" if half_width is not None else "")
+    return f"{_rounded(arm.mean):.4g}" + (f" ± {_rounded(half_width):.2g}" if half_width is not None else "")
+
+
+def _rounded(number: float) -> float:
+    """Zero for what is left of it in float32."""
+    return 0.0 if abs(number) < 1e-6 else number
 
 
 def notes(scores: Scores) -> list[str]:

@@ -12,6 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from m2m_jax.configuration import to_json
+from m2m_jax.core.compilation import saying_so
 from m2m_jax.core.images import write_png
 from m2m_jax.core.parameters import Params
 from m2m_jax.data.pipeline import SetExamples, batches, held_out_inputs, inputs, make_dataset
@@ -81,7 +83,8 @@ class HeldOut:
             figures = _joined(task.evaluate(own, *arguments), *of_metrics)
             return {name: jnp.mean(value) for name, value in figures.items()}
 
-        self._of_batch = jax.jit(sharding.traced_on(mesh, of_batch))
+        of_batch = jax.jit(sharding.traced_on(mesh, of_batch))
+        self._of_batch = saying_so("the evaluation of a batch", to_json(config), of_batch)
 
     def evaluate(self, step: int, state: TrainState, frozen: FrozenParams) -> float | None:
         """Log the figures of `state`, draw its grid, and return its score: lower is better.

@@ -2,7 +2,7 @@
 
 From Python, where nothing has asked JAX for devices yet:
 
-    from m2m_jax.configuration import Config
+    from m2m_jax.configuration import Config, to_json
     from m2m_jax.training.run import train
 
     config = Config()
@@ -22,8 +22,9 @@ import numpy as np
 from m2m_jax.checkpoints.checkpointer import Checkpointer
 from m2m_jax.checkpoints.saved_model import FOLDER
 from m2m_jax.config_rules import validate
-from m2m_jax.configuration import Config
+from m2m_jax.configuration import Config, to_json
 from m2m_jax.core import disk, runtime
+from m2m_jax.core.compilation import compiling
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.interruption import Interruption
 from m2m_jax.core.parameters import HostParams, count, fingerprint
@@ -296,7 +297,8 @@ class Run:
     def _compile(self, batch: dict[str, jax.Array], *last: jax.Array) -> jax.stages.Compiled:
         """Compile the step, once: a batch of another shape is an error, and not a second compilation."""
         began = time.monotonic()
-        with self.watchdog.allowing("compilation"):
+        about = {**to_json(self.config), **dict.fromkeys(("init", "seed", "checkpoint", "eval", "profile", "sample"))}
+        with self.watchdog.allowing("compilation"), compiling("the training step", about):
             compiled = self.setup.step.lower(self.state, self.frozen, batch, *last).compile()
         self.writer.message(f"compiled in {time.monotonic() - began:.0f} s")
         self.throughput.restart()

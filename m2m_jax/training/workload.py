@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from m2m_jax.attention.backends import resolve
 from m2m_jax.configuration import Config, build, reads_latents
@@ -28,7 +29,7 @@ from m2m_jax.tasks.latent_diffusion import LatentDiffusion
 from m2m_jax.tasks.protocol import Task
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.training.attention_flops import AttentionFlops, attention_flops
-from m2m_jax.training.products import sum_of_products
+from m2m_jax.training.products import sum_of_flops, sum_of_products
 from m2m_jax.training.sharding import abstract_mesh
 
 NOT_READ = "(not read)"
@@ -40,8 +41,8 @@ class Workload:
     """FLOPs of one set.
 
     Attributes:
-      model_flops: of the loss and its gradient: XLA's count before it optimises anything, nothing computed twice and no
-        kernels, which it cannot see into. Frozen encoders are in it where a step runs them. They do not depend on how
+      model_flops: of the loss and its gradient, as XLA counts before it optimises anything: nothing is computed twice,
+        and in no kernel. Frozen encoders are in it where a step runs them. They do not depend on how
         it is trained, so that plans can be compared by them.
       attention: of the products of attention, by the config's backend and mesh.
       backend: that one; empty where there is no U-Net.
@@ -55,8 +56,11 @@ class Workload:
     again: float = 1.0
 
 
-def make_task(config: Config) -> tuple[Task, list[str]]:
+def make_task(config: Config, platform: str = PLATFORM) -> tuple[Task, list[str]]:
     """Return the task of a run, with shapes for parameters, and notes on what was assumed of missing folders.
+
+    Args:
+      platform: that a step is compiled for, "tpu" or "gpu": "auto" is a kernel of it.
 
     Raises:
       UserError: of text-to-image a folder is missing, as in a run.
@@ -68,7 +72,7 @@ def make_task(config: Config) -> tuple[Task, list[str]]:
         task = kind(config)
     else:
         models, notes = frozen_models(config)
-        task = kind(config, platform=PLATFORM, models=models)
+        task = kind(config, platform=platform, models=models)
     if task.compute_dtype == "float32":
         notes.append("the step computes in float32; times and MFU are by the chip's peak in bfloat16")
     return task, notes
@@ -123,40 +127,39 @@ def not_read(config: Config, frozen: FrozenParams) -> FrozenParams:
 
 
 def count_model_flops(config: Config, remat: str = "none") -> float:
-    """Return `Workload.model_flops`. Traces the whole model: half a minute at the size of Stable Diffusion.
+    """Return `Workload.model_flops`. Traces the whole model: five seconds at the size of Stable Diffusion.
 
     Args:
       remat: a value of config.model.remat: what it computes a second time counts, too.
     """
-    # An accelerator's client counts nothing; the CPU's is asked, whatever the model runs on.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        cost: Any = _lowered_gradient(_plain_task(config, remat), config).cost_analysis()
-        return cost["flops"]
+    task = _plain_task(config, remat)
+
+    def gradient(params: dict, frozen: dict, batch: dict, step: jax.Array) -> dict:
+        loss, trained = _loss_of_trained(task, config, params, frozen, batch, step)
+        return jax.grad(loss)(trained)
+
+    return sum_of_flops(_traced(gradient, task, batch_shapes(config, task, 1)))
 
 
 def count_products(task: Task, batch: dict) -> float:
     """Return the FLOPs of the products and convolutions of a step on a batch: of forward, and twice those of backward.
 
     Traces the loss once, a second where `Workload.model_flops` takes ten, and is about as much: it has no norms and
-    activations, but whatever of the backward pass nobody needs. Nothing that `model.remat` computes again is in it.
+    activations, but what of the backward pass nobody needs. Nothing that `model.remat` computes again is in it.
     """
 
     def loss(params: dict, frozen: dict, batch: dict, step: jax.Array) -> jax.Array:
         return task.loss(params, frozen, batch, task.draw(batch, step))[0]
 
+    return 3 * sum_of_products(_traced(loss, task, batch))
+
+
+def _traced(function: Callable, task: Task, batch: dict) -> Any:
+    """Return the jaxpr of a function of parameters, those of frozen models, a batch and a step."""
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return 3 * sum_of_products(jax.make_jaxpr(loss)(task.shapes, task.frozen, batch, step).jaxpr)
-
-
-def _lowered_gradient(task: Task, config: Config) -> jax.stages.Lowered:
-    """Return the gradient of the loss of one set, lowered."""
-
-    def gradient(params: dict, frozen: dict, batch: dict, step: jax.Array) -> dict:
-        loss, trained = _loss_of_trained(task, config, params, frozen, batch, step)
-        return jax.grad(loss)(trained)
-
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.jit(gradient).lower(task.shapes, task.frozen, batch_shapes(config, task, 1), step)
+    jaxpr = jax.make_jaxpr(function)(task.shapes, task.frozen, batch, step).jaxpr
+    # As when it is compiled: without what nobody reads.
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def _loss_of_trained(
@@ -172,27 +175,55 @@ def _loss_of_trained(
     return loss, trained.of(params)
 
 
-def kept_bytes(config: Config, task: Task, sets: int) -> int:
-    """Return what the loss of some sets keeps for its gradient, beside its inputs, before XLA fuses anything."""
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a loss keeps for its gradient beside its inputs, in bytes, before XLA fuses anything.
+
+    Attributes:
+      fixed: whatever the batch: parameters, cast.
+      a_set: of each set.
+    """
+
+    fixed: int
+    a_set: int
+
+    def of(self, sets: int) -> int:
+        """Return the bytes of so many sets."""
+        return self.fixed + sets * self.a_set
+
+
+def kept_bytes(config: Config, task: Task) -> Kept:
+    """Return what the loss keeps for its gradient. Traces it once."""
 
     def kept(params, frozen, batch, step):
         return jax.vjp(*_loss_of_trained(task, config, params, frozen, batch, step))[1]
 
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    jaxpr = jax.make_jaxpr(kept)(task.shapes, task.frozen, batch_shapes(config, task, sets), step).jaxpr
+    batch = batch_shapes(config, task, 1)
+    jaxpr = _traced(kept, task, batch)
     inputs = {*jaxpr.invars, *jaxpr.constvars}
+    # What is drawn depends on the step, and is as large as the batch.
+    of_batch = set(jaxpr.invars[-len(jax.tree.leaves(batch)) - 1 :])
+    for equation in jaxpr.eqns:
+        if any(isinstance(x, Var) and x in of_batch for x in equation.invars):
+            of_batch.update(equation.outvars)
     arrays: set[Any] = {x for x in jaxpr.outvars if isinstance(x, Var)} - inputs
-    return sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
+    size = {x: x.aval.size * x.aval.dtype.itemsize for x in arrays}
+    a_set = sum(size[x] for x in arrays & of_batch)
+    return Kept(sum(size.values()) - a_set, a_set)
 
 
-def kept_by_remat(config: Config) -> dict[str, int]:
-    """Return {config.model.remat: `kept_bytes` of a set}, of the config's own and of those that compute more again."""
+def kept_by_remat(config: Config, own: Kept | None = None) -> dict[str, int]:
+    """Return {config.model.remat: `kept_bytes` of a set}, of the config's own and of those that compute more again.
+
+    own: that of the config, where it is known already.
+    """
     levels = list(REMAT)
     found = {}
     for remat in levels[levels.index(config.model.remat) :]:
         other = copy.deepcopy(config)
         other.model.remat = remat
-        found[remat] = kept_bytes(other, make_task(other)[0], 1)
+        kept = own if own and remat == config.model.remat else kept_bytes(other, make_task(other)[0])
+        found[remat] = kept.of(1)
     return found
 
 

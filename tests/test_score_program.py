@@ -18,7 +18,7 @@ from m2m_jax.scoring.encoders import SET_ENCODERS
 from m2m_jax.scoring.features import features_of
 from m2m_jax.scoring.figures import measure
 from m2m_jax.scoring.judging import score_sets
-from m2m_jax.scoring.metrics import SCORES, Features, Measured, Score
+from m2m_jax.scoring.metrics import Features, Measured, Score
 from m2m_jax.scoring.options import Scoring
 from m2m_jax.scoring.sets import open_sets
 
@@ -59,7 +59,14 @@ def copy(made, tmp_path):
 
 
 def options(made, real, output, **changes) -> Scoring:
-    fields = {"generated": str(made), "real": str(real), "given": GIVEN, "output": output, "draws": 50}
+    fields = {
+        "generated": str(made),
+        "real": str(real),
+        "given": GIVEN,
+        "output": output,
+        "draws": 50,
+        "scores": ("similarity", "frechet"),
+    }
     return Scoring(**(fields | changes))
 
 
@@ -67,7 +74,7 @@ def options(made, real, output, **changes) -> Scoring:
 def scored(made, real, tmp_path_factory):
     """The folder of scores, and the lines that were told."""
     output, lines = tmp_path_factory.mktemp("scores") / "scores", []
-    score_sets(options(made, real, output, training=str(real)), report=lines.append)
+    score_sets(options(made, real, output, training=str(real), scores=()), report=lines.append)
     return output, lines
 
 
@@ -99,7 +106,7 @@ def test_what_cannot_bear_so_few_sets_is_refused_or_marked(made, real, scored, t
     assert figure["minimum_sets"] > figure["num_sets"] and not figure["arms"]
     result = run(
         *("score", f"--generated={made}", f"--real={real}", f"--given={GIVEN}", f"--output={tmp_path / 'scores'}"),
-        *(f"--features={scored[0] / 'features'}", "--allow_few"),
+        *(f"--features={scored[0] / 'features'}", "--allow_few", "--scores=frechet"),
     )
     assert result.code == 0, result.err
     line = next(line for line in result.out.splitlines() if line.startswith("frechet/pixels-8 "))
@@ -109,7 +116,8 @@ def test_what_cannot_bear_so_few_sets_is_refused_or_marked(made, real, scored, t
 
 def test_equal_draws_make_equal_numbers(made, real, scored, tmp_path):
     again, lines = tmp_path / "scores", []
-    score_sets(options(made, real, again, features=scored[0] / "features", training=str(real)), report=lines.append)
+    kept = {"features": scored[0] / "features", "training": str(real), "scores": ()}
+    score_sets(options(made, real, again, **kept), report=lines.append)
     assert not lines and len(scored[1]) == 3
     assert (again / "scores.json").read_text() == (scored[0] / "scores.json").read_text()
 
@@ -124,7 +132,6 @@ def test_generated_records_score_as_folders_do(made, real, scored, tmp_path):
         sets = [ImageSetRecord(names[i], "folder", "", images=tuple(map(png_bytes, images_of(i, 80)))) for i in numbers]
         generated.write_shard(tmp_path / "records", manifest, shard, sets)
     score_sets(options(tmp_path / "records", real, tmp_path / "scores"), report=lambda line: None)
-    assert figures(tmp_path / "scores").keys() == figures(scored[0]).keys()
     for name, figure in figures(tmp_path / "scores").items():
         assert figure == figures(scored[0])[name]
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["made_by"] == {"seed": 5}
@@ -132,10 +139,13 @@ def test_generated_records_score_as_folders_do(made, real, scored, tmp_path):
 
 def test_sets_of_other_names_are_compared_as_such(real, tmp_path):
     other = write_sets(tmp_path / "other", 0, num_sets=5)
-    for folder in other.iterdir():
-        folder.rename(folder.with_name(f"mine-{folder.name}"))
+    for number, folder in enumerate(sorted(other.iterdir())):
+        folder.rename(folder.with_name(f"mine{(number + 2) % 5}"))
     scores = score_sets(options(other, real, tmp_path / "scores"), report=lambda line: None)
     assert not scores.paired and len(scores.made) == len(scores.real) == 5
+    assert not any("_to_real" in figure.name for figure in scores.figures)
+    (figure,) = [one for one in scores.figures if one.name == "similarity_to_given/pixels-8"]
+    assert figure.arms["real"].mean > 0.9  # to what was given of its own set, and not of the one in its place
 
 
 def test_a_page_is_one_file_for_light_and_dark_without_a_script(scored):
@@ -148,14 +158,14 @@ def test_a_page_is_one_file_for_light_and_dark_without_a_script(scored):
 
 def test_requirements_decide_the_exit_code(made, real, scored, tmp_path):
     flags = [f"--generated={made}", f"--real={real}", f"--given={GIVEN}", f"--output={tmp_path}"]
-    flags.append(f"--features={scored[0] / 'features'}")
+    flags += [f"--features={scored[0] / 'features'}", "--scores=similarity"]
     met = run("score", *flags, "--require=similarity_to_given/pixels-8>0.1,closeness<1")
     assert met.code == 0, met.err
     unmet = run("score", *flags, "--require=closeness>0.999")
     assert unmet.code == 3 and "closeness is 0." in unmet.err
     assert run("score", *flags, "--require=closeness").code == 2
     unknown = run("score", *flags, "--require=fid<3")
-    assert unknown.code == 2 and "there are similarity_to_given/pixels-8" in unknown.err
+    assert unknown.code == 2 and "similarity_to_given/pixels-8" in unknown.err
 
 
 def _remove_one(folder):
@@ -294,6 +304,21 @@ class _Value(Score):
         return {"value": Measured.mean(features.get("made_nkc")[..., 0])}
 
 
+class _Share(_MeanDifference):
+    """A figure of every image that compares with the real ones of all sets."""
+
+    def measure(self, features):
+        made_nk, real_nk = (features.get(name)[..., 0] for name in self.needs)
+        return {"share": Measured.mean([[x in real_nk[:, k] for k, x in enumerate(of_set)] for of_set in made_nk])}
+
+
+def test_what_compares_with_all_real_images_does_not_compare_them_with_themselves():
+    real_nkc = np.random.default_rng(0).normal(size=(20, 2, 1))
+    figures = measure(_Share(), Features("mine", real_nkc, real_nkc))
+    arms = {one.name: one.arms for one in figures}
+    assert arms["share/mine, all sets"]["ours"].mean == 1 and arms["share/mine"]["real"].mean == 0
+
+
 def test_scores_know_nothing_of_models_that_generate():
     for path in [ROOT / "m2m_jax" / "score.py", *(ROOT / "m2m_jax" / "scoring").glob("*.py")]:
         names = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
@@ -304,4 +329,4 @@ def test_scores_know_nothing_of_models_that_generate():
 def test_every_score_is_measured_on_every_arm_or_says_why(scored):
     found = json.loads((scored[0] / "scores.json").read_text())
     names = {name.partition("/")[0] for name in found["not_measured"]}
-    assert names <= set(SCORES)
+    assert names == {"text_similarity", "inception_score"}
