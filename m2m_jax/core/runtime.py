@@ -70,7 +70,7 @@ def set_gpu_flags() -> None:
 
 
 def has_cuda_plugin() -> bool:
-    """Whether JAX is installed with what it needs for NVIDIA's GPUs, be there one or not."""
+    """Say whether JAX is installed with what it needs for NVIDIA's GPUs, be there one or not."""
     try:
         return any(importlib.util.find_spec(name) for name in CUDA_PLUGINS)
     except ModuleNotFoundError:  # not even the package around them

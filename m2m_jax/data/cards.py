@@ -18,7 +18,7 @@ drawings are one style in a split. Decks and cards are held out, and both at onc
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,8 +30,8 @@ from m2m_jax.core.errors import UserError
 from m2m_jax.core.images import on_white
 from m2m_jax.data import records
 from m2m_jax.data.drawing import render_file
-from m2m_jax.data.likeness import COPY, shapes, without_copies
-from m2m_jax.data.set_builder import SetBuilder, deal, make_record, png, style_caption
+from m2m_jax.data.likeness import COPY, shapes
+from m2m_jax.data.set_builder import SetBuilder, deal, different, make_record, png, style_caption
 from m2m_jax.data.splits import TRAIN, connected_components, split_by_component
 
 RANKS = ("ace", "2", "3", "4", "5", "6", "7", "8", "9", "10", "jack", "queen", "king")
@@ -116,14 +116,9 @@ def build_sets(
     rows = [("style", name, [(name, i) for i in numbers]) for name in names]
     rows += [("content", CARDS[i], [(name, i) for name in names]) for i in numbers]
     for kind, subject, row in rows:
-        for number, part in enumerate(deal(_different(row, decks))):
+        for number, part in enumerate(deal(different(row, (decks[name][i] for name, i in row)))):
             cards = [CARDS[i] for _, i in part]
             caption = style_caption("playing cards", subject, cards) if kind == "style" else subject
             captions = (f"{CARDS[i]}, playing cards, {name}" for name, i in part)
             images = (png(decks[name][i]) for name, i in part)
             yield make_record(f"{kind}/{split}/{subject}/{number}", kind, caption, images, captions)
-
-
-def _different(row: Sequence[tuple[str, int]], decks: Decks) -> list[tuple[str, int]]:
-    """List what of a row is no copy of one before."""
-    return [row[i] for i in without_copies(on_white(np.stack([decks[name][i] for name, i in row])))] if row else []

@@ -123,7 +123,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def is_done(directory: Path, manifest: Manifest, shard: int) -> bool:
-    """Whether a shard is there and whole; its records are counted, and not read."""
+    """Say whether a shard is there and whole; its records are counted, and not read."""
     numbers = manifest.shards[shard]
     if manifest.format == "records":
         return count_records(shard_path(directory, manifest, shard)) == len(numbers)
@@ -131,7 +131,7 @@ def is_done(directory: Path, manifest: Manifest, shard: int) -> bool:
 
 
 def all_named(directory: Path, manifest: Manifest) -> bool:
-    """Whether all shards have their names, by one look at the folder."""
+    """Say whether all shards have their names, by one look at the folder."""
     if manifest.format == "records":
         wanted = {shard_path(directory, manifest, shard).name for shard in range(len(manifest.shards))}
     else:

@@ -12,7 +12,9 @@ from absl import logging
 from PIL import Image
 
 from m2m_jax.core.errors import UserError
+from m2m_jax.core.images import on_white
 from m2m_jax.data import records
+from m2m_jax.data.likeness import without_copies
 
 KINDS = ("style", "content")
 MIN_IMAGES, MAX_IMAGES = 4, records.MAX_IMAGES_PER_RECORD
@@ -94,6 +96,11 @@ class SetBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
     def _generate_examples(self, sets: list[records.ImageSetRecord]) -> Iterator[tuple[int, dict]]:
         for index, record in enumerate(sets):
             yield index, records.encode_record(record)
+
+
+def different(row: Sequence[T], pictures: Iterable[np.ndarray]) -> list[T]:
+    """List what of a row is no copy of something before. pictures: uint8 RGBA [size, size, 4], of each."""
+    return [row[i] for i in without_copies(on_white(np.stack(list(pictures))))] if row else []
 
 
 def deal(row: Sequence[T]) -> list[Sequence[T]]:

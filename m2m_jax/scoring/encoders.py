@@ -19,7 +19,7 @@ _BATCH = 32  # images that are encoded at once: one shape, one program
 
 
 class SetEncoder:
-    """Gives features of images. A subclass makes one of a folder of weights, and registers in `SET_ENCODERS`.
+    """Give features of images. A subclass makes one of a folder of weights, and registers in `SET_ENCODERS`.
 
     Attributes:
       name: what figures call it; it tells apart whatever gives other features: network, size, layer.
@@ -137,7 +137,7 @@ def require_unseen(encoder: SetEncoder, conditioned_on: Collection[str]) -> None
 
 @SET_ENCODERS.register("pixels")
 class Pixels(SetEncoder):
-    """Gives images at 8 by 8 pixels: no network, and so the line that a network's features must beat."""
+    """Give images at 8 by 8 pixels: no network, and so the line that a network's features must beat."""
 
     def __init__(self, folder: Path | None = None):
         def forward(params: Params, images_bhwc: jax.Array) -> dict[str, jax.Array]:

@@ -130,7 +130,7 @@ def _sets(scores: Scores) -> Iterator[str]:
 
 
 def _copies(scores: Scores) -> Iterator[str]:
-    """The generated images that are most like a given or a training image by shape, beside it: the score "copy"."""
+    """Yield the generated images whose shapes are most like a given or training image, beside it: the score "copy"."""
     pixels = scores.pixels
     if pixels is None or "copy" not in _names_of_scores(scores):
         return

@@ -128,7 +128,7 @@ class SetDiffusion(LatentDiffusion):
     def _continue(
         self, params: Params, batch: dict, number_b: Sequence[int], step: int, num_context: int, num_new: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The first images of held-out sets, and as many as wanted that are generated from them."""
+        """Return the first images of held-out sets, and as many as wanted that are generated from them."""
         b, n = self.latents_shape(batch)[:2]
         sampler = self.sampler(params, step)
         settings = dataclasses.replace(sampler.settings, cache_size=max(num_context + num_new - 1, 1))

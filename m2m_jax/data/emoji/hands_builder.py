@@ -29,8 +29,8 @@ from m2m_jax.core.images import on_white
 from m2m_jax.data import records
 from m2m_jax.data.emoji import hands
 from m2m_jax.data.emoji.table import TableSubject, load_table
-from m2m_jax.data.likeness import COPY, likeness, without_copies
-from m2m_jax.data.set_builder import MIN_IMAGES, SetBuilder, deal, make_record, png, style_caption
+from m2m_jax.data.likeness import COPY, likeness
+from m2m_jax.data.set_builder import MIN_IMAGES, SetBuilder, deal, different, make_record, png, style_caption
 
 MIN_HANDS = 3
 # Split -> that of its subjects, and whether its hands are the unseen ones.
@@ -120,7 +120,7 @@ def _style_rows(
             groups[subject.group].append(subject)
     rows = {}
     for group, row in groups.items():
-        row = _different(family, row, drawn)
+        row = different(row, (drawn[family, subject.name] for subject in row))
         if len(row) >= MIN_IMAGES:
             rows[group] = row
         else:
@@ -129,7 +129,7 @@ def _style_rows(
     for category, row in left_over.items():
         rows[category] = rows.get(category, []) + row
     for group, row in rows.items():
-        row = _different(family, row, drawn)
+        row = different(row, (drawn[family, subject.name] for subject in row))
         for number, part in enumerate(deal(row)):
             caption = style_caption(group, family, [subject.caption for subject in part])
             images = (png(drawn[family, subject.name]) for subject in part)
@@ -149,15 +149,8 @@ def _content_rows(
     keys = [of_hand[len(subject.name) % len(of_hand)] for of_hand in by_hand.values()]
     if len(keys) < MIN_HANDS:
         return
-    keys = [keys[i] for i in without_copies(on_white(np.stack([drawn[key] for key in keys])))]
+    keys = different(keys, (drawn[key] for key in keys))
     if len(keys) >= MIN_HANDS:
         images = (png(drawn[key]) for key in keys)
         captions = (f"{subject.caption}, {subject.group}, {family}" for family, _ in keys)
         yield make_record(f"content/{split}/{subject.name}", "content", subject.caption, images, captions)
-
-
-def _different(family: str, row: list[TableSubject], drawn: Pictures) -> list[TableSubject]:
-    """List those of a row that are no copies of one before."""
-    if not row:
-        return row
-    return [row[i] for i in without_copies(on_white(np.stack([drawn[family, subject.name] for subject in row])))]
