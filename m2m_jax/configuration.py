@@ -233,7 +233,10 @@ class Init(Group, prefix="init."):
     """What training starts from."""
 
     path: str = field(
-        "pretrained/unet", "Folder of a U-Net in diffusers' layout to start from; empty: start from scratch.", path=True
+        "pretrained/unet",
+        "Folder in diffusers' layout to start from, of a U-Net or, for task=autoencoder, of an autoencoder; empty: "
+        "start from scratch.",
+        path=True,
     )
 
 

@@ -1,6 +1,7 @@
 """From pixels to a start for M2M: the autoencoder and the single-image U-Net are trained, saved and loaded."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -19,6 +20,7 @@ from m2m_jax.diffusion.schedule import NoiseSchedule
 from m2m_jax.models.diffusers_folder import load_autoencoder_config, load_params, load_unet_config
 from m2m_jax.models.initialization import from_pretrained, is_set_attention
 from m2m_jax.models.unet import denoise_sets
+from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.set_diffusion import SetDiffusion
 
 
@@ -88,6 +90,17 @@ def test_autoencoder_folder(vae):
     assert params.keys() == trained.keys()
     for name, value in params.items():  # stored as float16
         np.testing.assert_allclose(value, trained[name], rtol=1e-3, atol=1e-6)
+
+
+def test_an_autoencoder_goes_on_from_a_folder(vae):
+    config = load_config("emoji_vae:tiny")
+    config.init.path = str(vae[1])
+    task = TASKS.choose(config.task)(config)
+    for name, value in load_params(vae[1]).items():
+        np.testing.assert_array_equal(task.init()[name], value)
+    config.autoencoder.update({"block_out_channels": (16, 16, 32)})
+    with pytest.raises(UserError, match=re.escape(str(vae[1]))):
+        TASKS.choose(config.task)(config).init()
 
 
 def test_finished_run_has_nothing_left_to_do(vae, emoji_directory):

@@ -14,7 +14,7 @@ from m2m_jax.configuration import Config, build, reads_latents, to_json
 from m2m_jax.core.errors import UserError
 from m2m_jax.core.keys import Domain, Stream, stream_key
 from m2m_jax.core.parameters import HostParams, Params, initial, merge
-from m2m_jax.models import stlpips
+from m2m_jax.models import diffusers_folder, stlpips
 from m2m_jax.models.autoencoder import (
     AutoencoderConfig,
     AutoencoderKL,
@@ -22,6 +22,7 @@ from m2m_jax.models.autoencoder import (
     pixels_to_float,
     pixels_to_uint8,
 )
+from m2m_jax.models.folder import require_same
 from m2m_jax.models.frozen import FrozenParams
 from m2m_jax.tasks.registry import TASKS
 from m2m_jax.tasks.sample_grid import Samples, images_in_pieces, side_by_side
@@ -65,7 +66,11 @@ class Autoencoding:
     compute_dtype = "float32"
 
     def init(self) -> HostParams:
-        """Return the parameters at step 0, in the host's memory."""
+        """Return the parameters at step 0, in the host's memory: fresh, or those of the folder in `config.init`."""
+        if folder := self.config.init.path:
+            params = diffusers_folder.load_params(folder)
+            require_same(folder, self.shapes, params)
+            return params
         return initial(lambda rngs: AutoencoderKL(self.autoencoder_config, rngs=rngs), self.config.seed)
 
     def draw(self, batch: dict, step: jax.Array) -> jax.Array:
