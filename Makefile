@@ -60,8 +60,8 @@ FAST := attention configuration contact_sheet disk guidance images keys layers m
 SAMPLER ?= dist/m2m-sample.pyz
 SAMPLER_PYTHON ?= $(PYTHON)
 BUILD ?= build
-SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix core/,disk errors gathering image_folder images options paths printing \
-  runtime) $(addprefix view/,contact_sheet html_page) $(addprefix sampling/,bundle bundle_program job program_check \
+SAMPLER_FILES := $(addprefix m2m_jax/,__init__.py $(addsuffix .py,$(addprefix core/,disk errors fields gathering image_folder images options paths printing \
+  registry runtime) $(addprefix view/,contact_sheet html_page) $(addprefix sampling/,bundle bundle_program job program_check \
   run_job set_sampler)))
 
 .PHONY: help demo npm-emoji debian-cards hands pretrain road test test-fast test-full fuzz soak lint format parity plan bench bench-context bench-overhead bench-reading sampler clean

@@ -11,7 +11,8 @@ images depend on: `sampling/generation.py`. Layout of the folder: `data/generate
 """
 
 from m2m_jax.core.program import define_flags, run_program
-from m2m_jax.sampling.options import ChosenSettings, SetGeneration
+from m2m_jax.sampling.generation_options import SetGeneration
+from m2m_jax.sampling.options import ChosenSettings
 
 OPTIONS = define_flags(SetGeneration)
 SETTINGS = define_flags(ChosenSettings)

@@ -197,7 +197,7 @@ def picture(tmp_path_factory):
         ("--seed=4294967296", "--seed is 4294967296; numbers are at most 4294967295"),
         ("--num_context=-1", "--num_context is -1; it must be at least 0"),
         ("--stepper=rk4", "unknown stepper 'rk4'"),
-        ("--steps=0", "sampling needs at least one step, not 0"),
+        ("--steps=0", "--steps is 0; it must be at least 1"),
         ("--guidance_scale=-1", "--guidance_scale is -1.0; it must be at least 0"),
         ("--guidance_scale=nan", "--guidance_scale is nan; numbers are at most"),
         ("--steppes=3", "steppes"),

@@ -24,7 +24,7 @@ from m2m_jax.data.sources.precomputed import PrecomputedSource
 from m2m_jax.models.unet import unet_structure
 from m2m_jax.sampling.bundle_writer import write_bundle
 from m2m_jax.sampling.generation import generate_sets, set_seed
-from m2m_jax.sampling.options import SetGeneration
+from m2m_jax.sampling.generation_options import SetGeneration
 
 SETS, GIVEN, MADE = 11, 2, 2
 

@@ -225,7 +225,7 @@ def test_settings_and_step(checkpoint):
     assert sampler.settings == expected
     with pytest.raises(UserError, match="num_images must be at least 1, not 0"):
         sampler([], num_images=0)
-    for given in ({"guidance": 2.0}, {"guidance_scale": "2"}, {"steps": 25.0}):
+    for given in ({"guidance": 2.0}, {"guidance_scale": "two"}, {"steps": 25.0}):
         with pytest.raises(UserError, match=next(iter(given))) as error:
             m2m_jax.Sampler.from_checkpoint(checkpoint, **given)
         assert "damaged" not in str(error.value)
@@ -352,7 +352,7 @@ def test_the_sampler_needs_no_training_libraries(checkpoint, tmp_path):
     modules = set(result.stderr.splitlines()[-1].split())
     assert "m2m_jax.sampling.sampler" in modules
     unwanted = {"grain", "ml_collections", "tensorboardX", "tensorflow", "tensorflow_datasets", "torch", "transformers"}
-    unwanted |= {f"m2m_jax.{name}" for name in ("configuration", "config_rules", "data", "train", "training.optimizer")}
+    unwanted |= {f"m2m_jax.{name}" for name in ("config_rules", "data", "train", "training.optimizer")}
     assert modules & unwanted == set()
 
 

@@ -103,7 +103,7 @@ def test_a_missing_part_is_named(part, folder, tmp_path):
     ("options", "words"),
     [
         ({"image_size": 30}, "image_size is 30; the autoencoder and a U-Net of 2 levels need a multiple of 4"),
-        ({"steps": 0}, "at least one step"),
+        ({"steps": 0}, "--steps is 0; it must be at least 1"),
         ({"stepper": "heun"}, "heun"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"guidance_scale": 0.0}, "guidance_scale is 0.0, which takes the caption away: 1 is no guidance"),

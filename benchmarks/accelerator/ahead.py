@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.accelerator import networks
 from benchmarks.accelerator.executable import compile_program, save, versions
@@ -45,7 +47,8 @@ def compile_all(preset: str, folder: Path, chip: str, only: tuple[str, ...], say
         name for part, names in by_part.items() for name in names if not {part, name}.isdisjoint(only or {name})
     ):
         try:
-            compiled, executable = compile_program(networks.make(size, name, devices, platform))
+            with _compiled_anew():
+                compiled, executable = compile_program(networks.make(size, name, devices, platform))
             text = executable.as_text()
             size_mb = save(folder, compiled, executable, chip) / 1e6
             figures = {"file_mb": round(size_mb, 2), "moved_gb": round(hbm_bytes(hlo.parse(text)) / 1e9, 3)}
@@ -54,3 +57,16 @@ def compile_all(preset: str, folder: Path, chip: str, only: tuple[str, ...], say
             failed += 1
             say(program=name, failed=f"{type(error).__name__}: {error}"[:500])
     return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """Leave the compilation cache out: on CPUs, what came out of it lacks functions when it is written again."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

@@ -30,7 +30,7 @@ from m2m_jax.data import generated, records
 from m2m_jax.data.fetch import HostFetch
 from m2m_jax.data.source import RecordSource, open_named
 from m2m_jax.sampling import bundle
-from m2m_jax.sampling.options import SetGeneration
+from m2m_jax.sampling.generation_options import SetGeneration
 from m2m_jax.sampling.sampler import Sampler
 from m2m_jax.sampling.set_sampler import SetSampler
 from m2m_jax.sampling.settings import SamplingSettings

@@ -70,7 +70,7 @@ class Autoencoding:
         if folder := self.config.init.path:
             params = diffusers_folder.load_params(folder)
             require_same(folder, self.shapes, params)
-            return params
+            return {name: np.asarray(value) for name, value in params.items()}
         return initial(lambda rngs: AutoencoderKL(self.autoencoder_config, rngs=rngs), self.config.seed)
 
     def draw(self, batch: dict, step: jax.Array) -> jax.Array:
