@@ -47,7 +47,7 @@ class Registry(Mapping[str, T], Generic[T]):
           ValueError: the name is taken.
         """
         module = sys._getframe(1).f_globals
-        before = self._by.get(name)
+        before = self._by[name] if name in self._registered else None
         if before is not None and (before is module or before["__name__"] != module["__name__"]):
             raise ValueError(f"there is a {self.kind} {name!r} already, of {before['__name__']}")
 
