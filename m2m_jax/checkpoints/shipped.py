@@ -9,6 +9,7 @@ So models share one first stage, and a run with `config.init.path=FOLDER` starts
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ def describe(folder: Path, metadata: Mapping[str, Any], step: int) -> None:
       metadata: of the checkpoint that the U-Net is from.
       step: of that checkpoint.
     """
-    config = json.loads(json.dumps(metadata["config"]))
+    config = copy.deepcopy(metadata["config"])
     for name in metadata["sha256"]:
         config[name]["path"] = os.path.relpath(config[name]["path"], folder)
     values = {"format": FORMAT, "step": step, "sha256": metadata["sha256"], "unet": metadata["unet"], "config": config}

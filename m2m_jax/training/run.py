@@ -122,6 +122,7 @@ class Run:
         resumes = self.checkpoints.latest_step() is not None
         decided = self.checkpoints.metadata().get(TOTAL_STEPS) if resumes else None
         self.limit = TimeLimit(config, decided)
+        self._last = self._last_step()
         self.metadata |= {TOTAL_STEPS: decided} if self.limit.decided else {}
         self.state = self._start(params)
         del params
@@ -179,12 +180,12 @@ class Run:
         self.step += 1
         self.watchdog.step(self.step)
         with self.throughput.waiting():
-            batch, last = self._next_batch(), self._last_step()
+            batch = self._next_batch()
         if self._compiled is None:
-            self._compiled = self._compile(batch, *last)
+            self._compiled = self._compile(batch)
         self.profiler.begin(self.step)
         with jax.transfer_guard("disallow"):  # what the loop does not place itself would stall every step
-            self.state, metrics = self._compiled(self.state, self.frozen, batch, *last)
+            self.state, metrics = self._compiled(self.state, self.frozen, batch, *self._last)
         self.profiler.end(self.step, metrics)
         self.throughput.count_step()
         return metrics
@@ -288,18 +289,19 @@ class Run:
     def _look_at_the_clock(self, metrics: dict[str, jax.Array]) -> None:
         if not self.limit.look(self.step, metrics):
             return
+        self._last = self._last_step()
         self.metadata |= {TOTAL_STEPS: self.limit.decided}
         self.writer.total_steps = self.limit.total_steps
         self.writer.message(
             f"{self.limit.total_steps} steps fit into config.train.minutes={self.config.train.minutes:g}"
         )
 
-    def _compile(self, batch: dict[str, jax.Array], *last: jax.Array) -> jax.stages.Compiled:
+    def _compile(self, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
         """Compile the step, once: a batch of another shape is an error, and not a second compilation."""
         began = time.monotonic()
         about = {**to_json(self.config), **dict.fromkeys(("init", "seed", "checkpoint", "eval", "profile", "sample"))}
         with self.watchdog.allowing("compilation"), compiling("the training step", about):
-            compiled = self.setup.step.lower(self.state, self.frozen, batch, *last).compile()
+            compiled = self.setup.step.lower(self.state, self.frozen, batch, *self._last).compile()
         self.writer.message(f"compiled in {time.monotonic() - began:.0f} s")
         self.throughput.restart()
         return compiled
